@@ -1,0 +1,55 @@
+# Every target runs in .venv, which `make setup` builds once.
+# Ruff, mypy and pytest read their settings from pyproject.toml.
+
+PYTHON      ?= python3
+BACKEND     ?= cpu
+PYTEST_ARGS ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+CODE        := offline vllm_fptquant scripts tests
+SHELL_FILES := scripts/install.sh .ci/run
+YAML_FILES  := docker/compose.yaml $(wildcard offline/fptquant/recipes/*.yaml)
+DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint typecheck format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: $(STAMP)  ## build .venv with everything (BACKEND=cpu|gpu|none)
+
+$(STAMP): pyproject.toml scripts/install.sh
+	scripts/install.sh --venv $(VENV) --python $(PYTHON) --backend $(BACKEND) --dev
+	@touch $@
+
+demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## measure speed and memory against unquantized serving
+	$(BIN)/python scripts/bench.py
+
+lint: $(STAMP)  ## ruff, shellcheck, yamllint, hadolint
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/yamllint --strict $(YAML_FILES)
+	$(BIN)/hadolint $(DOCKERFILES)
+
+typecheck: $(STAMP)  ## mypy --strict
+	$(BIN)/mypy
+
+format: $(STAMP)  ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:  ## remove what the targets above built, .venv included
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf *.egg-info offline/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

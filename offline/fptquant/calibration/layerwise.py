@@ -1,0 +1,163 @@
+"""Fixes ranges and rounds weights layer by layer, on inputs as the quantized model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant.architectures import Architecture
+from fptquant.architectures.base import INPUT_GROUPS, Role
+from fptquant.checkpoint import LinearScheme
+from fptquant.errors import FPTQuantError
+from fptquant.quantizers import search_range, weight_scales
+from fptquant.recipe import Recipe
+from fptquant.rounding import ROUNDERS
+from fptquant.simulation import KVQuantizer, SimulatedLinear
+
+_BATCH = 4  # sequences per forward pass
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted has been seen."""
+
+
+@dataclass
+class _LayerInputs:
+    """Hidden states that enter a layer, and the other arguments of its forward."""
+
+    hidden: list[Tensor]  # each (batch, tokens, hidden)
+    arguments: dict[str, Any]
+
+    def run(self, layer: nn.Module) -> Iterator[Tensor]:
+        for hidden in self.hidden:
+            output = layer(hidden, **self.arguments)
+            yield output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def calibrate_and_round(
+    model: PreTrainedModel, architecture: Architecture, recipe: Recipe, windows: Tensor
+) -> Iterator[int]:
+    """Quantizes a simulation in place.
+
+    Within a layer, linear layers that share an input are treated together and in order, so that every range and every
+    Hessian is taken from a model whose earlier parts are already quantized.
+
+    Args:
+        model: with merged weights and the simulation installed.
+        architecture: its family.
+        recipe: ranges and rounding.
+        windows: (sequences, length) calibration tokens.
+
+    Yields:
+        The index of each finished layer.
+    """
+    layers = architecture.layer_modules(model)
+    inputs = _first_inputs(model, layers[0], windows)
+    for index, layer in enumerate(layers):
+        for group in INPUT_GROUPS:
+            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+            name = architecture.projection_name(index, group[0])
+            _quantize_group([x for x in linears if isinstance(x, SimulatedLinear)], name, inputs, layer, recipe)
+            if Role.VALUE in group:
+                _set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
+        inputs.hidden = list(inputs.run(layer))
+        yield index
+
+
+def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> _LayerInputs:
+    """Runs the model up to its first layer."""
+    inputs = _LayerInputs([], {})
+
+    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        inputs.hidden.append(args[0])
+        inputs.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    for window in windows:
+        try:
+            model(window[None], use_cache=False)
+        except _Stop:
+            pass
+    handle.remove()
+    inputs.hidden = [torch.cat(inputs.hidden[i : i + _BATCH]) for i in range(0, len(inputs.hidden), _BATCH)]
+    return inputs
+
+
+def _quantize_group(
+    linears: list[SimulatedLinear], name: str, inputs: _LayerInputs, layer: nn.Module, recipe: Recipe
+) -> None:
+    scheme = linears[0].scheme
+    if scheme is None:
+        return
+    seen = _observe_inputs(linears[0], inputs, layer)  # (tokens, in)
+    if not bool(torch.isfinite(seen).all()):
+        raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
+    if scheme.activations.bits < 16:
+        options = recipe.activation_range
+        scale, zero_point = search_range(seen, scheme.activations.bits, scheme.activations.symmetric, options)
+        for linear in linears:
+            linear.set_input_quantizer(scale, zero_point)
+        seen = linears[0].quantized_input(seen)
+    _round_weights(linears, scheme, seen.T @ seen / seen.shape[0], recipe)
+
+
+def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:
+    weights = [linear.float_weight() for linear in linears]
+    stacked = torch.cat(weights).float()  # (sum of N, K): one pass for all that share the input
+    importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
+    scales = weight_scales(stacked, scheme.weights.bits, recipe.weight_range, importance)
+    codes = ROUNDERS[recipe.rounding.method](stacked, scales, scheme.weights.bits, hessian, recipe.rounding)
+    sizes = [weight.shape[0] for weight in weights]
+    for linear, part, scale in zip(linears, codes.split(sizes), scales.split(sizes), strict=True):
+        linear.set_weight_codes(part, scale)
+
+
+def _observe_inputs(linear: SimulatedLinear, inputs: _LayerInputs, layer: nn.Module) -> Tensor:
+    seen: list[Tensor] = []
+
+    def observe(x: Tensor) -> None:
+        seen.append(x.flatten(0, -2).float())
+        raise _Stop
+
+    linear.observer = observe
+    _run_until_stopped(inputs, layer)
+    linear.observer = None
+    return torch.cat(seen)
+
+
+def _set_kv_ranges(attention: nn.Module, inputs: _LayerInputs, layer: nn.Module, recipe: Recipe) -> None:
+    quantizer = getattr(attention, "kv_quantizer", None)
+    if not isinstance(quantizer, KVQuantizer):
+        return
+    seen: dict[str, list[Tensor]] = {"k": [], "v": []}
+
+    def observe(key: Tensor, value: Tensor) -> None:
+        for name, states in (("k", key), ("v", value)):
+            seen[name].append(states.transpose(0, 1).flatten(1))  # (kv_heads, batch * tokens * head_dim)
+        raise _Stop
+
+    quantizer.observer = observe
+    _run_until_stopped(inputs, layer)
+    quantizer.observer = None
+    for name, parts in seen.items():
+        values = torch.cat(parts, 1)
+        rows = values if quantizer.scheme.strategy == "head" else values.flatten()[None]
+        found = [search_range(row, quantizer.scheme.bits, quantizer.scheme.symmetric, recipe.kv_range) for row in rows]
+        scales, zero_points = (torch.stack(items) for items in zip(*found, strict=True))
+        quantizer.set_range(attention, name, scales, zero_points)
+    quantizer.ready = True
+
+
+def _run_until_stopped(inputs: _LayerInputs, layer: nn.Module) -> None:
+    for hidden in inputs.hidden:
+        try:
+            layer(hidden, **inputs.arguments)
+        except _Stop:
+            continue

@@ -1,0 +1,52 @@
+"""The contract between the two halves: schema, packing and quantizer arithmetic.
+
+The only part of `fptquant` that the serving plugin imports. It imports neither vLLM nor training code.
+"""
+
+from fptquant.checkpoint.arithmetic import (
+    block_hadamard,
+    code_bounds,
+    hadamard_factors,
+    quantize,
+    quantize_per_tensor,
+    quantized_linear,
+    residual_scale,
+)
+from fptquant.checkpoint.packing import pack_codes, round_scale, unpack_codes
+from fptquant.checkpoint.schema import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    ActivationScheme,
+    CheckpointConfig,
+    DownHadamard,
+    KVCacheScheme,
+    LinearScheme,
+    Override,
+    TransformRecord,
+    WeightScheme,
+    residual_scaled_architecture,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "ActivationScheme",
+    "CheckpointConfig",
+    "DownHadamard",
+    "KVCacheScheme",
+    "LinearScheme",
+    "Override",
+    "TransformRecord",
+    "WeightScheme",
+    "block_hadamard",
+    "code_bounds",
+    "hadamard_factors",
+    "pack_codes",
+    "quantize",
+    "quantize_per_tensor",
+    "quantized_linear",
+    "residual_scale",
+    "residual_scaled_architecture",
+    "round_scale",
+    "unpack_codes",
+]

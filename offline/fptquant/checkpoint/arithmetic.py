@@ -1,0 +1,108 @@
+"""The quantizer and the quantized linear layer, bit for bit as every backend computes them.
+
+    q  = clamp(round_half_to_even(x / s) + z, -2^(b-1), 2^(b-1) - 1)
+    x^ = s * (q - z)
+    y[n] = (sum_k (q[k] - z) * w[n, k]) * (s * s_w[n]) (+ bias[n])
+
+Everything is float32; the integer sum is exact on every backend, so equal codes give equal outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+from torch import Tensor
+
+
+def code_bounds(zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of `q - z`, as float32 tensors of the shape of `zero_point`."""
+    z = zero_point.float()
+    return -(2.0 ** (bits - 1)) - z, 2.0 ** (bits - 1) - 1 - z
+
+
+def quantize(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Integer codes `q - z` of `x`, held in float32.
+
+    Args:
+        x: any shape and floating-point dtype.
+        scale: float32, broadcastable to `x`.
+        low: smallest `q - z`, from `code_bounds`.
+        high: largest `q - z`.
+
+    Clamping `round(x / s)` to [qmin - z, qmax - z] equals clamping `round(x / s) + z` to [qmin, qmax], then
+    taking z off again: all are integers that float32 holds exactly.
+    """
+    return torch.clamp(torch.round(x.float() / scale), low, high)
+
+
+def quantize_per_tensor(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """`quantize` for one scale and one zero point, in fewer passes over memory; the same codes bit for bit.
+
+    Args:
+        x: any shape and floating-point dtype.
+        scale: float32 ().
+        low: smallest `q - z`.
+        high: largest `q - z`.
+    """
+    return (x.float() / scale).round_().clamp_(low, high)
+
+
+def quantized_linear(codes: Tensor, weight_codes: Tensor, output_scale: Tensor) -> Tensor:
+    """Exact integer product, then one float32 scale per output channel.
+
+    Args:
+        codes: integer values (..., K) in float32, as `quantize` returns them.
+        weight_codes: integer values (N, K) in float32.
+        output_scale: (N,) float32, input scale times weight scale.
+
+    Returns:
+        (..., N) float32. Exact while every partial sum is below 2^24, see `accumulator_bound`.
+    """
+    return torch.nn.functional.linear(codes, weight_codes) * output_scale
+
+
+def accumulator_bound(in_features: int, activation_bits: int, weight_bits: int) -> int:
+    """Largest magnitude the integer sum can take (asymmetric codes reach 2^b - 1)."""
+    return in_features * (2**activation_bits - 1) * 2 ** (weight_bits - 1)
+
+
+def residual_scale(residual: Tensor, eps: float) -> Tensor:
+    """S_n of method.md 1.6 in its local form: 1 / RMS of the norm's input, float32 (..., 1).
+
+    FPTQuant (arXiv 2506.04985) section 3.1.3.
+    """
+    return torch.rsqrt(residual.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+@lru_cache(maxsize=16)
+def hadamard_factors(block: int) -> tuple[Tensor, Tensor]:
+    """Sylvester Hadamard matrix of size `block` as a Kronecker product H_a (x) H_b / sqrt(block), float32.
+
+    Returns:
+        (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b.
+    """
+    exponent = int(math.log2(block))
+    if 2**exponent != block:
+        raise ValueError(f"Hadamard block must be a power of two, got {block}")
+    left = deterministic_hadamard_matrix(2 ** (exponent // 2), torch.float64)
+    right = deterministic_hadamard_matrix(2 ** (exponent - exponent // 2), torch.float64)
+    return left.float(), (right / math.sqrt(block)).float()
+
+
+def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Multiplies each consecutive block of the last dimension by the orthonormal Hadamard matrix (T_d).
+
+    Args:
+        x: (..., m) with m a multiple of the block size.
+        left: (a, a) from `hadamard_factors`.
+        right: (b, b) from `hadamard_factors`.
+
+    Returns:
+        (..., m) float32; two small products, O(m (a + b)), where the dense one would be O(m a b).
+    """
+    a, b = left.shape[0], right.shape[0]
+    y = torch.mm(x.float().reshape(-1, b), right).view(-1, a, b)  # (blocks, a, b)
+    return torch.matmul(left, y).view(x.shape)

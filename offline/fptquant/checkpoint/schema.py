@@ -1,0 +1,142 @@
+"""`quantization_config` of a checkpoint in format "fptquant", as pydantic models that refuse unknown fields."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from compressed_tensors.utils.match import match_name
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from fptquant.errors import FPTQuantError
+
+QUANT_METHOD = "fptquant"
+FORMAT_VERSION = 1
+ARCHITECTURE_PREFIX = "FPTQuant"
+
+
+class Strict(BaseModel):
+    """Base of every model of the format: unknown fields are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightScheme(Strict):
+    """Integer weights: symmetric, one scale per output channel."""
+
+    bits: Literal[4, 8] = 4
+    symmetric: Literal[True] = True
+    strategy: Literal["channel"] = "channel"
+
+
+class ActivationScheme(Strict):
+    """Static activations, one scale per tensor. 16 bits means "not quantized"."""
+
+    bits: Literal[4, 8, 16] = 8
+    symmetric: bool = True
+    strategy: Literal["tensor"] = "tensor"
+    dynamic: Literal[False] = False
+
+
+class KVCacheScheme(Strict):
+    """Static KV cache; keys are quantized after RoPE. 16 bits means "not quantized"."""
+
+    bits: Literal[4, 8, 16] = 8
+    symmetric: bool = False
+    strategy: Literal["tensor", "head"] = "tensor"
+
+
+class DownHadamard(Strict):
+    """Online block Hadamard at the input of `down_proj` (T_d); `block` is a power of two."""
+
+    block: PositiveInt
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        if block & (block - 1):
+            raise ValueError(f"block must be a power of two, got {block}")
+        return block
+
+
+class TransformRecord(Strict):
+    """Which transforms were merged (a record only) and the two that run online."""
+
+    merged: tuple[str, ...] = ()
+    down_hadamard: DownHadamard | None = None
+    residual_scale: bool = False
+
+
+class LinearScheme(Strict):
+    """What is quantized at one linear layer."""
+
+    weights: WeightScheme
+    activations: ActivationScheme
+
+
+class Override(Strict):
+    """An exception for the modules whose name equals `modules` or matches its `re:` pattern."""
+
+    modules: str
+    weights: WeightScheme | None = None
+    activations: ActivationScheme | None = None
+
+
+class CheckpointConfig(Strict):
+    """The whole `quantization_config`."""
+
+    quant_method: Literal["fptquant"] = "fptquant"
+    format_version: int = FORMAT_VERSION
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+    kv_cache: KVCacheScheme = KVCacheScheme()
+    transforms: TransformRecord = TransformRecord()
+    overrides: tuple[Override, ...] = ()
+    ignore: tuple[str, ...] = ("lm_head",)
+    producer: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> CheckpointConfig:
+        """Validates a `quantization_config` dict.
+
+        Raises:
+            FPTQuantError: newer format version, unknown field or impossible value, in one line.
+        """
+        version = config.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise FPTQuantError(
+                f"this checkpoint has fptquant format_version {version}, but this package reads up to "
+                f"{FORMAT_VERSION}: upgrade vllm-fptquant"
+            )
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise FPTQuantError(f"quantization_config: {one_line(error)}") from None
+
+    def scheme_for(self, module: str) -> LinearScheme | None:
+        """Scheme of the linear layer `module` (a Hugging Face name), None when it stays in floating point."""
+        if any(match_name(module, pattern) for pattern in self.ignore):
+            return None
+        weights, activations = self.weights, self.activations
+        for override in self.overrides:  # later overrides win
+            if match_name(module, override.modules):
+                weights = override.weights or weights
+                activations = override.activations or activations
+        return LinearScheme(weights=weights, activations=activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as written into config.json."""
+        return self.model_dump(mode="json")
+
+
+def one_line(error: ValidationError) -> str:
+    """First problems of a validation error as `field: message`, on one line."""
+    problems = [
+        f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    ]
+    return "; ".join(problems[:3])
+
+
+def residual_scaled_architecture(architecture: str) -> str:
+    """Name under which the plugin registers the residual-scaled (S_n) variant of a model class."""
+    return ARCHITECTURE_PREFIX + architecture

@@ -1,0 +1,295 @@
+"""The `fptquant` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+import fptquant
+from fptquant.errors import FPTQuantError, unknown
+from fptquant.progress import Stages
+from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+from fptquant.transforms import TRANSFORMS
+
+app = typer.Typer(
+    name="fptquant",
+    help="Static INT4 quantization of Hugging Face checkpoints with function-preserving transforms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_err = Console(stderr=True)
+_out = Console()
+
+
+class Backend(str, Enum):
+    """What runs the model."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+class RichStages(Stages):
+    """Shows each stage as a progress bar."""
+
+    def begin(self, name: str) -> None:
+        """Starts a bar; the total is known with the first step."""
+        columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err)
+        self._bar.start()
+        self._task = self._bar.add_task(name, total=None)
+
+    def advance(self, total: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, total=total, advance=1)
+
+    def end(self, name: str) -> None:
+        """Completes the bar and leaves it on the screen."""
+        task = self._bar.tasks[0]
+        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1)
+        self._bar.stop()
+
+
+Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the quantized checkpoint to")],
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
+    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+    ] = None,
+    calibration_config: Annotated[str | None, typer.Option(help="configuration name of the dataset")] = None,
+    calibration_split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
+    calibration_field: Annotated[str | None, typer.Option(help="text column of the dataset")] = None,
+    sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
+    seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
+    without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
+    rounding: Annotated[str | None, typer.Option(help="weight rounding: gptq or nearest")] = None,
+    kv_strategy: Annotated[str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of what stays in floating point: auto, float32, bfloat16, float16")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output when the new one is complete")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
+) -> None:
+    """Quantize MODEL and write a checkpoint that vLLM serves."""
+    from fptquant import pipeline
+    from fptquant.checkpoint.publication import Publication
+
+    changes = {"precision": precision, "seed": seed, "dtype": dtype}
+    fields: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    options = {
+        "source": calibration,
+        "config": calibration_config,
+        "split": calibration_split,
+        "field": calibration_field,
+        "sequences": sequences,
+        "length": length,
+    }
+    fields["calibration"] = {key: value for key, value in options.items() if value is not None}
+    if rounding is not None:
+        fields["rounding"] = {"method": rounding}
+    chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
+    if kv_strategy is not None:
+        kept = chosen.precision.model_dump(mode="json")
+        kept["kv_cache"]["strategy"] = kv_strategy
+        chosen = chosen.changed("--kv-strategy", precision=kept)
+
+    publication = Publication(output, overwrite=overwrite)
+    _quiet_transformers()
+    with _err.status("checking model, recipe and calibration text"):
+        job = pipeline.plan(model, chosen)
+    publication.require_space(job.output_bytes)
+    _print_plan(job, output)
+    if dry_run:
+        _out.print("dry run: nothing was written")
+        return
+    summary = pipeline.quantize(job, output, overwrite=overwrite, stages=RichStages())
+    table = Table(title=f"{output}", show_header=False)
+    for name, seconds in summary.seconds.items():
+        table.add_row(name, f"{seconds:.1f} s")
+    table.add_row("peak memory", _size(summary.peak_memory_bytes))
+    table.add_row("weights before", _size(summary.source_bytes))
+    table.add_row("weights after", _size(summary.output_bytes))
+    _out.print(table)
+    _out.print(f"serve it: vllm serve {output} --quantization fptquant")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="directory that `fptquant quantize` wrote")],
+    against: Annotated[str, typer.Option(help="the original model")],
+    text: Annotated[Path | None, typer.Option(help="text to compare on (default: the shipped calibration text)")] = None,
+    windows: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=8)] = 256,
+    vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="compare through vLLM too, when installed")] = True,
+) -> None:
+    """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
+    from importlib import resources
+
+    from fptquant.evaluation.equivalence import check_function_preserved, check_read_back, check_served
+    from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.evaluation.vllm_backend import VLLMEngine, vllm_installed
+    from fptquant.loading import open_source
+    from fptquant.pipeline import plan_of
+
+    _quiet_transformers()
+    open_source(checkpoint)
+    job = plan_of(checkpoint, against)
+    if text is None:
+        text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
+    tokens = evaluation_windows(job.source.tokenizer, text, windows, length)
+    checks = []
+    with _err.status("original and transformed model"):
+        check, transformed = check_function_preserved(job, tokens)
+        checks.append(check)
+    with _err.status("simulated model and checkpoint read back"):
+        check, simulated = check_read_back(job, transformed, checkpoint, tokens)
+        checks.append(check)
+    if vllm and vllm_installed():
+        with _err.status("vLLM"):
+            engine = VLLMEngine(checkpoint, length + 1)
+            checks.append(check_served(simulated, engine.score, tokens))
+            engine.close()
+    table = Table("check", "measured", "limit", "", title=f"{checkpoint} on {windows} windows of {length} tokens")
+    for check in checks:
+        table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
+    _out.print(table)
+    if len(checks) < 3:
+        _out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 text file")],
+    windows: Annotated[int, typer.Option(min=1, help="non-overlapping windows from the start of the text")] = 20,
+    length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 512,
+    backend: Annotated[Backend, typer.Option(help="transformers (the simulation) or vllm")] = Backend.transformers,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="start every window with the tokenizer's BOS, where it has one")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
+) -> None:
+    """Measure perplexity."""
+    from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
+    from fptquant.evaluation.vllm_backend import VLLMEngine
+    from fptquant.loading import load_model, open_source
+
+    _quiet_transformers()
+    source = open_source(model)
+    tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
+    engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
+    score = engine.score if engine else transformers_scorer(load_model(source))
+    stages = RichStages()
+    with stages.stage("evaluate"):
+        result = measure(score, stages.track(tokens, windows), length)
+    if engine:
+        engine.close()
+    settings = {"model": model, "text": str(text), "backend": backend.value, "special_tokens": special_tokens}
+    table = Table(show_header=False)
+    for key, value in {**settings, **asdict(result)}.items():
+        table.add_row(key.replace("_", " "), f"{value:.4f}" if key == "perplexity" else str(value))
+    _out.print(table)
+    if json_file:
+        content = json.dumps({**asdict(result), "settings": settings, "version": fptquant.__version__}, indent=2)
+        json_file.write_text(content + "\n", encoding="utf-8")
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes, the precisions and the transforms."""
+    table = Table("recipe", "description")
+    for name in shipped_recipes():
+        table.add_row(name, Recipe.load(name).description)
+    _out.print(table)
+    _out.print(f"precisions: {', '.join(PRECISIONS)}\ntransforms: {', '.join(TRANSFORMS)}")
+
+
+def _version(show: bool) -> None:
+    if show:
+        _out.print(f"fptquant {fptquant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2, never a stack trace."""
+    try:
+        app()
+    except FPTQuantError as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("interrupted: nothing was written")
+        sys.exit(130)
+
+
+def _without(recipe: Recipe, names: str) -> Recipe:
+    kept: dict[str, Any] = recipe.to_dict()["transforms"]
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in TRANSFORMS:
+            raise unknown("transform", name, TRANSFORMS)
+        kept.pop(name, None)
+    return recipe.changed("--without", transforms=kept)
+
+
+def _print_plan(job: Any, output: Path) -> None:
+    shape = job.source.architecture.shape(job.source.config)
+    config = job.config
+
+    def bits(scheme: Any) -> str:
+        if scheme.bits == 16:
+            return "not quantized"
+        return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
+
+    table = Table(title=f"plan: {job.source.path} -> {output}", show_header=False)
+    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
+    table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
+    table.add_row("weights", bits(config.weights))
+    table.add_row("activations", bits(config.activations))
+    table.add_row("KV cache", bits(config.kv_cache))
+    table.add_row("transforms", ", ".join(job.transforms.names) or "none")
+    if job.transforms.hadamard_block:
+        table.add_row("T_d block", str(job.transforms.hadamard_block))
+    count, length = job.windows.shape
+    table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
+    table.add_row("kept in", f"{job.dtype}: embedding, head, norms")
+    table.add_row("expected size", _size(job.output_bytes))
+    _out.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The one exception type that is the user's to fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FPTQuantError(ValueError):
+    """A mistake in what the user gave us: one line that names the thing and the remedy.
+
+    The command line prints it without a stack trace and exits with status 2.
+    """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> FPTQuantError:
+    """Builds the error for a misspelt name, with the nearest known one as a suggestion."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return FPTQuantError(f"unknown {kind} '{name}': {hint}known: {', '.join(choices)}")

@@ -1,0 +1,104 @@
+"""Is the checkpoint what it claims to be? Transformed equals original, read back equals simulated, served equals both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fptquant.evaluation.perplexity import Scorer, transformers_scorer
+from fptquant.loading import load_model, open_source
+from fptquant.merging import round_floats
+from fptquant.pipeline import Plan, logits, transform
+from fptquant.simulation.install import finish_loading
+
+LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32
+PERPLEXITY_TOLERANCE = 1e-3  # relative, served against simulated
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    measured: str
+    limit: str
+    passed: bool
+
+
+def check_function_preserved(job: Plan, windows: Tensor) -> tuple[Check, PreTrainedModel]:
+    """Logits of the original against those of the transformed, unquantized model, both in float32.
+
+    Args:
+        job: with the transforms as written.
+        windows: (windows, length) tokens of real text.
+
+    Returns:
+        The check and the transformed model.
+    """
+    model = load_model(job.source)
+    before = [logits(model, window[None]) for window in windows]
+    transform(job, model)
+    after = [logits(model, window[None]) for window in windows]
+    difference = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
+    relative = difference / max(b.abs().max().item() for b in before)
+    check = Check(
+        "transformed = original (float32, not quantized)",
+        f"largest logit difference {difference:.2e}, relative {relative:.2e}",
+        f"relative < {LOGIT_TOLERANCE:.0e}",
+        relative < LOGIT_TOLERANCE,
+    )
+    return check, model
+
+
+def check_read_back(job: Plan, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor) -> tuple[Check, Scorer]:
+    """Logits of the simulated quantized model against the checkpoint read back: must be identical.
+
+    The simulation takes everything in floating point from the transformed original and only the integers and scales
+    from the checkpoint; the other side is loaded by transformers.
+
+    Returns:
+        The check, and a scorer of the checkpoint read back.
+    """
+    round_floats(transformed, job.source.architecture, job.dtype)
+    _load_quantized_tensors(transformed, checkpoint)
+    simulated = [logits(transformed, window[None]) for window in windows]
+    loaded = load_model(open_source(checkpoint))
+    read_back = [logits(loaded, window[None]) for window in windows]
+    difference = max((a - b).abs().max().item() for a, b in zip(simulated, read_back, strict=True))
+    check = Check(
+        "checkpoint read back = simulated", f"largest logit difference {difference:.2e}", "identical", difference == 0.0
+    )
+    return check, transformers_scorer(loaded)
+
+
+def check_served(simulated: Scorer, served: Scorer, windows: Tensor) -> Check:
+    """Log probabilities and perplexity through vLLM against the simulation."""
+    expected = torch.cat([simulated(window) for window in windows]).double()
+    actual = torch.cat([served(window) for window in windows]).double()
+    difference = (expected - actual).abs()
+    ratio = abs(math.exp(expected.mean() - actual.mean()) - 1)
+    return Check(
+        "served by vLLM = simulated",
+        f"log probabilities differ by {difference.mean():.2e} on average, {difference.max():.2e} at most; "
+        f"perplexity by {100 * ratio:.4f} %",
+        f"perplexity < {100 * PERPLEXITY_TOLERANCE:.1f} %",
+        ratio < PERPLEXITY_TOLERANCE,
+    )
+
+
+def _load_quantized_tensors(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Copies integers and scales of a checkpoint into a float simulation."""
+    buffers = dict(model.named_buffers())
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name in buffers:
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(parent), leaf, tensors.get_tensor(name))
+    finish_loading(model)

@@ -1,0 +1,86 @@
+"""Perplexity over non-overlapping windows from the start of a text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fptquant.calibration.text import encode, leading_tokens
+from fptquant.errors import FPTQuantError
+
+# Log probabilities of each window's tokens 1..L-1 given those before: (L - 1,) float32.
+Scorer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity and what it was measured on."""
+
+    perplexity: float
+    predicted_tokens: int
+    windows: int
+    length: int
+    seconds: float
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Path, windows: int, length: int, *, special_tokens: bool = False
+) -> Tensor:
+    """The first `windows` windows of a text file, without overlap.
+
+    Args:
+        tokenizer: of the model.
+        text: UTF-8 file.
+        windows: how many.
+        length: tokens in each, special tokens included.
+        special_tokens: start every window with the tokens that the tokenizer puts first (BOS).
+
+    Returns:
+        (windows, length) int64.
+
+    Raises:
+        FPTQuantError: unreadable or too short.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FPTQuantError(f"text file '{text}' can't be read: {error}") from None
+    prefix = leading_tokens(tokenizer) if special_tokens else []
+    body = length - len(prefix)
+    tokens = encode(tokenizer, content)
+    if len(tokens) < windows * body:
+        raise FPTQuantError(
+            f"text '{text}' has {len(tokens)} tokens, but {windows} windows of {length} need {windows * body}: "
+            "lower --windows or --length"
+        )
+    body_tokens = torch.tensor(tokens[: windows * body]).view(windows, body)
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64).repeat(windows, 1), body_tokens), 1)
+
+
+def measure(score: Scorer, windows: Iterable[Tensor], length: int) -> Perplexity:
+    """exp of the mean negative log likelihood over all predicted tokens."""
+    start, total, tokens, count = time.perf_counter(), 0.0, 0, 0
+    for window in windows:
+        log_probabilities = score(window)
+        total -= float(log_probabilities.double().sum())
+        tokens += log_probabilities.numel()
+        count += 1
+    return Perplexity(math.exp(total / tokens), tokens, count, length, round(time.perf_counter() - start, 1))
+
+
+def transformers_scorer(model: torch.nn.Module) -> Scorer:
+    """Scores windows with a model loaded in transformers (for our checkpoints: the simulation)."""
+
+    @torch.no_grad()
+    def score(window: Tensor) -> Tensor:
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()  # (L - 1, vocabulary)
+        return torch.log_softmax(logits, -1).gather(-1, window[1:, None])[:, 0]
+
+    return score

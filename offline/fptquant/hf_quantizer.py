@@ -1,0 +1,60 @@
+"""The checkpoint format in transformers: `import fptquant`, then `AutoModelForCausalLM.from_pretrained(OUT)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fptquant.architectures import architecture_of
+from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
+from fptquant.simulation.attention import ATTENTION_NAME
+from fptquant.simulation.install import drop_quantized_weights, finish_loading, install_simulation
+
+
+@register_quantization_config(QUANT_METHOD)
+class FPTQuantHfConfig(QuantizationConfigMixin):
+    """`quantization_config` as transformers passes it around; `checkpoint` is the validated form."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.checkpoint = CheckpointConfig.parse({"quant_method": QUANT_METHOD, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The format's own fields."""
+        return self.checkpoint.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class FPTQuantHfQuantizer(HfQuantizer):
+    """Loads a checkpoint as the exact simulation of what vLLM serves."""
+
+    requires_calibration = True
+    quantization_config: FPTQuantHfConfig
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """A quantized KV cache needs our attention function, whatever was asked for."""
+        if self.quantization_config.checkpoint.kv_cache.bits < 16:
+            config._attn_implementation = ATTENTION_NAME
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config.checkpoint
+        install_simulation(model, architecture_of(model.config), config)
+        drop_quantized_weights(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        finish_loading(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saving again writes the same tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integer weights have no gradients."""
+        return False

@@ -1,0 +1,145 @@
+"""Opening a source model: everything that can be wrong with it is found before any long work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fptquant.architectures import Architecture, architecture_of
+from fptquant.errors import FPTQuantError
+
+_INDEX = "model.safetensors.index.json"
+# What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked Hugging Face checkpoint directory."""
+
+    path: Path
+    config: PretrainedConfig
+    architecture: Architecture
+    tokenizer: Tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored weights."""
+        stored = getattr(self.config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+
+    @property
+    def quantized(self) -> bool:
+        """Whether this is a checkpoint that we wrote."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+
+def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """Checks a model directory (or fetches it from the hub) without loading its weights.
+
+    Raises:
+        FPTQuantError: not a model, unknown architecture, damaged weight file, missing tokenizer.
+    """
+    path = _local_directory(str(name))
+    if not (path / "config.json").is_file():
+        raise FPTQuantError(f"'{path}' is no model: it has no config.json")
+    read_json(path / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds, all of them the file's fault
+        raise FPTQuantError(f"{path / 'config.json'}: {_first_line(error)}") from None
+    architecture = architecture_of(config)
+    check_weight_files(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise FPTQuantError(
+            f"'{path}' has no usable tokenizer ({_first_line(error)}): copy tokenizer.json and "
+            "tokenizer_config.json of the original model into it"
+        ) from None
+    if not len(tokenizer):
+        raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
+    return Source(path, config, architecture, tokenizer)
+
+
+def load_model(source: Source) -> PreTrainedModel:
+    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation)."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    except FPTQuantError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
+    return model.eval().requires_grad_(False)
+
+
+def check_weight_files(path: Path) -> None:
+    """Reads the header of every weight file, which also proves that none is truncated.
+
+    Raises:
+        FPTQuantError: no safetensors, a missing shard, or a damaged file.
+    """
+    if (path / _INDEX).is_file():
+        names = sorted(set(read_json(path / _INDEX).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
+    if not names:
+        raise FPTQuantError(f"'{path}' has no model.safetensors (other formats aren't read: convert it to safetensors)")
+    for name in names:
+        if not (path / name).is_file():
+            raise FPTQuantError(f"'{path / name}' is missing, but {_INDEX} names it: fetch the model again")
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise FPTQuantError(
+                f"'{path / name}' is corrupt or truncated ({_first_line(error)}): fetch the model again"
+            ) from None
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of the weight files of a checkpoint directory, in bytes."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FPTQuantError: not valid JSON, or no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FPTQuantError(f"'{path}' is not valid JSON: {_first_line(error)}") from None
+    if not isinstance(data, dict):
+        raise FPTQuantError(f"'{path}' is not a JSON object")
+    return data
+
+
+def _local_directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FPTQuantError(f"'{name}' is no model: give a directory with config.json, or a hub name like 'org/model'")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # network, authorization, no such repository: all have the same remedy
+        raise FPTQuantError(
+            f"'{name}' is neither a local directory nor a model that could be fetched from the hub: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,83 @@
+"""Folds the norms and merges the transforms into a model's weights: in float64, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant.architectures import Architecture, Role
+from fptquant.transforms import TransformSet
+
+
+@torch.no_grad()
+def merge_transforms(
+    model: PreTrainedModel, architecture: Architecture, transforms: TransformSet
+) -> Iterator[int]:
+    """Folds norm gains, unties the head and merges `transforms`, in place; the model computes the same function.
+
+    The online parts (T_d, S_n) are not installed here, see `fptquant.simulation`.
+
+    Args:
+        model: loaded in float32.
+        architecture: family of the model.
+        transforms: at any values.
+
+    Yields:
+        The index of each finished layer (for progress), so that the caller may stop in between.
+    """
+    _untie_head(model, architecture)
+    layers = architecture.layer_modules(model)
+    for index, layer in enumerate(layers):
+        for role, path in architecture.projections.items():
+            gain = None
+            if role not in (Role.OUTPUT, Role.DOWN):
+                gain = _gain(layer.get_submodule(architecture.norm_before(role)))
+            _merge_weight(layer.get_submodule(path), transforms, role, index, gain)
+        for norm in (architecture.attention_norm, architecture.mlp_norm):
+            _reset_gain(layer.get_submodule(norm))
+        yield index
+
+    final_norm = model.get_submodule(architecture.final_norm)
+    head = model.get_submodule(architecture.head)
+    embedding = model.get_submodule(architecture.embedding)
+    _merge_weight(head, transforms, Role.HEAD, -1, _gain(final_norm))
+    _merge_weight(embedding, transforms, Role.EMBEDDING, -1, None)
+    _reset_gain(final_norm)
+
+
+@torch.no_grad()
+def round_floats(model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Rounds what a checkpoint keeps in floating point (embedding, head, norms, biases) to the dtype it has there."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name.startswith((architecture.head, architecture.embedding)):
+            parameter.copy_(parameter.to(dtype))
+
+
+def _merge_weight(module: nn.Module, transforms: TransformSet, role: Role, layer: int, gain: Tensor | None) -> None:
+    weight = module.get_parameter("weight")
+    bias = getattr(module, "bias", None)
+    merged = weight.double() if gain is None else weight.double() * gain
+    merged, merged_bias = transforms.merge(role, layer, merged, None if bias is None else bias.double())
+    weight.copy_(merged)
+    if bias is not None and merged_bias is not None:
+        bias.copy_(merged_bias)
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    return norm.get_parameter("weight").double()
+
+
+def _reset_gain(norm: nn.Module) -> None:
+    norm.get_parameter("weight").fill_(1.0)
+
+
+def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Gives the head its own weight: the final norm's gain goes into the head only."""
+    head = model.get_submodule(architecture.head)
+    embedding = model.get_submodule(architecture.embedding)
+    if head.get_parameter("weight") is embedding.get_parameter("weight"):
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False

@@ -1,0 +1,239 @@
+"""The order of the stages: from a Hugging Face checkpoint to a quantized one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fptquant
+from fptquant.architectures.base import INPUT_GROUPS
+from fptquant.calibration import calibrate_and_round, calibration_windows
+from fptquant.calibration.text import fingerprint
+from fptquant.checkpoint import (
+    CheckpointConfig,
+    DownHadamard,
+    TransformRecord,
+    residual_scaled_architecture,
+)
+from fptquant.checkpoint.publication import Publication
+from fptquant.errors import FPTQuantError
+from fptquant.loading import Source, load_model, open_source, weight_bytes
+from fptquant.merging import merge_transforms, round_floats
+from fptquant.progress import Stages, peak_memory
+from fptquant.recipe import Recipe
+from fptquant.simulation import install_simulation
+from fptquant.simulation.install import checkpoint_tensors
+from fptquant.transforms import TransformSet
+
+EXTRAS = "fptquant"  # folder within a checkpoint: transforms, recipe, summary
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated job: nothing in it can be wrong any more except the machine."""
+
+    source: Source
+    recipe: Recipe
+    config: CheckpointConfig
+    windows: Tensor  # (sequences, length)
+    transforms: TransformSet
+    dtype: torch.dtype
+    output_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.source.architecture.shape(self.source.config).layers
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    output: str
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    source_bytes: int
+    output_bytes: int
+
+
+def plan(model: str | Path, recipe: Recipe) -> Plan:
+    """Checks model, recipe and calibration text against each other; reads no weights.
+
+    Raises:
+        FPTQuantError: whatever the user has to mend.
+    """
+    source = open_source(model)
+    if source.quantized:
+        raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
+    shape = source.architecture.shape(source.config)
+    transforms = TransformSet(recipe.transforms, shape, recipe.seed)
+    windows = calibration_windows(source.tokenizer, recipe.calibration, source.config.vocab_size, recipe.seed)
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    config = CheckpointConfig(
+        weights=recipe.precision.weights,
+        activations=recipe.precision.activations,
+        kv_cache=recipe.precision.kv_cache,
+        transforms=TransformRecord(
+            merged=tuple(name for name in transforms.names if name != "S_n"),
+            down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
+            residual_scale=transforms.residual_scale,
+        ),
+        overrides=recipe.overrides,
+        ignore=recipe.ignore,
+        producer={
+            "package": f"vllm-fptquant {fptquant.__version__}",
+            "recipe": recipe.name,
+            "recipe_hash": recipe.digest(),
+            "calibration": fingerprint(windows),
+        },
+    )
+    _check_shared_schemes(source, config)
+    size = _estimate_bytes(source, config, dtype)
+    return Plan(source, recipe, config, windows, transforms, dtype, size)
+
+
+def plan_of(checkpoint: Path, model: str | Path) -> Plan:
+    """The job that wrote `checkpoint` from `model`, with the transforms at the values it was written with.
+
+    Raises:
+        FPTQuantError: `checkpoint` has no record of its recipe, or belongs to another model.
+    """
+    recipe_file, transforms_file = checkpoint / EXTRAS / "recipe.yaml", checkpoint / EXTRAS / "transforms.safetensors"
+    for file in (recipe_file, transforms_file):
+        if not file.is_file():
+            raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
+    job = plan(model, Recipe.load(str(recipe_file)))
+    try:
+        job.transforms.load_state_dict(load_file(transforms_file))
+    except RuntimeError:
+        raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': their sizes differ") from None
+    return job
+
+
+def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages | None = None) -> Summary:
+    """Runs a job and publishes the checkpoint, complete or not at all.
+
+    Raises:
+        FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
+    """
+    stages = stages or Stages()
+    publication = Publication(output, overwrite=overwrite)
+    publication.require_space(job.output_bytes)
+    with publication as staging:
+        with stages.stage("load"):
+            model = load_model(job.source)
+        with stages.stage("merge transforms"):
+            transform(job, model, stages)
+            round_floats(model, job.source.architecture, job.dtype)
+        with stages.stage("calibrate and round"):
+            rounding = calibrate_and_round(model, job.source.architecture, job.recipe, job.windows)
+            for _ in stages.track(rounding, job.layers):
+                pass
+        with stages.stage("write"):
+            write_checkpoint(job, model, staging)
+            probe = job.windows[:1, :64]
+            expected = logits(model, probe)
+            del model
+        with stages.stage("read back"):
+            check_read_back(expected, staging, probe)
+        summary = Summary(
+            output=str(output),
+            seconds=stages.seconds,
+            peak_memory_bytes=peak_memory(),
+            source_bytes=weight_bytes(job.source.path),
+            output_bytes=weight_bytes(staging),
+        )
+        (staging / EXTRAS / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> None:
+    """Merges the transforms and installs the online ones; the model computes what it did before."""
+    merging = merge_transforms(model, job.source.architecture, job.transforms)
+    for _ in (stages or Stages()).track(merging, job.layers):
+        pass
+    install_simulation(model, job.source.architecture, job.config)
+
+
+def write_checkpoint(job: Plan, model: PreTrainedModel, directory: Path) -> None:
+    """Writes a finished simulation in Hugging Face layout."""
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model, job.dtype)}
+    save_torch_state_dict(tensors, directory, max_shard_size="5GB", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(_config_dict(job), indent=2) + "\n", encoding="utf-8")
+    for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
+        skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
+        if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
+            shutil.copyfile(file, directory / file.name)
+    (directory / EXTRAS).mkdir()
+    save_file(dict(job.transforms.state_dict()), directory / EXTRAS / "transforms.safetensors")
+    recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
+    (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of a model in transformers."""
+    result: Tensor = model(tokens, use_cache=False).logits
+    return result
+
+
+def check_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
+    """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
+
+    Raises:
+        RuntimeError: they differ; the checkpoint is not published.
+    """
+    actual = logits(load_model(open_source(directory)), tokens)
+    if not torch.equal(expected, actual):
+        difference = (expected - actual).abs().max().item()
+        raise RuntimeError(f"the written checkpoint does not equal the model in memory (logits differ by {difference})")
+
+
+def _config_dict(job: Plan) -> dict[str, Any]:
+    config = job.source.config.to_diff_dict()
+    architecture = job.source.architecture.class_name
+    if job.config.transforms.residual_scale:
+        architecture = residual_scaled_architecture(architecture)
+    config.update(
+        architectures=[architecture],
+        tie_word_embeddings=False,
+        dtype=str(job.dtype).removeprefix("torch."),
+        quantization_config=job.config.to_dict(),
+    )
+    config.pop("_name_or_path", None)
+    return config
+
+
+def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
+    """Layers that share an input share its quantizer, so overrides may not tell them apart."""
+    architecture = source.architecture
+    for layer in range(architecture.shape(source.config).layers):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(layer, role) for role in group]
+            schemes = [config.scheme_for(name) for name in names]
+            if any(scheme != schemes[0] for scheme in schemes):
+                raise FPTQuantError(
+                    f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
+                    "so they need the same scheme; name them all"
+                )
+
+
+def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+    """Expected size of the checkpoint's weights."""
+    shape, hidden = source.architecture.shape(source.config), source.config.hidden_size
+    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * hidden
+    per_layer = attention + 3 * hidden * shape.intermediate
+    floats = 2 * source.config.vocab_size * hidden
+    return shape.layers * per_layer * config.weights.bits // 8 + floats * dtype.itemsize

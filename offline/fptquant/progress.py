@@ -1,0 +1,56 @@
+"""Progress of long work, reported to whoever wants to show it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import psutil
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Stages:
+    """Names, durations and progress of the stages of a run; silent unless subclassed (see `cli`)."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times one stage."""
+        start = time.perf_counter()
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - start, 2)
+            self.end(name)
+
+    def track(self, items: Iterable[Item], total: int) -> Iterator[Item]:
+        """Passes items on and counts them."""
+        for item in items:
+            yield item
+            self.advance(total)
+
+    def begin(self, name: str) -> None:
+        """A stage starts."""
+
+    def advance(self, total: int) -> None:
+        """One of `total` steps of the current stage is done."""
+
+    def end(self, name: str) -> None:
+        """A stage is over."""
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    info = psutil.Process().memory_info()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(getattr(info, "peak_wset", info.rss))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,57 @@
+"""Scales of integer weights: one per output channel, symmetric, chosen by L_p error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fptquant.checkpoint import round_scale
+
+
+class WeightRangeOptions(BaseModel):
+    """How a channel's scale is chosen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["minmax", "lp"] = "lp"
+    p: float = Field(2.4, gt=0, description="exponent of the error norm")
+    grid: int = Field(60, ge=2, description="candidate scales from the full range down to `smallest`")
+    smallest: float = Field(0.3, gt=0, le=1)
+
+
+@torch.no_grad()
+def weight_scales(
+    weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None = None
+) -> Tensor:
+    """Channel scales that 16-bit kernels represent exactly.
+
+    Args:
+        weight: (N, K).
+        bits: width of the codes.
+        options: the method.
+        importance: (K,) weights of the columns' errors, e.g. the diagonal of a Hessian.
+
+    Returns:
+        (N, 1) float32, positive.
+    """
+    largest_code = 2 ** (bits - 1) - 1
+    full = weight.abs().amax(1, keepdim=True).float() / largest_code
+    best = round_scale(full)
+    if options.method == "minmax":
+        return best
+    best_error = torch.full_like(full, torch.inf)
+    for shrink in torch.linspace(1.0, options.smallest, options.grid).tolist():
+        scale = round_scale(full * shrink)
+        error = (round_to_nearest(weight, scale, bits) * scale - weight).abs_().pow_(options.p)
+        error = (error * importance if importance is not None else error).sum(1, keepdim=True)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integer codes (in float) of weights, half to even, clamped to the symmetric code range."""
+    return torch.clamp(torch.round(weight / scale), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)

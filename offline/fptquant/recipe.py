@@ -1,0 +1,204 @@
+"""A recipe: everything about a quantization that a user decides, validated."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from fptquant.checkpoint import ActivationScheme, KVCacheScheme, Override, WeightScheme
+from fptquant.checkpoint.schema import one_line
+from fptquant.errors import FPTQuantError, unknown
+from fptquant.quantizers import RangeOptions, WeightRangeOptions
+from fptquant.rounding import RoundingOptions
+from fptquant.transforms import TRANSFORMS, TransformOptions
+
+
+class Precision(BaseModel):
+    """Bit widths and symmetry of weights, activations and KV cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+    kv_cache: KVCacheScheme = KVCacheScheme()
+
+
+def _precision(activation_bits: Any, kv_bits: Any, symmetric: bool | None = None) -> Precision:
+    # 8-bit activations are symmetric, because most GPU kernels take no zero point; 4-bit codes fit int8 with theirs.
+    if symmetric is None:
+        symmetric = activation_bits != 4
+    return Precision(
+        activations=ActivationScheme(bits=activation_bits, symmetric=symmetric),
+        kv_cache=KVCacheScheme(bits=kv_bits),
+    )
+
+
+PRECISIONS: dict[str, Precision] = {
+    "w4a8kv8": _precision(8, 8),
+    "w4a4kv4": _precision(4, 4),
+    "w4a4kv8": _precision(4, 8),
+    "w4a8": _precision(8, 16),
+    "w4a16": _precision(16, 16),
+    "w4a4kv4-symmetric": _precision(4, 4, symmetric=True),
+}
+
+
+class CalibrationOptions(BaseModel):
+    """The text that ranges and rounding are fitted to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field("builtin", description="'builtin', a text file, or a dataset (file, directory or hub name)")
+    config: str | None = Field(None, description="configuration name of a dataset")
+    split: str = "train"
+    field: str = Field("text", description="column of a dataset that holds the text")
+    sequences: PositiveInt = 16
+    length: int = Field(512, ge=8)
+    special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")
+
+
+class Recipe(BaseModel):
+    """What to do. Immutable; `changed` returns a modified, validated copy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "fptquant"
+    description: str = ""
+    precision: Precision = PRECISIONS["w4a8kv8"]
+    transforms: dict[str, Any] = Field(default_factory=lambda: dict.fromkeys(TRANSFORMS, {}))
+    weight_range: WeightRangeOptions = WeightRangeOptions()
+    activation_range: RangeOptions = RangeOptions()
+    kv_range: RangeOptions = RangeOptions()
+    rounding: RoundingOptions = RoundingOptions()
+    calibration: CalibrationOptions = CalibrationOptions()
+    overrides: tuple[Override, ...] = ()
+    ignore: tuple[str, ...] = ("lm_head",)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of what stays in floating point; auto keeps the source's"
+    )
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        """Replaces preset names and transform lists by what they stand for."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if isinstance(data.get("precision"), str):
+            if data["precision"] not in PRECISIONS:
+                raise unknown("precision", data["precision"], PRECISIONS)
+            data["precision"] = PRECISIONS[data["precision"]]
+        if "transforms" in data:
+            data["transforms"] = _parse_transforms(data["transforms"])
+        return data
+
+    @model_validator(mode="after")
+    def _validate_transforms(self) -> Recipe:
+        for name, options in self.transforms.items():
+            if not isinstance(options, TransformOptions):
+                self.transforms[name] = TRANSFORMS[name].Options.model_validate(options)
+        return self
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+        """Validates a recipe.
+
+        Raises:
+            FPTQuantError: one line naming the field, with the nearest known name where one is misspelt.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise FPTQuantError(f"{source}: {_suggest(error)}") from None
+
+    @classmethod
+    def load(cls, name_or_file: str) -> Recipe:
+        """Reads a shipped recipe by name, or a YAML file.
+
+        Raises:
+            FPTQuantError: no such recipe or file, or its content is invalid.
+        """
+        path = Path(name_or_file)
+        if path.suffix in (".yaml", ".yml"):
+            if not path.is_file():
+                raise FPTQuantError(f"recipe file '{path}' does not exist")
+            text = path.read_text(encoding="utf-8")
+        else:
+            shipped = shipped_recipes()
+            if name_or_file not in shipped:
+                raise unknown("recipe", name_or_file, shipped)
+            text = (resources.files("fptquant") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FPTQuantError(f"{name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise FPTQuantError(f"{name_or_file}: a recipe is a mapping of fields")
+        return cls.parse({"name": path.stem, **data}, source=name_or_file)
+
+    def changed(self, source: str = "option", **fields: Any) -> Recipe:
+        """Copy with top-level fields replaced (mappings are merged into what stands), validated again."""
+        data = self.to_dict()
+        for key, value in fields.items():
+            merge = isinstance(value, dict) and key not in ("transforms", "precision")
+            data[key] = {**data[key], **value} if merge else value
+        return Recipe.parse(data, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as written to `fptquant/recipe.yaml`."""
+        data = self.model_dump(mode="json")
+        data["transforms"] = {name: options.model_dump(mode="json") for name, options in self.transforms.items()}
+        return data
+
+    def digest(self) -> str:
+        """Short hash of all settings."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("fptquant") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _parse_transforms(value: Any) -> dict[str, Any]:
+    """A list of names, or a mapping of names to options, true or false."""
+    if isinstance(value, list):
+        value = dict.fromkeys(value, True)
+    if not isinstance(value, dict):
+        raise ValueError("transforms: a list of names, or a mapping of names to options")
+    options: dict[str, Any] = {}
+    for name, setting in value.items():
+        if name not in TRANSFORMS:
+            raise unknown("transform", str(name), TRANSFORMS)
+        if setting is not False:
+            options[name] = {} if setting in (True, None) else setting
+    return options
+
+
+def _suggest(error: ValidationError) -> str:
+    """One line for a validation error; for an unknown field, the nearest field of any model in a recipe."""
+    item = error.errors()[0]
+    if item["type"] != "extra_forbidden":
+        return one_line(error)
+    field = str(item["loc"][-1])
+    near = difflib.get_close_matches(field, _field_names(Recipe), n=1, cutoff=0.5)
+    where = ".".join(map(str, item["loc"]))
+    return f"unknown field '{where}'" + (f": did you mean '{near[0]}'?" if near else "")
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names |= _field_names(kind)
+    return names

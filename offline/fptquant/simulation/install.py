@@ -1,0 +1,81 @@
+"""Turns a Hugging Face model into its simulation, according to a checkpoint configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fptquant.architectures import Architecture, Role
+from fptquant.checkpoint import CheckpointConfig
+from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
+from fptquant.simulation.linear import ResidualScaleTap, SimulatedLinear
+
+
+def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:
+    """Replaces projections and attention in place.
+
+    On a model with weights, they are taken over and nothing is quantized yet: the model computes what it did,
+    through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
+    """
+    shape = architecture.shape(model.config)
+    hadamard = config.transforms.down_hadamard
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for role, path in architecture.projections.items():
+            tap = None
+            if config.transforms.residual_scale and role in (Role.OUTPUT, Role.DOWN):
+                norm = layer.get_submodule(architecture.norm_before(role))
+                tap = ResidualScaleTap(eps=model.config.rms_norm_eps)
+                norm.register_forward_pre_hook(tap)
+            linear = layer.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            simulated = SimulatedLinear.from_linear(
+                linear,
+                config.scheme_for(architecture.projection_name(index, role)),
+                hadamard_block=hadamard.block if hadamard and role is Role.DOWN else None,
+                tap=tap,
+            )
+            layer.set_submodule(path, simulated)
+        if config.kv_cache.bits < 16:
+            attention = layer.get_submodule(architecture.attention)
+            # plain attribute: the quantizer's tensors are buffers of the attention module itself
+            attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
+    if config.kv_cache.bits < 16:
+        model.config._attn_implementation = ATTENTION_NAME
+
+
+def drop_quantized_weights(model: PreTrainedModel) -> None:
+    """Removes the float weights of layers whose codes are about to be loaded (a model on the meta device)."""
+    for _, linear in simulated_linears(model):
+        if linear.scheme is not None:
+            linear.weight = None
+
+
+def finish_loading(model: PreTrainedModel) -> None:
+    """Prepares a model whose buffers were read from a checkpoint.
+
+    Raises:
+        FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SimulatedLinear):
+            module.finish_loading(name)
+        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            module.kv_quantizer.finish_loading(module, name)  # type: ignore[union-attr]
+
+
+def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:
+    """Names and layers of a simulation."""
+    for name, module in model.named_modules():
+        if isinstance(module, SimulatedLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a finished simulation under their checkpoint names; scales stay float32, the rest is `dtype`."""
+    for name, tensor in model.state_dict().items():
+        keep = name.endswith("_scale") or not tensor.is_floating_point()
+        yield name, tensor if keep else tensor.to(dtype)

@@ -1,0 +1,169 @@
+"""A linear layer that is float first, and has a static input range and integer weights once quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.checkpoint import (
+    LinearScheme,
+    block_hadamard,
+    code_bounds,
+    hadamard_factors,
+    pack_codes,
+    quantize,
+    quantized_linear,
+    residual_scale,
+    unpack_codes,
+)
+from fptquant.errors import FPTQuantError
+
+
+class ResidualScaleTap:
+    """Forward pre-hook of a norm that keeps S = 1 / RMS of the residual for the layers of its sub-block."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+        self.scale: Tensor | None = None
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Reads the norm's input (..., hidden)."""
+        self.scale = residual_scale(args[0], self.eps)
+
+
+class SimulatedLinear(nn.Module):
+    """y = Q(H(S x)) W^T / S + b, with every part optional, computed exactly as the serving kernels do.
+
+    Tensors with the names of the checkpoint format are buffers; `weight` exists until the layer is rounded, `codes`
+    (the integer weights, held in float32 for the matrix product) after that.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: LinearScheme | None,
+        hadamard_block: int | None = None,
+        tap: ResidualScaleTap | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme
+        self.hadamard_block = hadamard_block
+        self.tap = tap
+        self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
+        self.weight: nn.Parameter | None = None
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        for name in ("codes", "low", "high"):  # derived: integer weights in float32, bounds of the input codes
+            self.register_buffer(name, None, persistent=False)
+        self.codes: Tensor | None
+        self.low: Tensor | None
+        self.high: Tensor | None
+        if scheme is not None:
+            words = -(-in_features * scheme.weights.bits // 32)
+            self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
+            self.register_buffer("weight_scale", torch.empty(out_features, 1))
+            self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
+            if scheme.activations.bits < 16:
+                self.register_buffer("input_scale", torch.empty(()))
+                if not scheme.activations.symmetric:
+                    self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
+        self.weight_packed: Tensor
+        self.weight_scale: Tensor
+        self.weight_shape: Tensor
+        self.input_scale: Tensor
+        self.input_zero_point: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: LinearScheme | None, **online: Any) -> SimulatedLinear:
+        """Takes over weight and bias of a float layer, without copying."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, **online)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def set_input_quantizer(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Fixes the static input range; from now on the input is quantized."""
+        assert self.scheme is not None
+        self.input_scale = scale.float().reshape(()).clone()
+        if not self.scheme.activations.symmetric:
+            self.input_zero_point = zero_point.to(torch.int32).reshape(()).clone()
+        self._set_bounds()
+
+    def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Replaces the float weight by integer codes (N, K) and channel scales (N, 1)."""
+        assert self.scheme is not None
+        self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
+        self.weight_scale = scale.float().clone()
+        self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
+        self.codes = codes.float()
+        self.weight = None
+
+    def finish_loading(self, name: str) -> None:
+        """Prepares the layer after its buffers were read from a checkpoint; `name` is for error messages."""
+        if self.scheme is None:
+            return
+        scales = {"weight_scale": self.weight_scale}
+        if self.scheme.activations.bits < 16:
+            scales["input_scale"] = self.input_scale
+            self._set_bounds()
+        for key, value in scales.items():
+            if not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
+                raise FPTQuantError(f"{name}.{key}: not a positive finite scale; the checkpoint is damaged")
+        shape = torch.Size((self.out_features, self.in_features))
+        if self.weight_shape.tolist() != list(shape):
+            raise FPTQuantError(f"{name}.weight_shape: {self.weight_shape.tolist()}, expected {list(shape)}")
+        self.codes = unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float()
+
+    def online(self, x: Tensor) -> Tensor:
+        """The input after residual scale and Hadamard: what is quantized."""
+        if self.tap is not None:
+            assert self.tap.scale is not None, "the norm before this layer has not run"
+            x = x.float() * self.tap.scale
+        if self.hadamard_block is not None:
+            x = block_hadamard(x, *(factor.to(x.device) for factor in hadamard_factors(self.hadamard_block)))
+        return x
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What the layer makes of its (online-transformed) input: x^ = s (q - z)."""
+        return self._input_codes(x) * self.input_scale
+
+    def float_weight(self) -> Tensor:
+        """The weight (N, K) before rounding."""
+        assert self.weight is not None, "the layer was rounded already"
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x (..., K). Returns: (..., N) of the dtype of `x`."""
+        dtype, x = x.dtype, self.online(x)
+        if self.observer is not None:
+            self.observer(x)
+        if self.codes is not None:
+            output_scale = self.weight_scale.flatten()
+            if self.low is not None:
+                x = self._input_codes(x)
+                output_scale = self.input_scale * output_scale
+            y = quantized_linear(x.float(), self.codes, output_scale)
+        else:
+            assert self.weight is not None, "the layer has neither weights nor codes"
+            y = nn.functional.linear(x.to(self.weight.dtype), self.weight)
+        if self.tap is not None:
+            assert self.tap.scale is not None
+            y = y / self.tap.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(dtype)
+
+    def _input_codes(self, x: Tensor) -> Tensor:
+        assert self.low is not None and self.high is not None, "the input range is not set"
+        return quantize(x, self.input_scale, self.low, self.high)  # integers q - z
+
+    def _set_bounds(self) -> None:
+        assert self.scheme is not None
+        zero_point = torch.zeros((), dtype=torch.int32, device=self.input_scale.device)
+        if not self.scheme.activations.symmetric:
+            zero_point = self.input_zero_point
+        self.low, self.high = code_bounds(zero_point, self.scheme.activations.bits)

@@ -1,0 +1,74 @@
+"""The transforms of FPTQuant, one file each; `TRANSFORMS` is the registry and the order they are merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.query_key import QueryKeyTransform
+from fptquant.transforms.residual_rotation import ResidualRotation
+from fptquant.transforms.residual_scale import ResidualScale
+from fptquant.transforms.up_down import UpDownTransform
+from fptquant.transforms.value import ValueTransform
+
+# T_u must come before T_d: W_down diag(1 / s) H. The others act on different sides or roles and commute.
+TRANSFORMS: dict[str, type[Transform]] = {
+    transform.name: transform
+    for transform in (QueryKeyTransform, ValueTransform, UpDownTransform, ResidualRotation, DownHadamard, ResidualScale)
+}
+
+__all__ = ["TRANSFORMS", "Transform", "TransformOptions", "TransformSet"]
+
+
+class TransformSet(nn.Module):
+    """The transforms of one model, applied together."""
+
+    def __init__(self, options: Mapping[str, Any], shape: Shape, seed: int) -> None:
+        """Builds the named transforms at their starting values.
+
+        Args:
+            options: transform name to its options, e.g. `{"T_d": DownHadamardOptions(block=64)}`.
+            shape: sizes of the model.
+            seed: for the random signs of Hadamard starting points.
+        """
+        super().__init__()
+        self.transforms = nn.ModuleDict()
+        for name, transform in TRANSFORMS.items():
+            if name in options:  # a generator each, so that switching one off doesn't move the others
+                generator = torch.Generator().manual_seed(seed)
+                self.transforms[name] = transform(shape, options[name], generator)
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of `role` after all transforms, in the dtype given."""
+        for transform in self:
+            weight, bias = transform.merge(role, layer, weight, bias)
+        return weight, bias
+
+    def __iter__(self) -> Any:
+        return iter(self.transforms.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the transforms that are on."""
+        return tuple(self.transforms)
+
+    @property
+    def hadamard_block(self) -> int | None:
+        """Block size of T_d, None when it is off."""
+        return self.transforms["T_d"].block if "T_d" in self.transforms else None  # type: ignore[return-value]
+
+    @property
+    def residual_scale(self) -> bool:
+        """Whether S_n is on."""
+        return "S_n" in self.transforms
+
+    def randomize_(self, generator: torch.Generator, strength: float = 0.5) -> None:
+        """Moves all parameters to random values (tests of function preservation)."""
+        for transform in self:
+            transform.randomize_(generator, strength)

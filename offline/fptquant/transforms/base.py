@@ -1,0 +1,46 @@
+"""The protocol every transform follows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+
+
+class TransformOptions(BaseModel):
+    """Options of a transform in a recipe; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Transform(nn.Module):
+    """A pair of transforms that cancel, expressed as what it does to each weight.
+
+    A transform that can be merged overrides `merge`. One that runs online (T_d, S_n) is carried out by the layers
+    themselves; `merge` then holds the part that goes into the weights, if any.
+
+    Parameters start at fixed values and are kept in float32; `merge` computes in the dtype of the weight it is
+    given (float64 when a checkpoint is written, float32 when training) and is differentiable.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[TransformOptions]] = TransformOptions
+
+    def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        self.options = options
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Transformed weight (out, in) and bias (out,) of the given role; `layer` is -1 outside the layers."""
+        return weight, bias
+
+    @torch.no_grad()
+    def randomize_(self, generator: torch.Generator, strength: float = 0.5) -> None:
+        """Moves every parameter to a random, trained-looking value (for tests of function preservation)."""
+        for parameter in self.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * strength)

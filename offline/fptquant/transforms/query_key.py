@@ -1,0 +1,46 @@
+"""T_k: scale and rotate every RoPE pair of keys and queries before RoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform
+
+
+class QueryKeyTransform(Transform):
+    """Keys k' = k A, queries q' = q A^-T with A_j = s_j Rot(phi_j) per KV head and RoPE pair j.
+
+    2x2 scaled rotations are what commutes with RoPE (FPTQuant section 3.1; method.md 1.1). The query gets the same
+    angle and the inverse scale. The pair is (j, j + head_dim / 2), the rotated-halves layout of Hugging Face.
+    """
+
+    name = "T_k"
+
+    def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        super().__init__(shape, options, generator)
+        pairs = (shape.layers, shape.kv_heads, shape.head_dim // 2)
+        self.angle = nn.Parameter(torch.zeros(pairs))
+        self.log_scale = nn.Parameter(torch.zeros(pairs))  # s = exp(.) > 0
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rotates and scales the rows of q_proj and k_proj."""
+        if role not in (Role.QUERY, Role.KEY):
+            return weight, bias
+        angle, log_scale = self.angle[layer].to(weight.dtype), self.log_scale[layer].to(weight.dtype)
+        if role is Role.QUERY:
+            log_scale = -log_scale
+            groups = self.shape.heads // self.shape.kv_heads
+            angle, log_scale = (t.repeat_interleave(groups, 0) for t in (angle, log_scale))
+        scale = log_scale.exp()
+        cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, head_dim / 2)
+
+        def rotate(rows: Tensor) -> Tensor:
+            first, second = rows.view(cos.shape[0], 2, cos.shape[1], -1).unbind(1)
+            c, s = cos[..., None], sin[..., None]
+            return torch.stack((c * first - s * second, c * second + s * first), 1).view(rows.shape)
+
+        return rotate(weight), None if bias is None else rotate(bias)

@@ -1,0 +1,54 @@
+"""T_r: one rotation of the residual stream, merged into every weight that reads or writes it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.transforms.orthogonal import cayley, starting_rotation
+
+
+class RotationOptions(TransformOptions):
+    """Where T_r starts."""
+
+    start: Literal["identity", "hadamard"] = "hadamard"
+
+
+class ResidualRotation(Transform):
+    """x' = x R with R = start cayley(P), orthogonal by construction (method.md 1.5).
+
+    Norm gains must have been folded into the following weights, so that RMSNorm commutes with R.
+    """
+
+    name = "T_r"
+    Options = RotationOptions
+
+    def __init__(self, shape: Shape, options: RotationOptions, generator: torch.Generator) -> None:
+        super().__init__(shape, options, generator)
+        self.skew = nn.Parameter(torch.zeros(shape.hidden, shape.hidden))
+        start = torch.eye(shape.hidden, dtype=torch.float64)
+        if options.start == "hadamard":
+            start = starting_rotation(shape.hidden, generator)
+        self.register_buffer("start", start)
+        self.start: Tensor
+        self._cached: tuple[tuple[int, torch.dtype], Tensor] | None = None
+
+    def rotation(self, dtype: torch.dtype) -> Tensor:
+        """R (hidden, hidden); computed once per value of the parameter when no gradient is needed."""
+        if torch.is_grad_enabled() and self.skew.requires_grad:
+            return self.start.to(dtype) @ cayley(self.skew.to(dtype))
+        key = (self.skew._version, dtype)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = key, self.start.to(dtype) @ cayley(self.skew.to(dtype))
+        return self._cached[1]
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W R where the residual is read (and for the embedding), R^T W and b R where it is written."""
+        rotation = self.rotation(weight.dtype)
+        if role in (Role.OUTPUT, Role.DOWN):
+            return rotation.mT @ weight, None if bias is None else bias @ rotation
+        return weight @ rotation, bias

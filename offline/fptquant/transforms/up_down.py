@@ -1,0 +1,33 @@
+"""T_u: one positive scale per MLP channel, merged into up and down weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform
+
+
+class UpDownTransform(Transform):
+    """W_up' = diag(s) W_up, W_down' = W_down diag(1 / s); never the gate, whose activation is not homogeneous.
+
+    FPTQuant section 3.1; method.md 1.3.
+    """
+
+    name = "T_u"
+
+    def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        super().__init__(shape, options, generator)
+        self.log_scale = nn.Parameter(torch.zeros(shape.layers, shape.intermediate))  # s = exp(.) > 0
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scales the rows of up_proj and, inversely, the columns of down_proj."""
+        if role is Role.UP:
+            scale = self.log_scale[layer].to(weight.dtype).exp()
+            return weight * scale[:, None], None if bias is None else bias * scale
+        if role is Role.DOWN:
+            return weight * torch.exp(-self.log_scale[layer].to(weight.dtype)), bias
+        return weight, bias

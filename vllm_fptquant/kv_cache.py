@@ -1,0 +1,200 @@
+"""Static INT4 and INT8 KV cache on attention kernels that know nothing of it, without rounding twice.
+
+The cache holds integer codes `q - z`, which its 16 or 32-bit type represents exactly, in place of keys and values:
+
+    softmax((query * s_k) . (q_k - z_k)) applied to (q_v - z_v), times s_v
+
+is attention over the dequantized keys and values. It saves no memory: there is no attention kernel in vLLM for
+static integers (serving.md, section 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.v1.attention.backend import AttentionType
+
+from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
+from fptquant.errors import FPTQuantError
+from vllm_fptquant.checks import require_positive
+
+CACHE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+
+
+class StaticKVAttention(Attention):  # type: ignore[misc]
+    """vLLM's attention layer with quantized keys and values.
+
+    An `Attention` instance becomes one by a change of its class: vLLM's models construct the layer themselves, and
+    the integer cache has to work in all of them.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output_shape: torch.Size | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Attention over codes.
+
+        Args:
+            query: (T, heads * head_dim), after RoPE.
+            key: (T, kv_heads * head_dim), after RoPE.
+            value: (T, kv_heads * head_dim).
+            output_shape: as in `Attention.forward`.
+            output_dtype: as in `Attention.forward`.
+        """
+        keys = key.reshape(-1, self.num_kv_heads, self.head_size)  # (T, kv_heads, head_dim)
+        values = value.reshape(-1, self.num_kv_heads, self.head_size_v)
+        queries = query.reshape(-1, self.num_heads, self.head_size)  # (T, heads, head_dim)
+        keys = quantize(keys, self.fptquant_k_scale, self.fptquant_k_low, self.fptquant_k_high).to(key.dtype)
+        values = quantize(values, self.fptquant_v_scale, self.fptquant_v_low, self.fptquant_v_high).to(value.dtype)
+        queries = (queries * self.fptquant_query_scale).to(query.dtype)
+        output = super().forward(queries, keys, values, output_shape, output_dtype)
+        heads = output.view(-1, self.num_heads, self.head_size_v)
+        return (heads * self.fptquant_output_scale).to(output.dtype).view(output.shape)
+
+
+class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
+    """Loads `k_scale`, `v_scale` and zero points of one attention layer."""
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, quant_config: Any, scheme: KVCacheScheme) -> None:
+        """Takes the checkpoint's scheme, of less than 16 bits."""
+        super().__init__(quant_config)
+        self.scheme = scheme
+
+    def create_weights(self, layer: Module) -> None:
+        """Adds the parameters, and makes the layer a `StaticKVAttention`.
+
+        Raises:
+            FPTQuantError: a KV cache type that cannot hold the codes exactly.
+        """
+        name = layer.layer_name.removesuffix(".attn")
+        largest = 2 ** (self.scheme.bits - 1) if self.scheme.symmetric else 2**self.scheme.bits - 1
+        require_exact_cache(name, layer, largest)
+        per_head = self.scheme.strategy == "head"
+        size = layer.num_kv_heads if per_head else 1
+        for side in ("k", "v"):
+            scale = torch.full((size,), float("nan"))
+            self._add_parameter(layer, name, f"{side}_scale", scale, per_head)
+            if not self.scheme.symmetric:
+                missing = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
+                self._add_parameter(layer, name, f"{side}_zero_point", missing, per_head)
+        layer.__class__ = StaticKVAttention
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Checks what was loaded and turns it into buffers of `StaticKVAttention`.
+
+        Raises:
+            FPTQuantError: a tensor is missing, a scale is not a positive number or a zero point out of range.
+        """
+        if not hasattr(layer, "k_scale"):
+            return  # done already
+        if getattr(layer, "query_quant", None) is not None:
+            raise FPTQuantError(
+                f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query to "
+                "fp8, which is not exact: serve with --kv-cache-dtype auto"
+            )
+        name = layer.layer_name.removesuffix(".attn")
+        scales = {}
+        for side in ("k", "v"):
+            scale = layer.get_parameter(f"{side}_scale").data
+            if bool(scale.isnan().all()):
+                raise FPTQuantError(f"{name}.{side}_scale is missing or NaN: quantize the model again")
+            require_positive(f"{name}.{side}_scale", scale)
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+            if not self.scheme.symmetric:
+                zero_point = layer.get_parameter(f"{side}_zero_point").data
+                self._require_zero_point(f"{name}.{side}_zero_point", zero_point)
+                delattr(layer, f"{side}_zero_point")
+            delattr(layer, f"{side}_scale")
+            low, high = code_bounds(zero_point, self.scheme.bits)
+            scales[side] = scale
+            for suffix, values in (("scale", scale), ("low", low), ("high", high)):
+                # (kv_heads, 1) or (1, 1), to meet (T, kv_heads, head_dim)
+                layer.register_buffer(f"fptquant_{side}_{suffix}", values[:, None], persistent=False)
+        for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
+            scale = scales[side]
+            if scale.numel() > 1:
+                scale = scale.repeat_interleave(layer.num_heads // layer.num_kv_heads)
+            layer.register_buffer(f"fptquant_{buffer}", scale[:, None], persistent=False)
+
+    def _add_parameter(self, layer: Module, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
+        parameter = torch.nn.Parameter(data, requires_grad=False)
+
+        def load(parameter: Tensor, loaded: Tensor) -> None:
+            loaded = loaded.reshape(-1)
+            if per_head:
+                loaded = local_heads(f"{module}.{tensor}", loaded, parameter.numel())
+            if loaded.numel() != parameter.numel():
+                raise FPTQuantError(
+                    f"{module}.{tensor}: {loaded.numel()} values, but strategy 'tensor' needs one"
+                )
+            parameter.data.copy_(loaded)
+
+        parameter.weight_loader = load  # type: ignore[attr-defined]
+        layer.register_parameter(tensor, parameter)
+
+    def _require_zero_point(self, name: str, zero_point: Tensor) -> None:
+        limit = 2 ** (self.scheme.bits - 1)
+        if bool(((zero_point < -limit) | (zero_point >= limit)).any()):
+            raise FPTQuantError(
+                f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again"
+            )
+
+
+def local_heads(name: str, values: Tensor, count: int) -> Tensor:
+    """The KV heads of this tensor-parallel rank, out of (all heads,); heads are replicated where ranks are more.
+
+    Raises:
+        FPTQuantError: the checkpoint has another number of heads than the model.
+    """
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    total = values.numel()
+    if total != count * ranks and not (count == 1 and ranks % total == 0):
+        raise FPTQuantError(f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks")
+    first = rank * total // ranks
+    return values[first : first + count]
+
+
+def require_exact_cache(name: str, layer: Module, largest: int) -> None:
+    """Refuses a cache type in which not every integer up to `largest` is exact.
+
+    Raises:
+        FPTQuantError: names the type and the remedy.
+    """
+    dtype = layer.kv_cache_torch_dtype if layer.kv_cache_dtype == "auto" else CACHE_DTYPES.get(layer.kv_cache_dtype)
+    exact = 0 if dtype is None else int(2 / torch.finfo(dtype).eps)
+    if largest > exact:
+        raise FPTQuantError(
+            f"{name}: a KV cache of type {layer.kv_cache_dtype} cannot hold integers up to {largest} exactly, which "
+            "this checkpoint's codes need: serve with --kv-cache-dtype auto"
+        )
+
+
+def require_decoder_attention(layer: Module, prefix: str) -> None:
+    """Refuses attention layers whose keys and values do not go the way `StaticKVAttention` quantizes them.
+
+    Raises:
+        FPTQuantError: names the layer.
+    """
+    plain = type(layer) in (Attention, StaticKVAttention)
+    if not plain or layer.attn_type != AttentionType.DECODER or layer.kv_sharing_target_layer_name is not None:
+        raise FPTQuantError(
+            f"{prefix}: a static KV cache is supported for plain decoder attention, not for {type(layer).__name__}"
+        )

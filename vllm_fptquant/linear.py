@@ -1,0 +1,218 @@
+"""The quantized linear layer: checkpoint tensors in, a prepared kernel out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    PackedvLLMParameter,
+    PerTensorScaleParameter,
+)
+from vllm.platforms import current_platform
+
+from fptquant.checkpoint import LinearScheme, hadamard_factors, unpack_codes
+from fptquant.errors import FPTQuantError
+from vllm_fptquant.checks import require_positive
+from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
+from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
+from vllm_fptquant.kernels.select import select_kernel
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own loggers only
+
+WORD = 32  # bits of a packed word
+
+
+class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
+    """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
+
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
+        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """A layer that is not fused has one shape."""
+        self.data[0].copy_(loaded_weight)
+
+    load_column_parallel_weight = load_row_parallel_weight
+
+
+@register_weight_loader_v2_supported_method  # type: ignore[untyped-decorator]
+class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """Static quantized linear layer, one instance per layer."""
+
+    def __init__(
+        self,
+        scheme: LinearScheme,
+        shards: tuple[str, ...],
+        *,
+        hadamard_block: int | None = None,
+        kernel: str | None = None,
+    ) -> None:
+        """Describes the layer.
+
+        Args:
+            scheme: bits and symmetry that all shards share.
+            shards: checkpoint names of the fused layers, in order; a single name when nothing is fused.
+            hadamard_block: size of T_d's blocks at the input, None where there is no T_d.
+            kernel: name of the kernel the user asked for, None to choose.
+        """
+        self.scheme = scheme
+        self.shards = shards
+        self.hadamard_block = hadamard_block
+        self.kernel = kernel
+        self.loaded: dict[str, set[Any]] = {}
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Creates the parameters that the checkpoint's tensors are loaded into.
+
+        Raises:
+            FPTQuantError: a tensor-parallel size that splits a packed word or a Hadamard block, or a kernel
+                override that cannot compute this layer.
+        """
+        weights, activations = self.scheme.weights, self.scheme.activations
+        in_features, out_features = input_size_per_partition, sum(output_partition_sizes)
+        shards = len(output_partition_sizes)
+        if shards != len(self.shards):
+            raise FPTQuantError(f"{self.shards[0]}: vLLM fuses {shards} layers, we know {len(self.shards)}")
+        self._check_partition(in_features, input_size)
+        self.output_partition_sizes = output_partition_sizes
+        self.in_features = input_size
+        spec = LinearSpec(self.scheme, in_features, out_features, params_dtype, current_platform.device_type)
+        self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
+        kind = "+".join(name.rpartition(".")[2] for name in self.shards)
+        bits = f"w{weights.bits}a{activations.bits}"
+        logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
+
+        layer.params_dtype = params_dtype
+        layer.fptquant_out_features = out_features
+        loader = extra_weight_attrs["weight_loader"]
+
+        def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
+            seen = self.loaded.setdefault(name, set())
+            layer.register_parameter(
+                name, parameter(data=data, weight_loader=recording(loader, seen), **attributes)
+            )
+
+        words = -(-in_features * weights.bits // WORD)
+        add(
+            "weight_packed",
+            PackedvLLMParameter,
+            torch.zeros(out_features, words, dtype=torch.int32),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=WORD // weights.bits,
+        )
+        nan = float("nan")
+        add("weight_scale", ChannelQuantScaleParameter, torch.full((out_features, 1), nan), output_dim=0)
+        add("weight_shape", ShapeParameter, torch.zeros(shards, 2, dtype=torch.int64))
+        if activations.bits < 16:
+            add("input_scale", PerTensorScaleParameter, torch.full((shards,), nan))
+            if not activations.symmetric:
+                add("input_zero_point", PerTensorScaleParameter, torch.zeros(shards, dtype=torch.int32))
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad = False
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Checks what was loaded, hands it to the kernel and frees it.
+
+        Raises:
+            FPTQuantError: a tensor is missing or contradicts the model, a scale is not a positive number, or
+                fused shards have different input quantizers.
+        """
+        if not hasattr(layer, "weight_packed"):
+            return  # done already
+        self._require_loaded()
+        for name, shape in zip(self.shards, layer.weight_shape.tolist(), strict=True):
+            if shape[1] != self.in_features:
+                raise FPTQuantError(
+                    f"{name}.weight_shape: {shape[1]} input features, but the model has {self.in_features}"
+                )
+        scales = layer.weight_scale.data.split(self.output_partition_sizes)
+        for name, scale in zip(self.shards, scales, strict=True):
+            require_positive(f"{name}.weight_scale", scale)
+        input_scale = zero_point = None
+        if self.scheme.activations.bits < 16:
+            for name, scale in zip(self.shards, layer.input_scale.data, strict=True):
+                require_positive(f"{name}.input_scale", scale)
+            input_scale = self._shared("input_scale", layer.input_scale.data)
+            if not self.scheme.activations.symmetric:
+                zero_point = self._shared("input_zero_point", layer.input_zero_point.data)
+
+        bits = self.scheme.weights.bits
+        shape = torch.Size((layer.fptquant_out_features, layer.input_size_per_partition))
+        weights = LinearWeights(
+            scheme=self.scheme,
+            codes=unpack_codes(layer.weight_packed.data, bits, shape),
+            weight_scale=layer.weight_scale.data.flatten(),
+            input_scale=input_scale,
+            input_zero_point=zero_point,
+        )
+        for name in self.loaded:
+            delattr(layer, name)
+        rotation = None if self.hadamard_block is None else hadamard_factors(self.hadamard_block)
+        prepared = PreparedLinear(self.kernel_class(weights), rotation)
+        layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`."""
+        return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
+
+    def _check_partition(self, in_features: int, total: int) -> None:
+        """Refuses tensor-parallel sizes that cut through a packed word or a Hadamard block."""
+        name, parts, bits = self.shards[0], total // in_features, self.scheme.weights.bits
+        block = self.hadamard_block
+        if block is not None and in_features % block:
+            raise FPTQuantError(
+                f"{name}: tensor-parallel size {parts} leaves {in_features} input features per rank, which splits "
+                f"the Hadamard blocks of {block}: use a size that divides {total // block}, or export the "
+                "checkpoint with a smaller block"
+            )
+        if parts > 1 and in_features * bits % WORD:
+            raise FPTQuantError(
+                f"{name}: tensor-parallel size {parts} leaves {in_features} input features per rank, which is no "
+                f"multiple of the {WORD // bits} weights in a packed word: use a smaller size"
+            )
+
+    def _require_loaded(self) -> None:
+        missing = [name for name, seen in self.loaded.items() if len(seen) < len(self.shards)]
+        if missing:
+            raise FPTQuantError(
+                f"{' / '.join(self.shards)}: the checkpoint has no {', '.join(missing)} "
+                "(for all of them): it is incomplete, quantize the model again"
+            )
+
+    def _shared(self, tensor: str, values: Tensor) -> Tensor:
+        """The one value that all shards have: their product is computed from one quantized input."""
+        if bool((values != values[0]).any()):
+            listed = ", ".join(f"{name} {value:g}" for name, value in zip(self.shards, values.tolist(), strict=True))
+            raise FPTQuantError(
+                f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
+            )
+        return values[0].clone()
+
+
+def recording(loader: Callable[..., None], seen: set[Any]) -> Callable[..., None]:
+    """Wraps a weight loader to note which shards were loaded."""
+
+    def load(parameter: Any, loaded_weight: Tensor, *shard: Any) -> None:
+        loader(parameter, loaded_weight, *shard)
+        seen.add(shard)
+
+    return load
