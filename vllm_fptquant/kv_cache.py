@@ -1,11 +1,12 @@
 """Static INT4 and INT8 KV cache on attention kernels that know nothing of it, without rounding twice.
 
-The cache holds integer codes `q - z`, which its 16 or 32-bit type represents exactly, in place of keys and values:
+The cache holds integer codes `q - z`, which its floating-point type represents exactly, in place of keys and
+values:
 
     softmax((query * s_k) . (q_k - z_k)) applied to (q_v - z_v), times s_v
 
-is attention over the dequantized keys and values. It saves no memory: there is no attention kernel in vLLM for
-static integers (serving.md, section 4).
+is attention over the dequantized keys and values. It saves no memory by itself: vLLM has no attention kernel
+for static integers.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ CACHE_DTYPES = {
 class StaticKVAttention(Attention):  # type: ignore[misc]
     """vLLM's attention layer with quantized keys and values.
 
-    An `Attention` instance becomes one by a change of its class: vLLM's models construct the layer themselves, and
-    the integer cache has to work in all of them.
+    An `Attention` instance becomes one by a change of its class: vLLM's models construct the layer
+    themselves, and the integer cache has to work in all of them.
     """
 
     def forward(
@@ -60,12 +61,15 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
         keys = key.reshape(-1, self.num_kv_heads, self.head_size)  # (T, kv_heads, head_dim)
         values = value.reshape(-1, self.num_kv_heads, self.head_size_v)
         queries = query.reshape(-1, self.num_heads, self.head_size)  # (T, heads, head_dim)
-        keys = quantize(keys, self.fptquant_k_scale, self.fptquant_k_low, self.fptquant_k_high).to(key.dtype)
-        values = quantize(values, self.fptquant_v_scale, self.fptquant_v_low, self.fptquant_v_high).to(value.dtype)
+        keys = quantize(keys, self.fptquant_k_scale, self.fptquant_k_low, self.fptquant_k_high)
+        values = quantize(values, self.fptquant_v_scale, self.fptquant_v_low, self.fptquant_v_high)
         queries = (queries * self.fptquant_query_scale).to(query.dtype)
-        output = super().forward(queries, keys, values, output_shape, output_dtype)
+        output = super().forward(
+            queries, keys.to(key.dtype), values.to(value.dtype), output_shape, output_dtype
+        )
         heads = output.view(-1, self.num_heads, self.head_size_v)
-        return (heads * self.fptquant_output_scale).to(output.dtype).view(output.shape)
+        result: Tensor = (heads * self.fptquant_output_scale).to(output.dtype).view(output.shape)
+        return result
 
 
 class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
@@ -78,7 +82,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         super().__init__(quant_config)
         self.scheme = scheme
 
-    def create_weights(self, layer: Module) -> None:
+    def create_weights(self, layer: Attention) -> None:
         """Adds the parameters, and makes the layer a `StaticKVAttention`.
 
         Raises:
@@ -97,7 +101,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 self._add_parameter(layer, name, f"{side}_zero_point", missing, per_head)
         layer.__class__ = StaticKVAttention
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Attention) -> None:
         """Checks what was loaded and turns it into buffers of `StaticKVAttention`.
 
         Raises:
@@ -107,8 +111,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             return  # done already
         if getattr(layer, "query_quant", None) is not None:
             raise FPTQuantError(
-                f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query to "
-                "fp8, which is not exact: serve with --kv-cache-dtype auto"
+                f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query "
+                "to fp8, which is not exact: serve with --kv-cache-dtype auto"
             )
         name = layer.layer_name.removesuffix(".attn")
         scales = {}
@@ -134,7 +138,9 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 scale = scale.repeat_interleave(layer.num_heads // layer.num_kv_heads)
             layer.register_buffer(f"fptquant_{buffer}", scale[:, None], persistent=False)
 
-    def _add_parameter(self, layer: Module, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
+    def _add_parameter(
+        self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool
+    ) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
         def load(parameter: Tensor, loaded: Tensor) -> None:
@@ -159,7 +165,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
 
 
 def local_heads(name: str, values: Tensor, count: int) -> Tensor:
-    """The KV heads of this tensor-parallel rank, out of (all heads,); heads are replicated where ranks are more.
+    """The KV heads of this tensor-parallel rank, out of (all heads,); ranks beyond that share heads.
 
     Raises:
         FPTQuantError: the checkpoint has another number of heads than the model.
@@ -167,23 +173,26 @@ def local_heads(name: str, values: Tensor, count: int) -> Tensor:
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     total = values.numel()
     if total != count * ranks and not (count == 1 and ranks % total == 0):
-        raise FPTQuantError(f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks")
+        raise FPTQuantError(
+            f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks"
+        )
     first = rank * total // ranks
     return values[first : first + count]
 
 
-def require_exact_cache(name: str, layer: Module, largest: int) -> None:
+def require_exact_cache(name: str, layer: Attention, largest: int) -> None:
     """Refuses a cache type in which not every integer up to `largest` is exact.
 
     Raises:
         FPTQuantError: names the type and the remedy.
     """
-    dtype = layer.kv_cache_torch_dtype if layer.kv_cache_dtype == "auto" else CACHE_DTYPES.get(layer.kv_cache_dtype)
+    chosen = layer.kv_cache_dtype
+    dtype = layer.kv_cache_torch_dtype if chosen == "auto" else CACHE_DTYPES.get(chosen)
     exact = 0 if dtype is None else int(2 / torch.finfo(dtype).eps)
     if largest > exact:
         raise FPTQuantError(
-            f"{name}: a KV cache of type {layer.kv_cache_dtype} cannot hold integers up to {largest} exactly, which "
-            "this checkpoint's codes need: serve with --kv-cache-dtype auto"
+            f"{name}: a KV cache of type {chosen} cannot hold integers up to {largest} exactly, which this "
+            "checkpoint's codes need: serve with --kv-cache-dtype auto"
         )
 
 
@@ -193,8 +202,11 @@ def require_decoder_attention(layer: Module, prefix: str) -> None:
     Raises:
         FPTQuantError: names the layer.
     """
-    plain = type(layer) in (Attention, StaticKVAttention)
-    if not plain or layer.attn_type != AttentionType.DECODER or layer.kv_sharing_target_layer_name is not None:
+    if (
+        type(layer) not in (Attention, StaticKVAttention)
+        or layer.attn_type != AttentionType.DECODER
+        or layer.kv_sharing_target_layer_name is not None
+    ):
         raise FPTQuantError(
-            f"{prefix}: a static KV cache is supported for plain decoder attention, not for {type(layer).__name__}"
+            f"{prefix}: a static KV cache needs plain decoder attention, this is {type(layer).__name__}"
         )

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -43,7 +46,7 @@ class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
     load_column_parallel_weight = load_row_parallel_weight
 
 
-@register_weight_loader_v2_supported_method  # type: ignore[untyped-decorator]
+@register_weight_loader_v2_supported_method
 class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Static quantized linear layer, one instance per layer."""
 
@@ -71,7 +74,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -129,7 +132,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad = False
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Checks what was loaded, hands it to the kernel and frees it.
 
         Raises:
@@ -170,7 +173,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         prepared = PreparedLinear(self.kernel_class(weights), rotation)
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`."""
         return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
 
@@ -180,14 +183,14 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         block = self.hadamard_block
         if block is not None and in_features % block:
             raise FPTQuantError(
-                f"{name}: tensor-parallel size {parts} leaves {in_features} input features per rank, which splits "
-                f"the Hadamard blocks of {block}: use a size that divides {total // block}, or export the "
-                "checkpoint with a smaller block"
+                f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
+                f"splits the Hadamard blocks of {block}: use a size that divides {total // block}, or "
+                "quantize the model again with a smaller block"
             )
         if parts > 1 and in_features * bits % WORD:
             raise FPTQuantError(
-                f"{name}: tensor-parallel size {parts} leaves {in_features} input features per rank, which is no "
-                f"multiple of the {WORD // bits} weights in a packed word: use a smaller size"
+                f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
+                f"is no multiple of the {WORD // bits} weights in a packed word: use a smaller size"
             )
 
     def _require_loaded(self) -> None:
@@ -201,9 +204,11 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _shared(self, tensor: str, values: Tensor) -> Tensor:
         """The one value that all shards have: their product is computed from one quantized input."""
         if bool((values != values[0]).any()):
-            listed = ", ".join(f"{name} {value:g}" for name, value in zip(self.shards, values.tolist(), strict=True))
+            given = zip(self.shards, values.tolist(), strict=True)
+            listed = ", ".join(f"{name} {value:g}" for name, value in given)
             raise FPTQuantError(
-                f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
+                f"{tensor} must be equal in layers that share an input, got {listed}: "
+                "quantize the model again"
             )
         return values[0].clone()
 

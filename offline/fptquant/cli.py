@@ -140,8 +140,13 @@ def verify(
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
     from importlib import resources
 
-    from fptquant.evaluation.equivalence import check_function_preserved, check_read_back, check_served
-    from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.evaluation.equivalence import (
+        check_function_preserved,
+        check_greedy,
+        check_read_back,
+        check_served,
+    )
+    from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine, vllm_installed
     from fptquant.loading import open_source
     from fptquant.pipeline import plan_of
@@ -162,13 +167,14 @@ def verify(
     if vllm and vllm_installed():
         with _err.status("vLLM"):
             engine = VLLMEngine(checkpoint, length + 1)
-            checks.append(check_served(simulated, engine.score, tokens))
+            checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
+            checks.append(check_greedy(simulated, engine, tokens[:, : length // 2], new_tokens=16))
             engine.close()
     table = Table("check", "measured", "limit", "", title=f"{checkpoint} on {windows} windows of {length} tokens")
     for check in checks:
         table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
     _out.print(table)
-    if len(checks) < 3:
+    if not (vllm and vllm_installed()):
         _out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)

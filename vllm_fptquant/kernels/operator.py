@@ -1,14 +1,15 @@
 """The quantized linear layer as one custom operator, `fptquant::linear`, for eager mode and torch.compile.
 
-Packed weights are no tensors, so a compiled graph cannot hold them. It holds a *handle* instead, an int64 tensor
-that is a buffer of the layer: a graph from vLLM's compile cache therefore always meets the weights of the model
-that is running, and no scale of a checkpoint is baked into a graph.
+Packed weights are no tensors, so a compiled graph cannot hold them. It holds a *handle* instead, an int64
+tensor that is a buffer of the layer: a graph from vLLM's compile cache therefore always meets the weights of
+the model that is running, and no scale of a checkpoint is baked into a graph.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _linear_fake(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: i
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_library = torch.library.Library("fptquant", "FRAGMENT")
+_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
 torch.library.register_fake("fptquant::linear", _linear_fake, lib=_library)

@@ -1,7 +1,8 @@
 """Llama with residual scaling S_n (FPTQuant, arXiv 2506.04985, section 3.1.3), in its local form.
 
-The residual stream stays as it is. Each block's last projection gets its input multiplied by S = 1 / RMS(residual)
-of the token and its output divided by S again, so that its static quantizer sees the scale of a normalized stream:
+The residual stream stays as it is. Each block's last projection gets its input multiplied by S, the inverse
+RMS of the token's residual, and its output divided by S again, so that its static quantizer sees the scale of
+a normalized stream:
 
     o_proj(S * attention) / S          down_proj(S * act(gate) * up) / S
 """
@@ -37,7 +38,8 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
         output = output / scale
     if bias is not None:
         output = output + bias
-    return output.to(x.dtype)
+    result: Tensor = output.to(x.dtype)
+    return result
 
 
 class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]

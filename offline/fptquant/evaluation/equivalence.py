@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.evaluation.perplexity import Scorer, transformers_scorer
+from fptquant.evaluation.perplexity import Scorer
+from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.merging import round_floats
 from fptquant.pipeline import Plan, logits, transform
@@ -56,14 +57,16 @@ def check_function_preserved(job: Plan, windows: Tensor) -> tuple[Check, PreTrai
     return check, model
 
 
-def check_read_back(job: Plan, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor) -> tuple[Check, Scorer]:
+def check_read_back(
+    job: Plan, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor
+) -> tuple[Check, PreTrainedModel]:
     """Logits of the simulated quantized model against the checkpoint read back: must be identical.
 
     The simulation takes everything in floating point from the transformed original and only the integers and scales
     from the checkpoint; the other side is loaded by transformers.
 
     Returns:
-        The check, and a scorer of the checkpoint read back.
+        The check, and the checkpoint read back.
     """
     round_floats(transformed, job.source.architecture, job.dtype)
     _load_quantized_tensors(transformed, checkpoint)
@@ -74,7 +77,7 @@ def check_read_back(job: Plan, transformed: PreTrainedModel, checkpoint: Path, w
     check = Check(
         "checkpoint read back = simulated", f"largest logit difference {difference:.2e}", "identical", difference == 0.0
     )
-    return check, transformers_scorer(loaded)
+    return check, loaded
 
 
 def check_served(simulated: Scorer, served: Scorer, windows: Tensor) -> Check:
@@ -90,6 +93,25 @@ def check_served(simulated: Scorer, served: Scorer, windows: Tensor) -> Check:
         f"perplexity < {100 * PERPLEXITY_TOLERANCE:.1f} %",
         ratio < PERPLEXITY_TOLERANCE,
     )
+
+
+@torch.no_grad()
+def check_greedy(simulated: torch.nn.Module, engine: VLLMEngine, prompts: Tensor, new_tokens: int) -> Check:
+    """Greedy tokens that vLLM decodes, all prompts in one batch, against one prefill of the simulation over them.
+
+    Args:
+        simulated: the checkpoint loaded in transformers.
+        engine: the checkpoint in vLLM.
+        prompts: (prompts, tokens).
+        new_tokens: how many to decode after each.
+    """
+    differing = 0
+    for prompt, decoded in zip(prompts, engine.greedy(prompts.tolist(), new_tokens), strict=True):
+        sequence = torch.cat((prompt, torch.tensor(decoded)))
+        expected = simulated(sequence[None], use_cache=False).logits[0].argmax(-1)
+        differing += int(not torch.equal(expected[len(prompt) - 1 : -1], sequence[len(prompt) :]))
+    measured = f"{len(prompts) - differing} of {len(prompts)} continuations of {new_tokens} tokens equal"
+    return Check("greedy tokens served = simulated", measured, "all equal", differing == 0)
 
 
 def _load_quantized_tensors(model: PreTrainedModel, checkpoint: Path) -> None:

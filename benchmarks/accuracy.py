@@ -1,0 +1,92 @@
+"""Perplexity of SmolLM2 at every preset, simulated and served, and how far the two are apart.
+
+Model: SmolLM2-135M-Instruct, a dequantized GGUF. Text: the first windows of tests/data/wiki.test.txt. All ranges are
+static. Checkpoints are kept in `--work` and results are written as they come, so an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+ROWS = {
+    "w4a16": ["--precision", "w4a16"],
+    "w4a8": ["--precision", "w4a8"],
+    "w4a8kv8": ["--precision", "w4a8kv8"],
+    "w4a8kv8, S_n off": ["--precision", "w4a8kv8", "--without", "S_n"],
+    "w4a8kv8, no transform": ["--precision", "w4a8kv8", "--recipe", "gptq"],
+    "w4a4kv8": ["--precision", "w4a4kv8"],
+    "w4a4kv4": ["--precision", "w4a4kv4"],
+    "w4a4kv4, KV per head": ["--precision", "w4a4kv4", "--kv-strategy", "head"],
+    "w4a4kv4, S_n off": ["--precision", "w4a4kv4", "--without", "S_n"],
+    "w4a4kv4-symmetric": ["--precision", "w4a4kv4-symmetric"],
+    "w4a4kv4, no transform": ["--precision", "w4a4kv4", "--recipe", "gptq"],
+    "w4a8kv8, nearest": ["--precision", "w4a8kv8", "--rounding", "nearest"],
+}
+
+
+def main() -> None:
+    """Quantizes, evaluates, prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "accuracy")
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--only", nargs="*", choices=list(ROWS))
+    arguments = parser.parse_args()
+    from fetch_smollm2 import fetch
+
+    source = fetch()
+    results_file = arguments.work / "results.json"
+    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
+    for name in ["float32", *(arguments.only or ROWS)]:
+        if name not in results:
+            checkpoint = source if name == "float32" else quantize(source, arguments.work, name)
+            results[name] = evaluate(checkpoint, arguments.windows)
+            arguments.work.mkdir(parents=True, exist_ok=True)
+            results_file.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nperplexity, {arguments.windows} windows of 512 tokens of wiki.test.txt, static\n")
+    print("| SmolLM2-135M | simulated | served by vLLM | difference | greedy continuations equal |")
+    print("|---|---|---|---|---|")
+    for name, row in results.items():
+        difference = 100 * abs(row["served"] / row["simulated"] - 1)
+        print(f"| {name} | {row['simulated']:.3f} | {row['served']:.3f} | {difference:.4f} % | {row['greedy']} |")
+
+
+def quantize(source: Path, work: Path, name: str) -> Path:
+    """The checkpoint of a row, made if it isn't there."""
+    output = work / name.replace(",", "").replace(" ", "-")
+    if not output.is_dir():
+        fptquant = Path(sys.executable).parent / "fptquant"
+        subprocess.run([fptquant, "quantize", source, "-o", output, *ROWS[name]], check=True)
+    return output
+
+
+def evaluate(checkpoint: Path, count: int) -> dict[str, float | str]:
+    """Perplexity both ways, and whether 20 greedy continuations agree."""
+    from fptquant.evaluation.equivalence import check_greedy
+    from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
+    from fptquant.evaluation.vllm_backend import VLLMEngine
+    from fptquant.loading import load_model, open_source
+
+    source = open_source(checkpoint)
+    windows = evaluation_windows(source.tokenizer, ROOT / "tests" / "data" / "wiki.test.txt", count, 512)
+    model = load_model(source)
+    simulated = measure(transformers_scorer(model), windows, 512)
+    engine = VLLMEngine(checkpoint, 513)
+    served = measure(engine.score, windows, 512)
+    starts = torch.linspace(0, 400, 20, dtype=torch.int64)
+    prompts = torch.stack([windows[i % count, start : start + 32] for i, start in enumerate(starts.tolist())])
+    greedy = check_greedy(model, engine, prompts, new_tokens=16)
+    engine.close()
+    print(checkpoint.name, simulated, served, greedy, file=sys.stderr, flush=True)
+    return {"simulated": simulated.perplexity, "served": served.perplexity, "greedy": greedy.measured}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""`make bench`: speed and memory of every way to serve SmolLM2 on this machine, in one table from one run.
+
+Each row is measured in processes of its own (`measure_speed.py`), `--rounds` times, in turn, so that a drift of the
+machine's speed meets all rows alike; the table shows medians, and ratios to vLLM serving the same model unquantized in
+float32. Speed doesn't depend on how well weights are rounded, so the checkpoints are rounded to nearest with little
+calibration; their accuracy is not what is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+QUICK = ["--rounding", "nearest", "--sequences", "4"]
+ALL_TRANSFORMS = "T_k,T_v,T_u,T_r,T_d,S_n"
+CHECKPOINTS = {
+    "fptquant w4a8kv8": ["--precision", "w4a8kv8"],
+    "fptquant w4a4kv4": ["--precision", "w4a4kv4"],
+    "w4a8kv8, no transform": ["--precision", "w4a8kv8", "--without", ALL_TRANSFORMS],
+    "w4a4kv4, no transform": ["--precision", "w4a4kv4", "--without", ALL_TRANSFORMS],
+    "w4a8, no transform": ["--precision", "w4a8", "--without", ALL_TRANSFORMS],
+}
+BASELINE = "float32"
+NATIVE = "compressed-tensors W8A8 static"
+METRICS = ("prefill_tokens_per_second", "decode_1_tokens_per_second", "decode_8_tokens_per_second", "resident_bytes")
+
+
+def main() -> None:
+    """Quantizes what is missing, measures, prints a Markdown table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench", help="checkpoints and results")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="*", help="names of rows (the float32 row is always measured)")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    arguments = parser.parse_args()
+    models = prepare(arguments.work)
+    if arguments.only:
+        models = {name: path for name, path in models.items() if name == BASELINE or name in arguments.only}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for number in range(arguments.rounds):
+        for name, path in models.items():
+            print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
+            results[name].append(measure(path, arguments.threads, arguments.compiled))
+    (arguments.work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results, arguments.threads, arguments.compiled)
+
+
+def prepare(work: Path) -> dict[str, Path]:
+    """Directory of each row's checkpoint, made if it isn't there."""
+    from fetch_smollm2 import fetch
+
+    source = fetch()
+    models = {BASELINE: source}
+    for name, options in CHECKPOINTS.items():
+        output = work / name.replace(" ", "-").replace(",", "")
+        if not output.is_dir():
+            fptquant = Path(sys.executable).parent / "fptquant"
+            subprocess.run([fptquant, "quantize", source, "-o", output, *QUICK, *options], check=True)
+        models[name] = output
+    native = work / "compressed-tensors-w8a8"
+    if not native.is_dir():
+        export_compressed_tensors(models["w4a8, no transform"], native)
+    models[NATIVE] = native
+    return models
+
+
+def export_compressed_tensors(source: Path, output: Path) -> None:
+    """Rewrites a w4a8 checkpoint without transforms as compressed-tensors `int-quantized` W8A8 static.
+
+    The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
+    """
+    from fptquant.checkpoint import unpack_codes
+
+    tensors = {}
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        for name in file.keys():
+            parent, _, leaf = name.rpartition(".")
+            tensor = file.get_tensor(name)
+            if leaf == "weight_packed":
+                shape = file.get_tensor(f"{parent}.weight_shape")
+                tensors[f"{parent}.weight"] = unpack_codes(tensor, 4, tuple(shape.tolist()))
+            elif leaf == "input_scale":
+                tensors[name] = tensor.reshape(1)
+            elif leaf != "weight_shape":
+                tensors[name] = tensor
+    arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**arguments, "strategy": "channel"},
+                "input_activations": {**arguments, "strategy": "tensor"},
+            }
+        },
+    }
+    output.mkdir(parents=True)
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    for file in source.iterdir():
+        if file.is_file() and file.name not in ("model.safetensors", "config.json"):
+            (output / file.name).write_bytes(file.read_bytes())
+    (output / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
+    """Runs `measure_speed.py` on one checkpoint."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+    }
+    command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(model)]
+    command += ["--compiled"] if compiled else []
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def print_table(results: dict[str, list[dict[str, float]]], threads: int, compiled: bool) -> None:
+    """Medians, with the ratio to float32 beside every figure."""
+    middle = {
+        name: {metric: statistics.median(run[metric] for run in runs) for metric in METRICS}
+        for name, runs in results.items()
+    }
+    base = middle[BASELINE]
+    print(f"\n{processor()}, {threads} threads, {'compiled' if compiled else 'eager'}, {platform.python_version()}\n")
+    print("| SmolLM2-135M | prefill 1024 tok/s | decode batch 1 tok/s | decode batch 8 tok/s | resident MB |")
+    print("|---|---|---|---|---|")
+    for name, row in middle.items():
+        cells = [f"{row[m]:.1f} ({row[m] / base[m]:.2f}x)" for m in METRICS[:3]]
+        print(f"| {name} | {' | '.join(cells)} | {row['resident_bytes'] / 1e6:.0f} |")
+    for precision in ("w4a8kv8", "w4a4kv4"):
+        with_all, without = middle.get(f"fptquant {precision}"), middle.get(f"{precision}, no transform")
+        if with_all and without:
+            costs = ", ".join(f"{m.split('_tokens')[0]} {100 * (1 - with_all[m] / without[m]):.1f} %" for m in METRICS[:3])
+            print(f"\nAll transforms together cost at {precision}: {costs} of throughput.")
+
+
+def processor() -> str:
+    """Name of the CPU, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+if __name__ == "__main__":
+    main()

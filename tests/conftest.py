@@ -1,0 +1,159 @@
+"""Tiny random models and a tiny tokenizer, made here: no test needs a network or a real model."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
+VOCABULARY = 320
+
+# No size but GQA's is a power of two; head_dim 10 is not hidden / heads either.
+MODELS: dict[str, dict[str, object]] = {
+    "gqa": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "mha": {"hidden_size": 36, "intermediate_size": 56, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "mqa": {
+        "hidden_size": 28,
+        "intermediate_size": 44,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+    },
+    "bias": {
+        "hidden_size": 40,
+        "intermediate_size": 72,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "tied": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def build_model(kind: str, seed: int = 0, embedding_rms: float = 0.02, **changes: object) -> LlamaForCausalLM:
+    """A random Llama in float32 whose every parameter matters: gains and biases too, which start trivial."""
+    fields = {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+    config = LlamaConfig(**{**fields, **MODELS[kind], **changes})
+    config.architectures = ["LlamaForCausalLM"]
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.3 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.2 * noise)
+        elif "embed" in name:
+            parameter.copy_(noise * (1.0 if config.tie_word_embeddings else embedding_rms))
+        else:
+            parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def build_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens; with `bos` it puts `<s>` in front of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT.read_text(encoding="utf-8")[:20_000]], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keeps the suite on one core, and its float sums in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(bos=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    return build_tokenizer(bos=True)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """`make_model(kind, **config changes)`: a fresh random model in memory."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def save_model(
+    tokenizer: PreTrainedTokenizerFast, tokenizer_with_bos: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """`save_model(directory, kind, dtype=..., bos=..., **config changes)`: a complete checkpoint directory."""
+
+    def save(
+        directory: Path, kind: str = "bias", dtype: torch.dtype = torch.float32, bos: bool = True, **changes: object
+    ) -> Path:
+        model = build_model(kind, **changes).to(dtype)  # type: ignore[arg-type]
+        model.config.dtype = dtype
+        model.save_pretrained(directory)
+        (tokenizer_with_bos if bos else tokenizer).save_pretrained(directory)
+        (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> Path:
+    """A model with biases, GQA and a BOS; shared, so read only."""
+    return save_model(tmp_path_factory.mktemp("models") / "bias")
+
+
+@pytest.fixture(scope="session")
+def text_file() -> Path:
+    """Real English text."""
+    return TEXT
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data.update(changes)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def change_json() -> Callable[..., None]:
+    """`change_json(path, **fields)` replaces top-level fields of a JSON file."""
+    return edit_json
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that asks a hub for something fails at once instead of waiting for the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    yield

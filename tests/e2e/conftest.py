@@ -1,0 +1,56 @@
+"""The real model, quantized once for all end-to-end tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fetch_smollm2 import fetch
+
+from fptquant.evaluation.perplexity import evaluation_windows
+from fptquant.loading import Source, open_source
+
+WIKI = Path(__file__).parents[1] / "data" / "wiki.test.txt"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.slow)
+
+
+def quantize(model: Path, output: Path, *options: str) -> Path:
+    """Runs the command as a user would."""
+    command = [str(Path(sys.executable).parent / "fptquant"), "quantize", str(model), "-o", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    return open_source(fetch())
+
+
+@pytest.fixture(scope="session")
+def default_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default: w4a8kv8, all transforms, GPTQ."""
+    return quantize(source.path, tmp_path_factory.mktemp("models") / "smollm2-w4a8kv8")
+
+
+@pytest.fixture(scope="session")
+def unscaled_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """w4a4kv4 without S_n (the in-tree model class), rounded quickly: its accuracy isn't looked at."""
+    output = tmp_path_factory.mktemp("models") / "smollm2-w4a4kv4"
+    options = ["--without", "S_n", "--kv-strategy", "head", "--rounding", "nearest", "--sequences", "4"]
+    return quantize(source.path, output, "--precision", "w4a4kv4", *options)
+
+
+@pytest.fixture(scope="session")
+def windows(source: Source) -> torch.Tensor:
+    """The first 20 windows of 512 tokens of the test text."""
+    return evaluation_windows(source.tokenizer, WIKI, 20, 512)

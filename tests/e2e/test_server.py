@@ -1,0 +1,74 @@
+"""`vllm serve` as a subprocess, asked through the `openai` client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from vllm_server import Server, serve
+
+pytestmark = pytest.mark.vllm
+
+MODEL = "smollm2-int4"
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+
+
+@pytest.fixture(scope="module")
+def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ["--quantization", "fptquant", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    log = tmp_path_factory.mktemp("server") / "vllm.log"
+    with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log) as running:
+        yield running
+    assert running.proc.returncode == 0, f"no clean shutdown: {running.log.read_text()[-3000:]}"
+    assert "Traceback" not in running.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.base_url, api_key="none", timeout=120, max_retries=0)
+
+
+def test_completion_with_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="The sky is", max_tokens=8, temperature=0, logprobs=2)
+    choice = answer.choices[0]
+    assert answer.usage is not None and answer.usage.completion_tokens == 8
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    assert all(value is not None and value <= 0 for value in choice.logprobs.token_logprobs)
+    assert "".join(choice.logprobs.tokens or []) == choice.text
+
+
+def test_chat_answer_is_right(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=40, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
+    settings = {"model": MODEL, "messages": QUESTION, "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**settings).choices[0].message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**settings, stream=True)]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole
+
+
+def test_16_concurrent_requests(client: openai.OpenAI) -> None:
+    def ask(number: int) -> str:
+        prompt = f"Count: {number}, {number + 1}, {number + 2},"
+        return client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(16)))
+    assert all(together)
+    assert ask(3) == together[3]  # the batch changes nothing
+
+
+def test_wrong_model_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="nonsense"):
+        client.completions.create(model="nonsense", prompt="x")
+
+
+def test_prompt_too_long(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="512"):
+        client.completions.create(model=MODEL, prompt="word " * 600, max_tokens=4)

@@ -1,0 +1,64 @@
+"""Serves one checkpoint on vLLM in a process of its own: prompt log-probabilities and greedy tokens as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("request", type=Path, help="JSON: prompts (lists of token ids), max_tokens")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kernel")
+    arguments = parser.parse_args()
+
+    from vllm import LLM, SamplingParams
+
+    request = json.loads(arguments.request.read_text())
+    vocab = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
+    llm = LLM(
+        str(arguments.model),
+        dtype=arguments.dtype,
+        quantization="fptquant",
+        enforce_eager=not arguments.compile,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_logprobs=vocab,
+        skip_tokenizer_init=True,
+        additional_config={"fptquant": {"kernel": arguments.kernel}} if arguments.kernel else {},
+    )
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=request["max_tokens"],
+        prompt_logprobs=vocab,
+        logprobs=vocab,
+        detokenize=False,
+        ignore_eos=True,
+    )
+    results = []
+    for answer in llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling):
+        prompt_rows = answer.prompt_logprobs[1:]  # position 0 has no prediction
+        rows = [*prompt_rows, *answer.outputs[0].logprobs]
+        results.append(
+            {
+                "tokens": list(answer.outputs[0].token_ids),
+                "logprobs": [[row[token].logprob for token in range(vocab)] for row in rows],
+            }
+        )
+    arguments.output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
