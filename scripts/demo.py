@@ -67,6 +67,19 @@ def size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
+def packed_size(directory: Path) -> int:
+    """Bytes of the checkpoint's integer tensors, the packed weights, read from the safetensors headers."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__" and tensor["dtype"].startswith(("I", "U")):
+                start, end = tensor["data_offsets"]
+                total += end - start
+    return total
+
+
 def ask(server: Server) -> tuple[str, float]:
     """Ask the question, print the answer as it comes; return it with its seconds."""
     started = time.monotonic()
@@ -136,8 +149,9 @@ def demo(cache: Path) -> None:
     step("Result")
     print(f"answer       {len(answer.split())} words in {seconds:.1f} s")
     print(f"perplexity   {before:.2f} original, {after:.2f} quantized ({PRECISION}, simulated)")
-    print(f"size         {big / 1e6:.0f} MB original in float32, {small / 1e6:.0f} MB quantized")
-    print(f"             {big / small:.1f} times smaller; {big / 2 / small:.1f} times against 16-bit weights")
+    print(f"size         {big / 1e6:.0f} MB original (float32), {small / 1e6:.0f} MB quantized")
+    print(f"             {packed_size(quantized) / 1e6:.0f} MB of it are the INT4 weights; the rest is mostly the")
+    print("             embedding and the output head, stored unquantized and, for this small model, large")
     print(f"checkpoint   {quantized}")
 
 

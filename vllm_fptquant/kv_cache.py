@@ -34,7 +34,7 @@ CACHE_DTYPES = {
 }
 
 
-class StaticKVAttention(Attention):  # type: ignore[misc]
+class StaticKVAttention(Attention):
     """vLLM's attention layer with quantized keys and values.
 
     An `Attention` instance becomes one by a change of its class: vLLM's models construct the layer
@@ -72,15 +72,16 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
         return result
 
 
-class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
+class FPTQuantKVCacheMethod(BaseKVCacheMethod):
     """Loads `k_scale`, `v_scale` and zero points of one attention layer."""
 
     supports_pre_processed_weights = False
 
-    def __init__(self, quant_config: Any, scheme: KVCacheScheme) -> None:
-        """Takes the checkpoint's scheme, of less than 16 bits."""
+    def __init__(self, quant_config: Any, scheme: KVCacheScheme, *, exact: bool = False) -> None:
+        """Takes the checkpoint's scheme, of less than 16 bits; `exact` as in `vllm_fptquant.exact`."""
         super().__init__(quant_config)
         self.scheme = scheme
+        self.exact = exact
 
     def create_weights(self, layer: Attention) -> None:
         """Adds the parameters, and makes the layer a `StaticKVAttention`.
@@ -114,6 +115,10 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query "
                 "to fp8, which is not exact: serve with --kv-cache-dtype auto"
             )
+        if self.exact:
+            from vllm_fptquant.exact import ExactAttentionImpl
+
+            layer.impl.__class__ = ExactAttentionImpl
         name = layer.layer_name.removesuffix(".attn")
         scales = {}
         for side in ("k", "v"):

@@ -33,7 +33,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own logge
 WORD = 32  # bits of a packed word
 
 
-class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
+class ShapeParameter(PerTensorScaleParameter):
     """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
 
     def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
@@ -47,7 +47,7 @@ class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
 
 
 @register_weight_loader_v2_supported_method
-class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class FPTQuantLinearMethod(LinearMethodBase):
     """Static quantized linear layer, one instance per layer."""
 
     def __init__(
@@ -57,6 +57,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         *,
         hadamard_block: int | None = None,
         kernel: str | None = None,
+        exact: bool = False,
     ) -> None:
         """Describes the layer.
 
@@ -65,11 +66,13 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             shards: checkpoint names of the fused layers, in order; a single name when nothing is fused.
             hadamard_block: size of T_d's blocks at the input, None where there is no T_d.
             kernel: name of the kernel the user asked for, None to choose.
+            exact: compute T_d in float64, see `vllm_fptquant.exact`.
         """
         self.scheme = scheme
         self.shards = shards
         self.hadamard_block = hadamard_block
         self.kernel = kernel
+        self.hadamard_dtype = torch.float64 if exact else torch.float32
         self.loaded: dict[str, set[Any]] = {}
 
     def create_weights(
@@ -169,7 +172,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         for name in self.loaded:
             delattr(layer, name)
-        rotation = None if self.hadamard_block is None else hadamard_factors(self.hadamard_block)
+        rotation = None if self.hadamard_block is None else hadamard_factors(self.hadamard_block, self.hadamard_dtype)
         prepared = PreparedLinear(self.kernel_class(weights), rotation)
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 

@@ -19,6 +19,7 @@ class ServingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kernel: str | None = None
+    exact: bool = False  # see `vllm_fptquant.exact`
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingOptions:

@@ -145,11 +145,14 @@ def verify(
         check_greedy,
         check_read_back,
         check_served,
+        check_served_exactly,
+        check_unaltered,
     )
     from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine, vllm_installed
     from fptquant.loading import open_source
     from fptquant.pipeline import plan_of
+    from fptquant.simulation.install import set_exact
 
     _quiet_transformers()
     open_source(checkpoint)
@@ -157,7 +160,7 @@ def verify(
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
     tokens = evaluation_windows(job.source.tokenizer, text, windows, length)
-    checks = []
+    checks = [check_unaltered(checkpoint)]
     with _err.status("original and transformed model"):
         check, transformed = check_function_preserved(job, tokens)
         checks.append(check)
@@ -165,11 +168,17 @@ def verify(
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
         checks.append(check)
     if vllm and vllm_installed():
-        with _err.status("vLLM"):
+        with _err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
-            checks.append(check_greedy(simulated, engine, tokens[:, : length // 2], new_tokens=16))
             engine.close()
+        if job.config.kv_cache.bits < 16:
+            with _err.status("vLLM, exact mode"):
+                set_exact(simulated)
+                engine = VLLMEngine(checkpoint, length + 1, exact=True)
+                checks.append(check_served_exactly(transformers_scorer(simulated), engine.score, tokens))
+                checks.append(check_greedy(simulated, engine, tokens[:, : length // 2], new_tokens=16))
+                engine.close()
     table = Table("check", "measured", "limit", "", title=f"{checkpoint} on {windows} windows of {length} tokens")
     for check in checks:
         table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
@@ -198,6 +207,8 @@ def evaluate(
     from fptquant.loading import load_model, open_source
 
     _quiet_transformers()
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise FPTQuantError(f"--json: '{json_file.absolute().parent}' is not a directory")
     source = open_source(model)
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
@@ -245,7 +256,8 @@ def main() -> None:
     try:
         app()
     except FPTQuantError as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line = " ".join(str(error).split())
+        _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("interrupted: nothing was written")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fptquant.architectures import architecture_of
 from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
+from fptquant.errors import FPTQuantError
 from fptquant.simulation.attention import ATTENTION_NAME
 from fptquant.simulation.install import drop_quantized_weights, finish_loading, install_simulation
 
@@ -44,6 +46,7 @@ class FPTQuantHfQuantizer(HfQuantizer):
         config = self.quantization_config.checkpoint
         install_simulation(model, architecture_of(model.config), config)
         drop_quantized_weights(model)
+        _require_tensors(model, kwargs.get("checkpoint_files") or [])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -58,3 +61,18 @@ class FPTQuantHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Integer weights have no gradients."""
         return False
+
+
+def _require_tensors(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuses weight files without all scales and codes, which transformers would replace by what memory holds.
+
+    Raises:
+        FPTQuantError: a tensor of a quantized layer is missing; the first is named.
+    """
+    stored: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    missing = sorted({name for name, _ in model.named_buffers() if name in model.state_dict()} - stored)
+    if files and missing:
+        raise FPTQuantError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}: it is damaged")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fptquant.architectures import Architecture, architecture_of
+from fptquant.architectures import Architecture, architecture_of, check_model_type
 from fptquant.errors import FPTQuantError
 
 _INDEX = "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     path = _local_directory(str(name))
     if not (path / "config.json").is_file():
         raise FPTQuantError(f"'{path}' is no model: it has no config.json")
-    read_json(path / "config.json")
+    check_model_type(read_json(path / "config.json"))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, all of them the file's fault
@@ -72,12 +72,23 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
 def load_model(source: Source) -> PreTrainedModel:
     """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation)."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, output_loading_info=True
+        )
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
-    return model.eval().requires_grad_(False)
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random values
+        raise FPTQuantError(
+            f"'{source.path}' lacks {len(missing)} weights, the first is {missing[0]}: fetch the model again"
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
 
 
 def check_weight_files(path: Path) -> None:

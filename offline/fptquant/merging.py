@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.checkpoint import CheckpointConfig
 from fptquant.transforms import TransformSet
 
 
@@ -49,10 +50,18 @@ def merge_transforms(
 
 
 @torch.no_grad()
-def round_floats(model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Rounds what a checkpoint keeps in floating point (embedding, head, norms, biases) to the dtype it has there."""
+def round_floats(
+    model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig, dtype: torch.dtype
+) -> None:
+    """Rounds what a checkpoint keeps in floating point (embedding, head, biases, ignored layers) to its dtype there."""
+    to_quantize = {
+        f"{architecture.projection_name(index, role)}.weight"
+        for index in range(len(architecture.layer_modules(model)))
+        for role in architecture.projections
+        if config.scheme_for(architecture.projection_name(index, role)) is not None
+    }
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or name.startswith((architecture.head, architecture.embedding)):
+        if name not in to_quantize:
             parameter.copy_(parameter.to(dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -10,13 +11,15 @@ from typing import Any
 
 import torch
 import yaml
+from compressed_tensors.utils.match import match_name
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import fptquant
-from fptquant.architectures.base import INPUT_GROUPS
+from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration import calibrate_and_round, calibration_windows
 from fptquant.calibration.text import fingerprint
 from fptquant.checkpoint import (
@@ -75,11 +78,17 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
         FPTQuantError: whatever the user has to mend.
     """
     source = open_source(model)
+    windows = calibration_windows(source.tokenizer, recipe.calibration, source.config.vocab_size, recipe.seed)
+    return _plan(source, recipe, windows)
+
+
+def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
     if source.quantized:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
-    windows = calibration_windows(source.tokenizer, recipe.calibration, source.config.vocab_size, recipe.seed)
+    head = source.architecture.head  # never quantized, and the served model has to know
+    ignore = recipe.ignore if any(match_name(head, name) for name in recipe.ignore) else (*recipe.ignore, head)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
@@ -91,7 +100,7 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
             residual_scale=transforms.residual_scale,
         ),
         overrides=recipe.overrides,
-        ignore=recipe.ignore,
+        ignore=ignore,
         producer={
             "package": f"vllm-fptquant {fptquant.__version__}",
             "recipe": recipe.name,
@@ -99,6 +108,7 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
             "calibration": fingerprint(windows),
         },
     )
+    _check_patterns(source, config)
     _check_shared_schemes(source, config)
     size = _estimate_bytes(source, config, dtype)
     return Plan(source, recipe, config, windows, transforms, dtype, size)
@@ -114,9 +124,12 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
     for file in (recipe_file, transforms_file):
         if not file.is_file():
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
-    job = plan(model, Recipe.load(str(recipe_file)))
+    no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
+    job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows)
     try:
         job.transforms.load_state_dict(load_file(transforms_file))
+    except SafetensorError as error:
+        raise FPTQuantError(f"'{transforms_file}' is corrupt or truncated ({error})") from None
     except RuntimeError:
         raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': their sizes differ") from None
     return job
@@ -130,13 +143,16 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
     """
     stages = stages or Stages()
     publication = Publication(output, overwrite=overwrite)
+    source = job.source.path.resolve()
+    if publication.target == source or publication.target in source.parents:
+        raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
     publication.require_space(job.output_bytes)
     with publication as staging:
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms"):
             transform(job, model, stages)
-            round_floats(model, job.source.architecture, job.dtype)
+            round_floats(model, job.source.architecture, job.config, job.dtype)
         with stages.stage("calibrate and round"):
             rounding = calibrate_and_round(model, job.source.architecture, job.recipe, job.windows)
             for _ in stages.track(rounding, job.layers):
@@ -178,8 +194,16 @@ def write_checkpoint(job: Plan, model: PreTrainedModel, directory: Path) -> None
             shutil.copyfile(file, directory / file.name)
     (directory / EXTRAS).mkdir()
     save_file(dict(job.transforms.state_dict()), directory / EXTRAS / "transforms.safetensors")
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
+    (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
     (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of a tensor's dtype, shape and bytes, by which `fptquant verify` knows an altered one."""
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + content).hexdigest()
 
 
 @torch.no_grad()
@@ -216,6 +240,19 @@ def _config_dict(job: Plan) -> dict[str, Any]:
     return config
 
 
+def _check_patterns(source: Source, config: CheckpointConfig) -> None:
+    """A pattern that matches no layer is a slip of the pen."""
+    architecture = source.architecture
+    layers = range(architecture.shape(source.config).layers)
+    names = [architecture.projection_name(layer, role) for layer in layers for role in architecture.projections]
+    for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
+        if not any(match_name(name, pattern) for name in (*names, architecture.head)):
+            raise FPTQuantError(
+                f"overrides/ignore: '{pattern}' matches no linear layer; give a full name such as '{names[0]}', "
+                "or 're:' and a regular expression"
+            )
+
+
 def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
     """Layers that share an input share its quantizer, so overrides may not tell them apart."""
     architecture = source.architecture
@@ -228,12 +265,29 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
                     f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
                     "so they need the same scheme; name them all"
                 )
+        down = architecture.projection_name(layer, Role.DOWN)
+        if config.transforms.down_hadamard and config.scheme_for(down) is None:
+            raise FPTQuantError(f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off")
 
 
 def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
     """Expected size of the checkpoint's weights."""
-    shape, hidden = source.architecture.shape(source.config), source.config.hidden_size
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * hidden
-    per_layer = attention + 3 * hidden * shape.intermediate
-    floats = 2 * source.config.vocab_size * hidden
-    return shape.layers * per_layer * config.weights.bits // 8 + floats * dtype.itemsize
+    architecture = source.architecture
+    shape = architecture.shape(source.config)
+    queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {  # (out, in)
+        Role.QUERY: (queries, shape.hidden),
+        Role.KEY: (values, shape.hidden),
+        Role.VALUE: (values, shape.hidden),
+        Role.OUTPUT: (shape.hidden, queries),
+        Role.GATE: (shape.intermediate, shape.hidden),
+        Role.UP: (shape.intermediate, shape.hidden),
+        Role.DOWN: (shape.hidden, shape.intermediate),
+    }
+    total = 2 * source.config.vocab_size * shape.hidden * dtype.itemsize
+    for layer in range(shape.layers):
+        for role, (rows, columns) in sizes.items():
+            scheme = config.scheme_for(architecture.projection_name(layer, role))
+            words = -(-columns * scheme.weights.bits // 32) if scheme else 0
+            total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+    return total

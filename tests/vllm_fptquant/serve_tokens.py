@@ -1,4 +1,4 @@
-"""Serves one checkpoint on vLLM in a process of its own: prompt log-probabilities and greedy tokens as JSON."""
+"""Serves one checkpoint on vLLM, in a process of its own: log-probabilities and greedy tokens as JSON."""
 
 from __future__ import annotations
 

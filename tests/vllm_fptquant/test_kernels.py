@@ -165,7 +165,9 @@ def test_fbgemm_refuses_what_it_computes_wrongly() -> None:
 class TestOperator:
     """`fptquant::linear`: dispatch, compilation, lifetime."""
 
-    def prepared(self, layer: torch.nn.Module, seed: int, block: int | None = None) -> tuple[PreparedLinear, Tensor]:
+    def prepared(
+        self, layer: torch.nn.Module, seed: int, block: int | None = None
+    ) -> tuple[PreparedLinear, Tensor]:
         torch.manual_seed(seed)
         weights = weights_of(8, torch.randint(-8, 8, (48, 64)))
         rotation = None if block is None else hadamard_factors(block)

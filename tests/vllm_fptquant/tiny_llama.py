@@ -1,7 +1,7 @@
-"""A tiny random Llama, quantized by nearest rounding, as a checkpoint; and what it should compute, in plain torch.
+"""A tiny random Llama, quantized by nearest rounding, as a checkpoint; and what it should compute.
 
-The reference shares no code with the plugin and none of the contract's arithmetic: quantizers, Hadamard and residual
-scaling are written out again from the format's definition, in float64, so that a mistake in either shows.
+The reference shares no code with the plugin and none of the contract's arithmetic: quantizers, Hadamard and
+residual scaling are written out again from the format's definition, in float64, so that mistakes show.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class FbgemmKernel(LinearKernel):
     """Feeds integer codes to torch's quantize-multiply-dequantize operator with an input scale of one.
 
     The operator then only converts code `c` to the byte `c + zero_point`, multiplies in int32, converts the
-    sum to float32 and applies one scale per output channel: bit for bit `checkpoint.quantized_linear`. It must
-    not round itself: it adds the zero point before rounding, and multiplies by 1 / scale instead of dividing.
+    sum to float32 and applies one scale per output channel: bit for bit `checkpoint.quantized_linear`. It is
+    not left to round itself, because it adds the zero point before it rounds, and multiplies by 1 / scale.
     """
 
     name = "fbgemm"

@@ -34,7 +34,7 @@ class PreparedLinear:
         output = self.kernel.apply(rows)
         if bias is not None:
             output += bias
-        return output.view(*x.shape[:-1], -1).to(x.dtype)
+        return output.view(*x.shape[:-1], output.shape[-1]).to(x.dtype)
 
 
 _prepared: dict[int, PreparedLinear] = {}

@@ -42,7 +42,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
     return result
 
 
-class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
+class ResidualScaledAttention(LlamaAttention):
     """Attention whose output projection is scaled."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -58,7 +58,7 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
 
 
-class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
+class ResidualScaledMLP(LlamaMLP):
     """MLP whose down projection is scaled."""
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
         return scaled_projection(self.down_proj, self.act_fn(gate_up), scale)
 
 
-class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+class ResidualScaledDecoderLayer(LlamaDecoderLayer):
     """Decoder layer that computes S from the residual, which the norms return."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
@@ -94,7 +94,7 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         return self.mlp(hidden_states, scale), residual
 
 
-class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class FPTQuantLlamaForCausalLM(LlamaForCausalLM):
     """`LlamaForCausalLM` made of residual-scaled layers."""
 
     def __init__(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from fptquant.architectures.base import Architecture, Role, Shape
 from fptquant.architectures.llama import LLAMA
+from fptquant.checkpoint import residual_scaled_architecture
 from fptquant.errors import FPTQuantError
 
 FAMILIES: dict[str, Architecture] = {LLAMA.model_type: LLAMA}
 
-__all__ = ["FAMILIES", "Architecture", "Role", "Shape", "architecture_of"]
+__all__ = ["FAMILIES", "Architecture", "Role", "Shape", "architecture_of", "check_model_type"]
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -19,11 +23,21 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises:
         FPTQuantError: the model type or class is not one we know.
     """
-    family = FAMILIES.get(config.model_type)
-    names = list(config.architectures or [])
-    if family is None or not set(names) <= {family.class_name, f"FPTQuant{family.class_name}"}:
+    return check_model_type({"model_type": config.model_type, "architectures": config.architectures})
+
+
+def check_model_type(config: Mapping[str, Any]) -> Architecture:
+    """Family that the content of a config.json names, checked before transformers looks at it.
+
+    Raises:
+        FPTQuantError: the model type or class is not one we know.
+    """
+    model_type, names = config.get("model_type"), config.get("architectures") or []
+    family = FAMILIES.get(str(model_type))
+    if family is None or not set(names) <= {family.class_name, residual_scaled_architecture(family.class_name)}:
         known = ", ".join(sorted(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values()))
         raise FPTQuantError(
-            f"architecture {names or '(none)'} with model_type '{config.model_type}' is not supported; known: {known}"
+            f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}' is not supported; "
+            f"known: {known}"
         )
     return family

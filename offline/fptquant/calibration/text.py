@@ -116,4 +116,5 @@ def _dataset_texts(options: CalibrationOptions, path: Path, seed: int) -> Iterat
             f"it has: {', '.join(data.column_names)} (choose with --calibration-field)"
         )
     for row in data.shuffle(seed=seed):
-        yield str(row[options.field]) + "\n"
+        if row[options.field] is not None:
+            yield str(row[options.field]) + "\n"

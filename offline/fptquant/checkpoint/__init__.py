@@ -6,6 +6,7 @@ The only part of `fptquant` that the serving plugin imports. It imports neither 
 from fptquant.checkpoint.arithmetic import (
     block_hadamard,
     code_bounds,
+    exact_attention,
     hadamard_factors,
     quantize,
     quantize_per_tensor,
@@ -40,6 +41,7 @@ __all__ = [
     "WeightScheme",
     "block_hadamard",
     "code_bounds",
+    "exact_attention",
     "hadamard_factors",
     "pack_codes",
     "quantize",

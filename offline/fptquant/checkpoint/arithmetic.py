@@ -54,14 +54,15 @@ def quantized_linear(codes: Tensor, weight_codes: Tensor, output_scale: Tensor) 
     """Exact integer product, then one float32 scale per output channel.
 
     Args:
-        codes: integer values (..., K) in float32, as `quantize` returns them.
-        weight_codes: integer values (N, K) in float32.
+        codes: integer values (..., K) in float32, as `quantize` returns them; or in float64.
+        weight_codes: integer values (N, K) in the type of `codes`.
         output_scale: (N,) float32, input scale times weight scale.
 
     Returns:
-        (..., N) float32. Exact while every partial sum is below 2^24, see `accumulator_bound`.
+        (..., N) float32. In float32, exact while every partial sum is below 2^24, see `accumulator_bound`; in
+        float64 always exact, up to the one rounding to float32.
     """
-    return torch.nn.functional.linear(codes, weight_codes) * output_scale
+    return torch.nn.functional.linear(codes, weight_codes).float() * output_scale
 
 
 def accumulator_bound(in_features: int, activation_bits: int, weight_bits: int) -> int:
@@ -78,8 +79,8 @@ def residual_scale(residual: Tensor, eps: float) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def hadamard_factors(block: int) -> tuple[Tensor, Tensor]:
-    """Sylvester Hadamard matrix of size `block` as a Kronecker product H_a (x) H_b / sqrt(block), float32.
+def hadamard_factors(block: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Sylvester Hadamard matrix of size `block` as a Kronecker product H_a (x) H_b / sqrt(block).
 
     Returns:
         (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b.
@@ -89,7 +90,7 @@ def hadamard_factors(block: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Hadamard block must be a power of two, got {block}")
     left = deterministic_hadamard_matrix(2 ** (exponent // 2), torch.float64)
     right = deterministic_hadamard_matrix(2 ** (exponent - exponent // 2), torch.float64)
-    return left.float(), (right / math.sqrt(block)).float()
+    return left.to(dtype), (right / math.sqrt(block)).to(dtype)
 
 
 def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -97,12 +98,36 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     Args:
         x: (..., m) with m a multiple of the block size.
-        left: (a, a) from `hadamard_factors`.
+        left: (a, a) from `hadamard_factors`; the product is computed in its dtype.
         right: (b, b) from `hadamard_factors`.
 
     Returns:
         (..., m) float32; two small products, O(m (a + b)), where the dense one would be O(m a b).
     """
     a, b = left.shape[0], right.shape[0]
-    y = torch.mm(x.float().reshape(-1, b), right).view(-1, a, b)  # (blocks, a, b)
-    return torch.matmul(left, y).view(x.shape)
+    y = torch.mm(x.to(right.dtype).reshape(-1, b), right).view(-1, a, b)  # (blocks, a, b)
+    return torch.matmul(left, y).view(x.shape).float()
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention in float64, rounded once to float32: the same bits in whatever order it is computed.
+
+    Quantizers turn a difference in the last bit into a whole code now and then, so two float32 kernels drift apart
+    by as much as quantization itself perturbs. Where served and simulated models are to be compared bit for bit,
+    both use this.
+
+    Args:
+        query: (heads, T, head_dim), the last T of S positions.
+        key: (kv_heads, S, head_dim).
+        value: (kv_heads, S, head_dim).
+        scaling: of the scores.
+
+    Returns:
+        (T, heads, head_dim) float32.
+    """
+    groups, (length, total) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
+    keys, values = (states.double().repeat_interleave(groups, 0) for states in (key, value))
+    scores = torch.matmul(query.double() * scaling, keys.mT)  # (heads, T, S)
+    future = torch.ones(length, total, dtype=torch.bool).triu(total - length + 1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.matmul(weights, values).transpose(0, 1).float()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from compressed_tensors.utils.match import match_name
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from fptquant.errors import FPTQuantError
 
@@ -18,6 +19,19 @@ class Strict(BaseModel):
     """Base of every model of the format: unknown fields are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    return pattern
+
+
+# A module's full name, or "re:" and a regular expression that matches from its start.
+ModulePattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class WeightScheme(Strict):
@@ -76,7 +90,7 @@ class LinearScheme(Strict):
 class Override(Strict):
     """An exception for the modules whose name equals `modules` or matches its `re:` pattern."""
 
-    modules: str
+    modules: ModulePattern
     weights: WeightScheme | None = None
     activations: ActivationScheme | None = None
 
@@ -91,7 +105,7 @@ class CheckpointConfig(Strict):
     kv_cache: KVCacheScheme = KVCacheScheme()
     transforms: TransformRecord = TransformRecord()
     overrides: tuple[Override, ...] = ()
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[ModulePattern, ...] = ("lm_head",)
     producer: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

@@ -21,12 +21,13 @@ def vllm_installed() -> bool:
 class VLLMEngine:
     """vLLM's offline engine on one checkpoint, for measuring."""
 
-    def __init__(self, model: Path, max_length: int, **options: Any) -> None:
+    def __init__(self, model: Path, max_length: int, *, exact: bool = False, **options: Any) -> None:
         """Starts the engine (about a minute on a CPU).
 
         Args:
             model: checkpoint directory, ours or any other.
             max_length: longest prompt plus answer.
+            exact: independent of the order of float32 sums, for comparing bit by bit (see `vllm_fptquant.exact`).
             options: passed to `vllm.LLM`; float32 and eager unless said otherwise.
 
         Raises:
@@ -38,6 +39,11 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         from vllm import LLM
 
+        if exact:
+            options |= {
+                "additional_config": {"fptquant": {"exact": True}},
+                "compilation_config": {"custom_ops": ["none"]},
+            }
         settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **options}
         self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
 

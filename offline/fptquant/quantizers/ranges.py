@@ -95,16 +95,16 @@ def _search_lp(
 
 
 def _representatives(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A small weighted set that stands for `values`: exact extremes, evenly strided sample of the rest."""
+    """A small weighted set that stands for `values`: exact extremes, a random sample of the rest."""
     count = values.numel()
     if count <= _SAMPLE + 2 * _EXTREMES:
         return values, torch.ones_like(values)
     top = torch.topk(values, _EXTREMES).values
     bottom = torch.topk(values, _EXTREMES, largest=False).values
-    # A prime stride visits all channels of all tokens evenly.
-    stride = max(1, count // _SAMPLE) | 1
-    bulk = values[::stride]
-    bulk = bulk[(bulk < top[-1]) & (bulk > bottom[-1])]
+    # Drawn at random: a fixed stride could share a factor with the number of channels and miss most of them.
+    drawn = torch.randint(count, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+    bulk = values[drawn]
+    bulk = bulk[(bulk <= top[-1]) & (bulk >= bottom[-1])]
     weight = (count - 2 * _EXTREMES) / max(1, bulk.numel())
     points = torch.cat((bottom, bulk, top))
     counts = torch.ones_like(points)

@@ -17,8 +17,8 @@ class WeightRangeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Literal["minmax", "lp"] = "lp"
-    p: float = Field(2.4, gt=0, description="exponent of the error norm")
-    grid: int = Field(60, ge=2, description="candidate scales from the full range down to `smallest`")
+    p: float = Field(2.0, gt=0, description="exponent of the error norm")
+    grid: int = Field(40, ge=2, description="candidate scales from the full range down to `smallest`")
     smallest: float = Field(0.3, gt=0, le=1)
 
 

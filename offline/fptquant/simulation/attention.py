@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
+from fptquant.checkpoint import KVCacheScheme, code_bounds, exact_attention, quantize
 from fptquant.errors import FPTQuantError
 
 ATTENTION_NAME = "fptquant_sdpa"
@@ -28,10 +28,11 @@ class KVQuantizer:
         """Registers `k_scale`, `v_scale` (and zero points) on `attention`, empty until set or loaded."""
         self.scheme = scheme
         self.ready = False
+        self.exact = False  # see `fptquant.simulation.install.set_exact`
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         size = kv_heads if scheme.strategy == "head" else 1
         for key in ("k", "v"):
-            attention.register_buffer(f"{key}_scale", torch.empty(size))
+            attention.register_buffer(f"{key}_scale", torch.empty(size, dtype=torch.float32))
             if not scheme.symmetric:
                 attention.register_buffer(f"{key}_zero_point", torch.empty(size, dtype=torch.int32))
 
@@ -85,7 +86,11 @@ def quantized_attention(
     key, key_scale = quantizer.codes(module, "k", key)
     value, value_scale = quantizer.codes(module, "v", value)
     query = (query * key_scale).to(query.dtype)
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if quantizer.exact:
+        rows = zip(query, key, value, strict=True)
+        output = torch.stack([exact_attention(*row, kwargs["scaling"]) for row in rows])
+    else:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return (output * value_scale.view(-1, 1)).to(output.dtype), None  # scales per head: (heads or 1, 1)
 
 

@@ -66,6 +66,18 @@ def finish_loading(model: PreTrainedModel) -> None:
             module.kv_quantizer.finish_loading(module, name)  # type: ignore[union-attr]
 
 
+def set_exact(model: PreTrainedModel) -> None:
+    """Makes the simulation independent of the order of float32 sums, as the plugin's option `exact` does.
+
+    Attention and the online Hadamard are computed in float64 and rounded once (`checkpoint.exact_attention`).
+    """
+    for module in model.modules():
+        if isinstance(module, SimulatedLinear):
+            module.hadamard_dtype = torch.float64
+        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            module.kv_quantizer.exact = True  # type: ignore[union-attr]
+
+
 def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:
     """Names and layers of a simulation."""
     for name, module in model.named_modules():

@@ -54,6 +54,7 @@ class SimulatedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         self.hadamard_block = hadamard_block
+        self.hadamard_dtype = torch.float32
         self.tap = tap
         self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
         self.weight: nn.Parameter | None = None
@@ -66,10 +67,10 @@ class SimulatedLinear(nn.Module):
         if scheme is not None:
             words = -(-in_features * scheme.weights.bits // 32)
             self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
-            self.register_buffer("weight_scale", torch.empty(out_features, 1))
+            self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32))
             self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
             if scheme.activations.bits < 16:
-                self.register_buffer("input_scale", torch.empty(()))
+                self.register_buffer("input_scale", torch.empty((), dtype=torch.float32))
                 if not scheme.activations.symmetric:
                     self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
         self.weight_packed: Tensor
@@ -124,7 +125,8 @@ class SimulatedLinear(nn.Module):
             assert self.tap.scale is not None, "the norm before this layer has not run"
             x = x.float() * self.tap.scale
         if self.hadamard_block is not None:
-            x = block_hadamard(x, *(factor.to(x.device) for factor in hadamard_factors(self.hadamard_block)))
+            factors = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
+            x = block_hadamard(x, *(factor.to(x.device) for factor in factors))
         return x
 
     def quantized_input(self, x: Tensor) -> Tensor:

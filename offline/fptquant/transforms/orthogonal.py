@@ -32,5 +32,5 @@ def starting_rotation(size: int, generator: torch.Generator) -> Tensor:
     except ValueError:
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
         q, r = torch.linalg.qr(gaussian)
-        return q * torch.sign(torch.diagonal(r))
+        return (q * torch.sign(torch.diagonal(r))).contiguous()
     return hadamard / torch.linalg.vector_norm(hadamard[0])

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fptquant.architectures import Role, Shape
@@ -17,7 +18,7 @@ class ValueOptions(TransformOptions):
     """Where T_v starts, and how far from orthogonal it may go."""
 
     start: Literal["identity", "hadamard"] = "hadamard"
-    max_condition: float = 100.0
+    max_condition: float = Field(100.0, gt=1)
 
 
 class ValueTransform(Transform):

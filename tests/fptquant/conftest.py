@@ -1,0 +1,56 @@
+"""Quantizing a tiny model in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from fptquant.architectures.llama import LLAMA
+from fptquant.calibration import calibrate_and_round
+from fptquant.checkpoint import CheckpointConfig, DownHadamard, TransformRecord
+from fptquant.merging import merge_transforms
+from fptquant.recipe import Recipe
+from fptquant.simulation import install_simulation
+from fptquant.transforms import TransformSet
+from tests.conftest import VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def windows() -> Tensor:
+    """Four calibration sequences: one batch."""
+    return torch.randint(0, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.fixture(scope="session")
+def simulate() -> Callable[..., LlamaForCausalLM]:
+    """`simulate(model, windows | None, random=False, **recipe fields)`: merges, installs and, given windows, quantizes."""
+
+    def run(
+        model: LlamaForCausalLM, calibration: Tensor | None = None, random: bool = False, **fields: Any
+    ) -> LlamaForCausalLM:
+        recipe = Recipe.parse(fields)
+        transforms = TransformSet(recipe.transforms, LLAMA.shape(model.config), recipe.seed)
+        if random:
+            transforms.randomize_(torch.Generator().manual_seed(1), 0.3)
+        block = transforms.hadamard_block
+        config = CheckpointConfig(
+            weights=recipe.precision.weights,
+            activations=recipe.precision.activations,
+            kv_cache=recipe.precision.kv_cache,
+            transforms=TransformRecord(
+                down_hadamard=DownHadamard(block=block) if block else None, residual_scale=transforms.residual_scale
+            ),
+            overrides=recipe.overrides,
+            ignore=recipe.ignore,
+        )
+        for _ in merge_transforms(model, LLAMA, transforms):
+            pass
+        install_simulation(model, LLAMA, config)
+        if calibration is not None:
+            assert list(calibrate_and_round(model, LLAMA, recipe, calibration)) == [0, 1]
+        return model
+
+    return run

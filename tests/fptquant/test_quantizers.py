@@ -1,0 +1,208 @@
+"""Choosing scales."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fptquant.checkpoint import code_bounds, quantize, round_scale
+from fptquant.quantizers import RangeOptions, WeightRangeOptions, search_range, weight_scales
+from fptquant.quantizers.ranges import _EXTREMES, _SAMPLE
+from fptquant.quantizers.weights import round_to_nearest
+
+MINMAX, LP = RangeOptions(method="minmax"), RangeOptions(method="lp")
+CASES = [(4, True), (4, False), (8, True), (8, False)]
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def fake_quantize(values: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return quantize(values, scale, *code_bounds(zero_point, bits)) * scale
+
+
+def error(values: Tensor, bits: int, symmetric: bool, options: RangeOptions, p: float = 2.0) -> float:
+    scale, zero_point = search_range(values, bits, symmetric, options)
+    return (fake_quantize(values, bits, scale, zero_point) - values).abs().double().pow(p).sum().item()
+
+
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
+@settings(max_examples=50)
+def test_scale_and_zero_point_are_always_usable(bits: int, symmetric: bool, values: list[float]) -> None:
+    for method in ("minmax", "percentile", "lp"):
+        scale, zero_point = search_range(torch.tensor(values), bits, symmetric, RangeOptions(method=method))
+        assert scale.shape == zero_point.shape == ()
+        assert scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+        assert torch.isfinite(scale) and scale > 0
+        assert -(2 ** (bits - 1)) <= zero_point <= 2 ** (bits - 1) - 1
+        if symmetric:
+            assert zero_point == 0
+
+
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
+@settings(max_examples=50)
+def test_minmax_covers_every_value(bits: int, symmetric: bool, values: list[float]) -> None:
+    """No value is clipped: the error is at most half a step (one with the rounding of the zero point)."""
+    tensor = torch.tensor(values)
+    scale, zero_point = search_range(tensor, bits, symmetric, MINMAX)
+    worst = (fake_quantize(tensor, bits, scale, zero_point) - tensor).abs().max()
+    assert worst <= scale * (0.5 if symmetric else 1.0) * (1 + 1e-4) + 1e-30
+
+
+def test_minmax_by_hand() -> None:
+    scale, zero_point = search_range(torch.tensor([-1.0, 0.0, 14.0]), 4, False, MINMAX)
+    assert (scale.item(), zero_point.item()) == (1.0, -7)  # -1 is code -8, 14 is code 7
+    scale, _ = search_range(torch.tensor([-1.0, 0.0, 14.0]), 4, True, MINMAX)
+    assert scale.item() == 2.0  # 14 = 7 steps up; 8 steps down would allow 16
+    scale, _ = search_range(torch.tensor([-16.0, 7.0]), 4, True, MINMAX)
+    assert scale.item() == 2.0
+    scale, zero_point = search_range(torch.tensor([5.0, 15.0]), 4, False, MINMAX)
+    assert (scale.item(), zero_point.item()) == (1.0, -8)  # zero belongs to the range always
+
+
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@pytest.mark.parametrize("value", [0.0, 3.7, -3.7, 1e-20])
+@pytest.mark.parametrize("size", [5, 60_000])
+def test_constant_input(bits: int, symmetric: bool, value: float, size: int) -> None:
+    values = torch.full((size,), value)
+    for options in (MINMAX, LP, RangeOptions(method="percentile")):
+        scale, zero_point = search_range(values, bits, symmetric, options)
+        restored = fake_quantize(values, bits, scale, zero_point)
+        # a constant fits a code exactly but for the rounding of the scale and the symmetric grid
+        torch.testing.assert_close(restored, values, rtol=2.0**-4, atol=1e-19)
+
+
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("size", [3000, 100_000])
+def test_lp_is_never_worse_than_minmax(bits: int, symmetric: bool, p: float, size: int) -> None:
+    for seed in range(3):
+        values = normal(size, seed=seed) ** 3 + seed
+        found = error(values, bits, symmetric, RangeOptions(p=p), p)
+        assert found <= error(values, bits, symmetric, MINMAX, p) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_lp_ignores_a_lone_outlier(symmetric: bool) -> None:
+    """The first token is a thousand times larger than the rest (findings.md): the range follows the rest."""
+    values = normal(100_000)
+    values[777] = 1000.0
+    scale, _ = search_range(values, 8, symmetric, MINMAX)
+    assert scale > 3.0
+    scale, zero_point = search_range(values, 4, symmetric, RangeOptions(p=1.0))
+    assert 0.2 < scale < 2.0
+    bulk = values[values < 100]
+    assert (fake_quantize(bulk, 4, scale, zero_point) - bulk).pow(2).mean() < 0.1
+
+
+def test_lp_approaches_the_best_scale_of_a_dense_search() -> None:
+    values = normal(20_000)
+    best = min(
+        (fake_quantize(values, 4, torch.tensor(s), torch.tensor(0)) - values).pow(2).mean().item()
+        for s in torch.linspace(0.1, 1.0, 300).tolist()
+    )
+    assert error(values, 4, True, LP) / values.numel() < 1.02 * best
+
+
+@pytest.mark.parametrize("channels", [8, 36, 4 * 43])
+def test_large_inputs_are_sampled_across_all_channels(channels: int) -> None:
+    """Four channels are tiny: a sample of these alone gives another range.
+
+    With these sizes count // sample divides the number of channels, so that a fixed stride would see four of them.
+    """
+    values = normal(_SAMPLE // 4, channels)
+    values[:, :: channels // 4] *= 0.02
+    assert values.numel() > _SAMPLE + 2 * _EXTREMES
+    scale, _ = search_range(values, 4, True, LP)
+    candidates = scale * torch.linspace(0.5, 2.0, 31)
+    errors = [(fake_quantize(values, 4, s, torch.tensor(0)) - values).pow(2).sum().item() for s in candidates]
+    chosen = (fake_quantize(values, 4, scale, torch.tensor(0)) - values).pow(2).sum().item()
+    assert chosen <= 1.05 * min(errors)
+
+
+def test_sampling_survives_ties_at_the_extremes() -> None:
+    """Half of the values are exactly the smallest one (a ReLU): they count for half of the error weight."""
+    values = normal(100_000).clamp_min(-0.5)
+    found = error(values, 4, False, LP)
+    exact = min(
+        (fake_quantize(values, 4, *pair) - values).pow(2).sum().item()
+        for shrink in (1.0, 0.8, 0.65, 0.5)
+        for pair in [search_range(torch.tensor([-0.5, float(values.max()) * shrink]), 4, False, MINMAX)]
+    )
+    assert found <= 1.05 * exact
+
+
+@pytest.mark.parametrize("share", [51.0, 90.0, 99.0, 100.0])
+def test_percentile_keeps_that_share(share: float) -> None:
+    values = torch.arange(1.0, 1001.0) * torch.tensor([1.0, -1.0]).repeat(500)  # 1, -2, 3, ..., -1000
+    scale, _ = search_range(values, 8, False, RangeOptions(method="percentile", percentile=share))
+    kept = scale * 255 / (values.max() - values.min())
+    assert kept.item() == pytest.approx((2 * share - 100) / 100, abs=0.01)
+    if share == 100.0:
+        assert scale == search_range(values, 8, False, MINMAX)[0]
+
+
+def test_percentile_of_one_sided_values() -> None:
+    values = torch.arange(1.0, 101.0)
+    scale, zero_point = search_range(values, 4, False, RangeOptions(method="percentile", percentile=90.0))
+    assert scale.item() == pytest.approx(91 / 15, rel=0.02) and zero_point == -8
+
+
+def test_search_does_not_change_its_input() -> None:
+    values = normal(50_000)
+    before = values.clone()
+    for method in ("minmax", "percentile", "lp"):
+        search_range(values, 4, False, RangeOptions(method=method))
+    assert torch.equal(values, before)
+
+
+# -- weights --
+
+
+def test_weight_scales_of_minmax_by_hand() -> None:
+    weight = torch.tensor([[7.0, -3.0], [0.5, -1.75], [0.0, 0.0]])
+    scales = weight_scales(weight, 4, WeightRangeOptions(method="minmax"))
+    assert scales.shape == (3, 1)
+    assert scales[:2, 0].tolist() == [1.0, 0.25] and 0 < scales[2, 0] < 1e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_lp_weight_scales_are_per_channel_exact_and_no_worse(bits: int, p: float) -> None:
+    weight = normal(16, 96) * torch.logspace(-3, 2, 16)[:, None]
+    weight[3, 5] *= 20
+    options = WeightRangeOptions(p=p)
+    scales = weight_scales(weight, bits, options)
+    assert torch.equal(scales, round_scale(scales)) and scales.dtype == torch.float32
+
+    def errors(scale: Tensor) -> Tensor:
+        return (round_to_nearest(weight, scale, bits) * scale - weight).abs().pow(p).sum(1)
+
+    minmax = weight_scales(weight, bits, WeightRangeOptions(method="minmax"))
+    assert bool((errors(scales) <= errors(minmax) * (1 + 1e-6)).all())
+    alone = torch.cat([weight_scales(row[None], bits, options) for row in weight])
+    assert torch.equal(scales, alone), "channels influence each other"
+    if bits == 4:
+        assert scales[3] < minmax[3], "an outlier should be clipped"
+
+
+def test_importance_shifts_the_choice() -> None:
+    """An outlier in a column that is never active does not deserve a range of its own."""
+    weight = normal(4, 64)
+    weight[:, 0] = 8.0
+    importance = torch.ones(64)
+    importance[0] = 0.0
+    assert bool((weight_scales(weight, 4, WeightRangeOptions(), importance) < weight_scales(weight, 4, WeightRangeOptions())).all())
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8), st.sampled_from([4, 8]))
+def test_round_to_nearest_reference(values: list[float], bits: int) -> None:
+    scale = 0.37
+    codes = round_to_nearest(torch.tensor([values]), torch.tensor([[scale]]), bits)[0]
+    for value, code in zip(values, codes.tolist(), strict=True):
+        nearest = min(range(-(2 ** (bits - 1)), 2 ** (bits - 1)), key=lambda c: abs(c * scale - value))
+        assert abs(code - nearest) <= 1 and abs(abs(code * scale - value) - abs(nearest * scale - value)) < 1e-4

@@ -1,0 +1,125 @@
+"""Recipes: what is shipped, what is refused and how it is said."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fptquant.errors import FPTQuantError
+from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+from fptquant.transforms import TRANSFORMS
+from fptquant.transforms.down_hadamard import DownHadamardOptions
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_parse(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name and recipe.description
+    assert Recipe.parse(recipe.to_dict()) == recipe
+
+
+def test_the_default_is_the_shipped_recipe_and_has_everything() -> None:
+    assert {"fptquant", "gptq", "rtn"} <= set(shipped_recipes())
+    recipe = Recipe.load("fptquant")
+    assert recipe.changed(description="") == Recipe()
+    assert list(recipe.transforms) == list(TRANSFORMS) and recipe.rounding.method == "gptq"
+    baseline = Recipe.load("rtn")
+    methods = {baseline.weight_range.method, baseline.activation_range.method, baseline.kv_range.method}
+    assert (methods, baseline.rounding.method, baseline.transforms) == ({"minmax"}, "nearest", {})
+
+
+@pytest.mark.parametrize(
+    "name, bits",
+    [
+        ("w4a8kv8", (4, 8, 8)), ("w4a4kv4", (4, 4, 4)), ("w4a4kv8", (4, 4, 8)), ("w4a8", (4, 8, 16)),
+        ("w4a16", (4, 16, 16)), ("w4a4kv4-symmetric", (4, 4, 4)),
+    ],
+)  # fmt: skip
+def test_precisions(name: str, bits: tuple[int, int, int]) -> None:
+    precision = Recipe.parse({"precision": name}).precision
+    assert (precision.weights.bits, precision.activations.bits, precision.kv_cache.bits) == bits
+    assert precision.activations.symmetric == (bits[1] != 4 or name.endswith("symmetric"))
+    assert name in PRECISIONS
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"roundin": {}}, "unknown field 'roundin': did you mean 'rounding'?"),
+        ({"rounding": {"metod": "gptq"}}, "unknown field 'rounding.metod': did you mean 'method'?"),
+        ({"calibration": {"sequence": 3}}, "did you mean 'sequences'?"),
+        ({"precision": "w4a4kv5"}, "unknown precision 'w4a4kv5': did you mean 'w4a4kv"),
+        ({"precision": {"weights": {"bit": 4}}}, "unknown field 'precision.weights.bit': did you mean 'bits'?"),
+        ({"transforms": ["T_x"]}, "unknown transform 'T_x': did you mean 'T_"),
+        ({"transforms": {"S_m": True}}, "unknown transform 'S_m': did you mean 'S_n'?"),
+        ({"transforms": {"T_d": {"blok": 8}}}, "transforms.T_d: unknown field 'blok': did you mean 'block'?"),
+        ({"transforms": {"T_d": {"block": 12}}}, "transforms.T_d: .*power of two, got 12"),
+        ({"transforms": {"T_d": 8}}, "transforms.T_d"),
+        ({"transforms": {"T_v": {"max_condition": 0.5}}}, "transforms.T_v: max_condition"),
+        ({"transforms": "T_d"}, "a list of names"),
+        ({"rounding": {"method": "stochastic"}}, "rounding.method"),
+        ({"calibration": {"sequences": 0}}, "calibration.sequences"),
+        ({"calibration": {"length": 4}}, "calibration.length"),
+        ({"weight_range": {"p": -1}}, "weight_range.p"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"seed": -1}, "seed"),
+        ({"overrides": [{"module": "x"}]}, "overrides"),
+        ({"ignore": ["re:*"]}, r"ignore.0: 're:\*' is no regular expression"),
+        ({"overrides": [{"modules": "re:("}]}, r"overrides.0.modules: 're:\(' is no regular expression"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(data: dict[str, object], message: str) -> None:
+    with pytest.raises(FPTQuantError, match=message) as caught:
+        Recipe.parse(data, "my.yaml")
+    assert str(caught.value).startswith("my.yaml: ") and "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"rounding: {method: gptq", "not valid YAML"),
+        (b"- a\n- b\n", "a recipe is a mapping"),
+        (b"", "a recipe is a mapping"),
+        (b"description: \xff\xfe", "can't be read"),
+        (b"1: 2", "Keys should be strings"),
+    ],
+)
+def test_bad_recipe_files(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(FPTQuantError, match=message) as caught:
+        Recipe.load(str(tmp_path / "r.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(FPTQuantError, match="unknown recipe 'fptqant': did you mean 'fptquant'"):
+        Recipe.load("fptqant")
+    with pytest.raises(FPTQuantError, match="recipe file 'none.yaml' does not exist"):
+        Recipe.load("none.yaml")
+
+
+def test_recipe_from_a_file(tmp_path: Path) -> None:
+    fields = {
+        "precision": {"activations": {"bits": 4, "symmetric": False}},
+        "transforms": {"T_d": {"block": 8}, "S_n": None, "T_k": False},
+        "overrides": [{"modules": "re:.*down_proj", "activations": {"bits": 8}}],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(fields))
+    recipe = Recipe.load(str(tmp_path / "mine.yaml"))
+    assert recipe.name == "mine" and set(recipe.transforms) == {"T_d", "S_n"}
+    assert recipe.transforms["T_d"] == DownHadamardOptions(block=8)
+    assert recipe.overrides[0].activations is not None and recipe.overrides[0].activations.bits == 8
+    again = Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict())))
+    assert again == recipe and again.digest() == recipe.digest()
+
+
+def test_changed_merges_mappings_and_leaves_the_original() -> None:
+    recipe = Recipe.load("fptquant")
+    changed = recipe.changed(calibration={"sequences": 3}, seed=7, precision="w4a16")
+    assert (changed.calibration.sequences, changed.calibration.length) == (3, recipe.calibration.length)
+    assert changed.precision == PRECISIONS["w4a16"] and changed.seed == 7
+    assert recipe.seed == 0 and recipe.calibration.sequences != 3
+    assert changed.digest() != recipe.digest()
+    with pytest.raises(FPTQuantError, match="options: .*calibration.length"):
+        recipe.changed("options", calibration={"length": 1})

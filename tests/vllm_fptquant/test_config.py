@@ -1,0 +1,173 @@
+"""Which layer gets which treatment, and what is refused before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from fptquant.checkpoint import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
+from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.layers import FUSED, build_linear, quant_config
+from vllm_fptquant.config import FPTQuantConfig
+from vllm_fptquant.linear import FPTQuantLinearMethod
+
+pytestmark = pytest.mark.usefixtures("parallel_world")
+
+
+def test_newer_format_is_refused() -> None:
+    config = {**CheckpointConfig().to_dict(), "format_version": 2}
+    with pytest.raises(FPTQuantError, match="format_version 2.*upgrade vllm-fptquant"):
+        FPTQuantConfig.from_config(config)
+
+
+def test_unknown_field_is_refused() -> None:
+    with pytest.raises(FPTQuantError, match="wieghts"):
+        FPTQuantConfig.from_config({**CheckpointConfig().to_dict(), "wieghts": {}})
+
+
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
+    monkeypatch.setattr("vllm_fptquant.config.current_platform", platform)
+    with pytest.raises(FPTQuantError, match="'cuda'.*GPU kernels come in a later release"):
+        FPTQuantConfig.from_config(CheckpointConfig().to_dict())
+
+
+def test_survives_the_way_to_other_processes() -> None:
+    config = quant_config(ignore=("lm_head", "re:.*o_proj"))
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.checkpoint == config.checkpoint
+        assert copied.packed_modules_mapping == FUSED
+
+
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("a.qkv_proj", ("a.q_proj", "a.k_proj", "a.v_proj")),
+        ("a.gate_up_proj", ("a.gate_proj", "a.up_proj")),
+        ("a.down_proj", ("a.down_proj",)),
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ],
+)
+def test_fused_names_are_expanded(name: str, shards: tuple[str, ...]) -> None:
+    assert quant_config().shard_names(name) == shards
+
+
+def test_ignored_layers_stay_in_floating_point() -> None:
+    config = quant_config(ignore=("re:.*self_attn.*",))
+    layer = build_linear("qkv", config)
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+    assert layer.weight.shape == (256, 64)
+    assert isinstance(build_linear("down", config).quant_method, FPTQuantLinearMethod)
+
+
+def test_one_ignored_shard_of_a_fused_layer_is_refused() -> None:
+    config = quant_config(ignore=("model.layers.0.self_attn.k_proj",))
+    with pytest.raises(FPTQuantError, match=r"qkv_proj as one product.*q_proj: w4a8.*k_proj: not quantized"):
+        build_linear("qkv", config)
+
+
+def test_different_schemes_in_a_fused_layer_are_refused() -> None:
+    config = quant_config(
+        overrides=({"modules": "re:.*up_proj", "activations": {"bits": 4, "symmetric": False}},)
+    )
+    with pytest.raises(FPTQuantError, match=r"gate_proj: w4a8.*up_proj: w4a4 asymmetric"):
+        build_linear("gate_up", config)
+
+
+def test_override_of_a_whole_fused_layer() -> None:
+    config = quant_config(overrides=({"modules": "re:.*(gate|up)_proj", "activations": {"bits": 4}},))
+    assert build_linear("gate_up", config).quant_method.scheme.activations.bits == 4
+    assert build_linear("down", config).quant_method.scheme.activations.bits == 8
+
+
+def test_hadamard_is_for_down_proj_only() -> None:
+    config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+    assert build_linear("down", config).quant_method.hadamard_block == 32
+    assert build_linear("o", config).quant_method.hadamard_block is None
+    assert build_linear("gate_up", config).quant_method.hadamard_block is None
+
+
+def test_embeddings_and_head_are_left_to_vllm() -> None:
+    config = quant_config()
+    for kind in (VocabParallelEmbedding, ParallelLMHead):
+        assert config.get_quant_method(kind.__new__(kind), "lm_head") is None
+
+
+def test_mixture_of_experts_is_refused() -> None:
+    experts = type("RoutedExperts", (torch.nn.Module,), {})()
+    with pytest.raises(FPTQuantError, match="experts: mixture-of-experts"):
+        quant_config().get_quant_method(experts, "model.layers.0.mlp.experts")
+
+
+def test_mapper_renames_paths_but_not_patterns() -> None:
+    config = quant_config(
+        ignore=("lm_head", "model.layers.0.mlp.down_proj", "re:.*model.layers.1.*"),
+        overrides=({"modules": "model.layers.2.mlp.down_proj", "activations": {"bits": 4}},),
+    )
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.checkpoint.ignore == (
+        "lm_head",
+        "language_model.model.layers.0.mlp.down_proj",
+        "re:.*model.layers.1.*",
+    )
+    assert config.checkpoint.overrides[0].modules == "language_model.model.layers.2.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("scaled", "architecture", "fix"),
+    [
+        (True, "LlamaForCausalLM", "FPTQuantLlamaForCausalLM"),
+        (False, "FPTQuantLlamaForCausalLM", "'LlamaForCausalLM'"),
+    ],
+)
+def test_architecture_must_match_residual_scaling(scaled: bool, architecture: str, fix: str) -> None:
+    config = quant_config(transforms=TransformRecord(residual_scale=scaled))
+    hf_config = SimpleNamespace(architectures=[architecture])
+    with pytest.raises(FPTQuantError, match=f"residual_scale is {str(scaled).lower()}.*{fix}"):
+        config.maybe_update_config("model", hf_config)
+    quant_config(transforms=TransformRecord(residual_scale=not scaled)).maybe_update_config(
+        "model", hf_config
+    )
+
+
+def test_unknown_kernel_override(serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"kernel": "marlin"}})
+    with pytest.raises(FPTQuantError, match="unknown kernel 'marlin': known: fbgemm, reference"):
+        build_linear("down", quant_config())
+
+
+def test_kernel_override_that_cannot_do_a_layer(serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"kernel": "fbgemm"}})
+    with pytest.raises(
+        FPTQuantError, match=r"'fbgemm' cannot compute model.layers.0.mlp.down_proj: .*16 bits"
+    ):
+        build_linear("down", quant_config(activations={"bits": 16}))
+
+
+def test_kernel_override_is_used(serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"kernel": "reference"}})
+    assert build_linear("down", quant_config()).quant_method.kernel_class.name == "reference"
+
+
+def test_unquantized_kv_cache_is_left_to_vllm() -> None:
+    from tests.vllm_fptquant.layers import build_attention
+
+    attention = build_attention(quant_config(kv_cache=KVCacheScheme(bits=16)))
+    assert not hasattr(attention, "k_scale")
+
+
+def test_attention_of_another_kind_is_refused() -> None:
+    from vllm.model_executor.layers.attention import EncoderOnlyAttention
+
+    layer: Any = EncoderOnlyAttention.__new__(EncoderOnlyAttention)
+    with pytest.raises(FPTQuantError, match="static KV cache needs plain decoder attention.*EncoderOnly"):
+        quant_config().get_quant_method(layer, "model.layers.0.self_attn.attn")

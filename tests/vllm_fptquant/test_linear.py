@@ -1,0 +1,213 @@
+"""The linear method on vLLM's real parallel layers: loading, checks, tensor parallelism, arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fptquant.checkpoint import (
+    ActivationScheme,
+    DownHadamard,
+    TransformRecord,
+    WeightScheme,
+    block_hadamard,
+    code_bounds,
+    hadamard_factors,
+    quantize,
+    quantized_linear,
+)
+from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.layers import (
+    COLUMNS,
+    HIDDEN,
+    SHARDS,
+    build_linear,
+    load,
+    quant_config,
+    random_tensors,
+)
+
+KINDS = list(SHARDS)
+HADAMARD = TransformRecord(down_hadamard=DownHadamard(block=32))
+
+pytestmark = pytest.mark.usefixtures("parallel_world")
+
+
+def expected(tensors: dict[Any, dict[str, Tensor]], x: Tensor, bits: int) -> Tensor:
+    """The contract's result for the shards of a layer, side by side."""
+    outputs = []
+    for shard in tensors.values():
+        zero_point = shard.get("input_zero_point", torch.tensor(0))
+        codes = quantize(x, shard["input_scale"], *code_bounds(zero_point, bits))
+        scale = shard["input_scale"] * shard["weight_scale"].flatten()
+        outputs.append(quantized_linear(codes, shard["codes"].float(), scale))
+    return torch.cat(outputs, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False)])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_loaded_layer_equals_contract(kind: str, bits: int, symmetric: bool, weight_bits: int) -> None:
+    config = quant_config(
+        weights=WeightScheme(bits=weight_bits), activations=ActivationScheme(bits=bits, symmetric=symmetric)
+    )
+    tensors = random_tensors(kind, config)
+    layer = load(build_linear(kind, config), tensors)
+    x = torch.randn(7, COLUMNS[kind])
+    output, bias = layer(x)
+    assert bias is None
+    assert torch.equal(output, expected(tensors, x, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_input_gives_sixteen_bit_output(dtype: torch.dtype) -> None:
+    config = quant_config()
+    tensors = random_tensors("down", config)
+    layer = load(build_linear("down", config, params_dtype=dtype), tensors)
+    x = torch.randn(3, COLUMNS["down"]).to(dtype)
+    output, _ = layer(x)
+    assert torch.equal(output, expected(tensors, x, 8).to(dtype))
+    # A float32 input, as residual scaling makes it, keeps the output in float32.
+    assert torch.equal(layer(x.float())[0], expected(tensors, x, 8))
+
+
+def test_weight_only_layer_has_no_input_scale() -> None:
+    config = quant_config(activations=ActivationScheme(bits=16))
+    layer = build_linear("gate_up", config)
+    assert not hasattr(layer, "input_scale")
+    tensors = random_tensors("gate_up", config)
+    x = torch.randn(5, HIDDEN)
+    output, _ = load(layer, tensors)(x)
+    weight = torch.cat([shard["codes"] * shard["weight_scale"] for shard in tensors.values()])
+    torch.testing.assert_close(output, x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_hadamard_comes_before_the_quantizer() -> None:
+    config = quant_config(transforms=HADAMARD)
+    tensors = random_tensors("down", config)
+    layer = load(build_linear("down", config), tensors)
+    x = torch.randn(4, COLUMNS["down"])
+    rotated = block_hadamard(x, *hadamard_factors(32))
+    assert torch.equal(layer(x)[0], expected(tensors, rotated, 8))
+    assert not torch.equal(layer(x)[0], expected(tensors, x, 8))
+
+
+def test_bias() -> None:
+    config = quant_config()
+    tensors = random_tensors("o", config)
+    layer = build_linear("o", config, bias=True)
+    layer.bias.data.copy_(torch.randn(HIDDEN))
+    load(layer, tensors)
+    x = torch.randn(4, COLUMNS["o"])
+    assert torch.equal(layer(x)[0], expected(tensors, x, 8) + layer.bias)
+    layer.skip_bias_add = True
+    output, bias = layer(x)
+    assert bias is layer.bias
+    assert torch.equal(output, expected(tensors, x, 8))
+
+
+def test_checkpoint_tensors_are_freed() -> None:
+    config = quant_config(activations=ActivationScheme(bits=4, symmetric=False))
+    layer = load(build_linear("qkv", config), random_tensors("qkv", config))
+    assert not list(layer.parameters())
+    layer.quant_method.process_weights_after_loading(layer)  # vLLM may ask again
+    assert layer(torch.randn(1, HIDDEN))[0].shape == (1, 256)
+
+
+class TestBadCheckpoints:
+    """One line that names the tensor, before anything is served."""
+
+    def fails(self, kind: str, tensors: dict[Any, dict[str, Tensor]], match: str, **fields: Any) -> None:
+        with pytest.raises(FPTQuantError, match=match):
+            load(build_linear(kind, quant_config(**fields)), tensors)
+
+    @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+    def test_unequal_input_scales(self, kind: str) -> None:
+        tensors = random_tensors(kind, quant_config())
+        last = list(tensors)[-1]
+        tensors[last]["input_scale"] = tensors[last]["input_scale"] * (1 + 2**-20)
+        self.fails(kind, tensors, f"input_scale must be equal .*{SHARDS[kind][-1][1]} 0.013")
+
+    def test_unequal_zero_points(self) -> None:
+        fields = {"activations": ActivationScheme(bits=4, symmetric=False)}
+        tensors = random_tensors("qkv", quant_config(**fields))
+        tensors["k"]["input_zero_point"] += 1
+        self.fails("qkv", tensors, "input_zero_point must be equal .*k_proj -2", **fields)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -0.1])
+    @pytest.mark.parametrize("name", ["input_scale", "weight_scale"])
+    def test_scale_that_is_no_positive_number(self, name: str, bad: float) -> None:
+        tensors = random_tensors("qkv", quant_config())
+        tensors["k"][name].view(-1)[-1] = bad
+        self.fails("qkv", tensors, rf"model.layers.0.self_attn.k_proj.{name} is {bad:g}.*positive and finite")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        "name", ["weight_packed", "weight_scale", "weight_shape", "input_scale", "input_zero_point"]
+    )
+    def test_missing_tensor(self, kind: str, name: str) -> None:
+        fields = {"activations": ActivationScheme(bits=8, symmetric=False)}
+        tensors = random_tensors(kind, quant_config(**fields))
+        del tensors[list(tensors)[-1]][name]
+        self.fails(kind, tensors, f"{SHARDS[kind][-1][1]}: the checkpoint has no {name}", **fields)
+
+    def test_shape_of_another_model(self) -> None:
+        tensors = random_tensors("down", quant_config())
+        tensors[None]["weight_shape"] = torch.tensor([HIDDEN, 100])
+        self.fails("down", tensors, "down_proj.weight_shape: 100 input features, but the model has 96")
+
+
+class TestTensorParallel:
+    """Ranks of a faked world compute their slice; summed or concatenated they give the whole layer."""
+
+    @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+    @pytest.mark.parametrize("size", [2, 4])
+    def test_columns(self, kind: str, size: int, parallel_world: Callable[[int, int], None]) -> None:
+        config = quant_config()
+        tensors = random_tensors(kind, config)
+        x = torch.randn(5, HIDDEN)
+        whole = expected(tensors, x, 8).split([rows for _, _, rows in SHARDS[kind]], -1)
+        for rank in range(size):
+            parallel_world(rank, size)
+            layer = load(build_linear(kind, config), tensors)
+            parts = layer(x)[0].split(layer.output_partition_sizes, -1)
+            for (shard, _, _), part, full in zip(SHARDS[kind], parts, whole, strict=True):
+                # KV heads are shared by ranks once there are more ranks than heads.
+                copies = max(1, size // 2) if kind == "qkv" and shard != "q" else 1
+                slices = full.chunk(size // copies, -1)
+                assert torch.equal(part, slices[rank // copies])
+
+    @pytest.mark.parametrize("kind", ["o", "down"])
+    def test_rows_sum_to_the_whole(self, kind: str, parallel_world: Callable[[int, int], None]) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=16)))
+        tensors = random_tensors(kind, config)
+        x = torch.randn(5, COLUMNS[kind])
+        whole = load(build_linear(kind, config), tensors)(x)[0]
+        total = torch.zeros_like(whole)
+        for rank in range(2):
+            parallel_world(rank, 2)
+            layer = load(build_linear(kind, config, reduce_results=False), tensors)
+            total += layer(x.chunk(2, -1)[rank])[0]
+        torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+
+    def test_split_hadamard_block_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
+        parallel_world(0, 2)
+        config = quant_config(transforms=HADAMARD)
+        build_linear("o", config)
+        with pytest.raises(
+            FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3"
+        ):
+            build_linear("down", config)
+        parallel_world(0, 3)
+        assert build_linear("down", config).input_size_per_partition == 32
+
+    def test_split_word_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
+        parallel_world(0, 8)  # 12 input features: one and a half words of 4-bit weights
+        with pytest.raises(
+            FPTQuantError, match="tensor-parallel size 8 leaves 12 .*8 weights in a packed word"
+        ):
+            build_linear("down", quant_config())

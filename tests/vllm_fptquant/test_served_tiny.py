@@ -1,0 +1,133 @@
+"""A tiny checkpoint, served by vLLM, gives the log-probabilities and tokens of an independent reference."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fptquant.checkpoint import CheckpointConfig
+from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
+
+SERVE = Path(__file__).with_name("serve_tokens.py")
+NEW_TOKENS = 8
+TOLERANCE = 1e-4  # float32 against float64; one flipped 4-bit code would show as 1e-2
+
+EVERYTHING: dict[str, Any] = {
+    "activations": {"bits": 4, "symmetric": False},
+    "kv_cache": {"bits": 4, "strategy": "head"},
+    "transforms": {"down_hadamard": {"block": 32}, "residual_scale": True},
+}
+NO_ONLINE_TRANSFORM: dict[str, Any] = {"kv_cache": {"bits": 8, "symmetric": True}}
+MIXED: dict[str, Any] = {
+    "activations": {"bits": 16},
+    "kv_cache": {"bits": 16},
+    "transforms": {"down_hadamard": {"block": 16}, "residual_scale": True},
+    "overrides": [
+        {"modules": "re:.*(gate|up)_proj", "activations": {"bits": 8, "symmetric": False}},
+        {"modules": "model.layers.1.mlp.down_proj", "weights": {"bits": 8}, "activations": {"bits": 8}},
+    ],
+    "ignore": ["lm_head", "model.layers.0.self_attn.o_proj", "re:.*layers.1.self_attn.[qkv]_proj"],
+}
+
+
+def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess.CompletedProcess[str]:
+    request = checkpoint / "request.json"
+    request.write_text(json.dumps({"prompts": prompts, "max_tokens": NEW_TOKENS}))
+    command = [
+        sys.executable,
+        str(SERVE),
+        str(checkpoint),
+        str(request),
+        str(checkpoint / "answer.json"),
+        *flags,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "bias", "flags"),
+    [
+        pytest.param(EVERYTHING, True, (), id="everything-eager"),
+        pytest.param(EVERYTHING, True, ("--compile",), id="everything-compiled"),
+        pytest.param(NO_ONLINE_TRANSFORM, False, (), id="no-online-transform"),
+        pytest.param(NO_ONLINE_TRANSFORM, False, ("--kernel", "reference"), id="reference-kernel"),
+        pytest.param(MIXED, True, (), id="mixed"),
+    ],
+)
+def test_served_equals_reference(
+    fields: dict[str, Any], bias: bool, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=bias)
+    checkpoint = model.write(tmp_path / "checkpoint")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in (3, 17, 40)]
+    process = serve(checkpoint, prompts, *flags)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    for prompt, answer in zip(prompts, json.loads((checkpoint / "answer.json").read_text()), strict=True):
+        assert answer["tokens"] == model.greedy(prompt, NEW_TOKENS)
+        # Prefill gives the prompt's rows, decoding with the KV cache the others: here one forward pass.
+        expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
+        served = torch.tensor(answer["logprobs"], dtype=torch.float64)
+        torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transforms": {"down_hadamard": {"block": 32}, "residual_scale": False}},
+        {"transforms": {"down_hadamard": {"block": 16}, "residual_scale": True}},
+        {"kv_cache": {"bits": 16}},
+    ],
+)
+def test_reference_would_notice(change: dict[str, Any]) -> None:
+    """Leaving out one part moves the log-probabilities by far more than the tolerance above."""
+    model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True)
+    tokens = torch.arange(20)
+    before = model.logits(tokens).log_softmax(-1)
+    model.config = CheckpointConfig.model_validate({**EVERYTHING, **change})
+    if "kv_cache" in change:
+        model.quantizers = {key: q for key, q in model.quantizers.items() if not key.endswith((".k", ".v"))}
+    after = model.logits(tokens).log_softmax(-1)
+    assert (after - before).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_damaged_checkpoint_stops_the_engine_with_one_clear_line(tmp_path: Path) -> None:
+    model = TinyLlama.random(CheckpointConfig.model_validate(NO_ONLINE_TRANSFORM))
+    model.quantizers["model.layers.1.down"].scale.fill_(float("nan"))
+    process = serve(model.write(tmp_path / "checkpoint"), [[1, 2, 3]])
+    assert process.returncode != 0
+    assert (
+        "model.layers.1.mlp.down_proj.input_scale is nan, must be positive" in process.stderr + process.stdout
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format_version": 2}, "format_version 2, but this package reads up to 1"),
+        ({"transforms": {"residual_scale": True}}, "architectures to .'FPTQuantLlamaForCausalLM'"),
+        ({"kv_cash": {}}, "kv_cash"),
+    ],
+)
+def test_refused_before_loading(change: dict[str, Any], match: str, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = TinyLlama.random(CheckpointConfig.model_validate(NO_ONLINE_TRANSFORM)).write(tmp_path)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    arguments = EngineArgs(str(checkpoint), dtype="float32", enforce_eager=True, skip_tokenizer_init=True)
+    with pytest.raises((FPTQuantError, ValueError), match=match):
+        arguments.create_engine_config()
