@@ -9,7 +9,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-CODE        := offline vllm_fptquant scripts tests
+CODE        := offline vllm_fptquant scripts benchmarks tests
 SHELL_FILES := scripts/install.sh .ci/run
 YAML_FILES  := docker/compose.yaml $(wildcard offline/fptquant/recipes/*.yaml)
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
@@ -33,7 +33,7 @@ test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(STAMP)  ## ruff, shellcheck, yamllint, hadolint
 	$(BIN)/ruff check $(CODE)

@@ -150,8 +150,9 @@ def demo(cache: Path) -> None:
     print(f"answer       {len(answer.split())} words in {seconds:.1f} s")
     print(f"perplexity   {before:.2f} original, {after:.2f} quantized ({PRECISION}, simulated)")
     print(f"size         {big / 1e6:.0f} MB original (float32), {small / 1e6:.0f} MB quantized")
-    print(f"             {packed_size(quantized) / 1e6:.0f} MB of it are the INT4 weights; the rest is mostly the")
-    print("             embedding and the output head, stored unquantized and, for this small model, large")
+    packed = packed_size(quantized) / 1e6
+    print(f"             {packed:.0f} MB of it are the INT4 weights; most of the rest are the")
+    print("             embedding and output head, stored unquantized and large for so small a model")
     print(f"checkpoint   {quantized}")
 
 

@@ -44,7 +44,12 @@ MODELS: dict[str, dict[str, object]] = {
 
 def build_model(kind: str, seed: int = 0, embedding_rms: float = 0.02, **changes: object) -> LlamaForCausalLM:
     """A random Llama in float32 whose every parameter matters: gains and biases too, which start trivial."""
-    fields = {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+    fields = {
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
     config = LlamaConfig(**{**fields, **MODELS[kind], **changes})
     config.architectures = ["LlamaForCausalLM"]
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -104,13 +109,15 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
 
 
 @pytest.fixture(scope="session")
-def save_model(
-    tokenizer: PreTrainedTokenizerFast, tokenizer_with_bos: PreTrainedTokenizerFast
-) -> Callable[..., Path]:
+def save_model(tokenizer: PreTrainedTokenizerFast, tokenizer_with_bos: PreTrainedTokenizerFast) -> Callable[..., Path]:
     """`save_model(directory, kind, dtype=..., bos=..., **config changes)`: a complete checkpoint directory."""
 
     def save(
-        directory: Path, kind: str = "bias", dtype: torch.dtype = torch.float32, bos: bool = True, **changes: object
+        directory: Path,
+        kind: str = "bias",
+        dtype: torch.dtype = torch.float32,
+        bos: bool = True,
+        **changes: object,
     ) -> Path:
         model = build_model(kind, **changes).to(dtype)  # type: ignore[arg-type]
         model.config.dtype = dtype

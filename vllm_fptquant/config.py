@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
-class FPTQuantConfig(QuantizationConfig):
+class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, as vLLM sees it.
 
     Attributes:
@@ -75,9 +75,7 @@ class FPTQuantConfig(QuantizationConfig):
         """No side file: everything is in config.json."""
         return []
 
-    def maybe_update_config(
-        self, model_name: str, hf_config: Any = None, revision: str | None = None
-    ) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Refuses a model class that would leave out residual scaling, or apply it unasked.
 
         Raises:
@@ -167,9 +165,7 @@ class FPTQuantConfig(QuantizationConfig):
         """
         schemes = [self.checkpoint.scheme_for(shard) for shard in shards]
         if any(scheme != schemes[0] for scheme in schemes):
-            listed = ", ".join(
-                f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True)
-            )
+            listed = ", ".join(f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True))
             raise FPTQuantError(
                 f"vLLM computes {prefix} as one product, but its parts are quantized differently ({listed}): "
                 "give them the same overrides, and ignore all or none of them"

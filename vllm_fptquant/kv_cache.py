@@ -34,7 +34,7 @@ CACHE_DTYPES = {
 }
 
 
-class StaticKVAttention(Attention):
+class StaticKVAttention(Attention):  # type: ignore[misc]
     """vLLM's attention layer with quantized keys and values.
 
     An `Attention` instance becomes one by a change of its class: vLLM's models construct the layer
@@ -64,15 +64,14 @@ class StaticKVAttention(Attention):
         keys = quantize(keys, self.fptquant_k_scale, self.fptquant_k_low, self.fptquant_k_high)
         values = quantize(values, self.fptquant_v_scale, self.fptquant_v_low, self.fptquant_v_high)
         queries = (queries * self.fptquant_query_scale).to(query.dtype)
-        output = super().forward(
+        output: Tensor = super().forward(
             queries, keys.to(key.dtype), values.to(value.dtype), output_shape, output_dtype
         )
-        heads = output.view(-1, self.num_heads, self.head_size_v)
-        result: Tensor = (heads * self.fptquant_output_scale).to(output.dtype).view(output.shape)
-        return result
+        output.view(-1, self.num_heads, self.head_size_v).mul_(self.fptquant_output_scale)
+        return output
 
 
-class FPTQuantKVCacheMethod(BaseKVCacheMethod):
+class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
     """Loads `k_scale`, `v_scale` and zero points of one attention layer."""
 
     supports_pre_processed_weights = False
@@ -143,9 +142,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):
                 scale = scale.repeat_interleave(layer.num_heads // layer.num_kv_heads)
             layer.register_buffer(f"fptquant_{buffer}", scale[:, None], persistent=False)
 
-    def _add_parameter(
-        self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool
-    ) -> None:
+    def _add_parameter(self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
         def load(parameter: Tensor, loaded: Tensor) -> None:
@@ -153,9 +150,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):
             if per_head:
                 loaded = local_heads(f"{module}.{tensor}", loaded, parameter.numel())
             if loaded.numel() != parameter.numel():
-                raise FPTQuantError(
-                    f"{module}.{tensor}: {loaded.numel()} values, but strategy 'tensor' needs one"
-                )
+                raise FPTQuantError(f"{module}.{tensor}: {loaded.numel()} values, but strategy 'tensor' needs one")
             parameter.data.copy_(loaded)
 
         parameter.weight_loader = load  # type: ignore[attr-defined]
@@ -164,9 +159,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):
     def _require_zero_point(self, name: str, zero_point: Tensor) -> None:
         limit = 2 ** (self.scheme.bits - 1)
         if bool(((zero_point < -limit) | (zero_point >= limit)).any()):
-            raise FPTQuantError(
-                f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again"
-            )
+            raise FPTQuantError(f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again")
 
 
 def local_heads(name: str, values: Tensor, count: int) -> Tensor:
@@ -178,9 +171,7 @@ def local_heads(name: str, values: Tensor, count: int) -> Tensor:
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     total = values.numel()
     if total != count * ranks and not (count == 1 and ranks % total == 0):
-        raise FPTQuantError(
-            f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks"
-        )
+        raise FPTQuantError(f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks")
     first = rank * total // ranks
     return values[first : first + count]
 

@@ -33,7 +33,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own logge
 WORD = 32  # bits of a packed word
 
 
-class ShapeParameter(PerTensorScaleParameter):
+class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
     """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
 
     def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
@@ -47,7 +47,7 @@ class ShapeParameter(PerTensorScaleParameter):
 
 
 @register_weight_loader_v2_supported_method
-class FPTQuantLinearMethod(LinearMethodBase):
+class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Static quantized linear layer, one instance per layer."""
 
     def __init__(
@@ -111,9 +111,7 @@ class FPTQuantLinearMethod(LinearMethodBase):
 
         def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
             seen = self.loaded.setdefault(name, set())
-            layer.register_parameter(
-                name, parameter(data=data, weight_loader=recording(loader, seen), **attributes)
-            )
+            layer.register_parameter(name, parameter(data=data, weight_loader=recording(loader, seen), **attributes))
 
         words = -(-in_features * weights.bits // WORD)
         add(
@@ -172,8 +170,10 @@ class FPTQuantLinearMethod(LinearMethodBase):
         )
         for name in self.loaded:
             delattr(layer, name)
-        rotation = None if self.hadamard_block is None else hadamard_factors(self.hadamard_block, self.hadamard_dtype)
-        prepared = PreparedLinear(self.kernel_class(weights), rotation)
+        rotation = None
+        if self.hadamard_block is not None:
+            rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
+        prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -210,8 +210,7 @@ class FPTQuantLinearMethod(LinearMethodBase):
             given = zip(self.shards, values.tolist(), strict=True)
             listed = ", ".join(f"{name} {value:g}" for name, value in given)
             raise FPTQuantError(
-                f"{tensor} must be equal in layers that share an input, got {listed}: "
-                "quantize the model again"
+                f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
             )
         return values[0].clone()
 

@@ -37,6 +37,4 @@ class ServingOptions(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             known = ", ".join(cls.model_fields)
-            raise FPTQuantError(
-                f"--additional-config, key 'fptquant': {one_line(error)}: known: {known}"
-            ) from None
+            raise FPTQuantError(f"--additional-config, key 'fptquant': {one_line(error)}: known: {known}") from None

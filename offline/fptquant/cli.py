@@ -11,8 +11,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import fptquant
@@ -80,9 +87,15 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
     without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
     rounding: Annotated[str | None, typer.Option(help="weight rounding: gptq or nearest")] = None,
-    kv_strategy: Annotated[str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of what stays in floating point: auto, float32, bfloat16, float16")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output when the new one is complete")] = False,
+    kv_strategy: Annotated[
+        str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="of what stays in floating point: auto, float32, bfloat16, float16")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an existing output when the new one is complete")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
@@ -132,7 +145,9 @@ def quantize(
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="directory that `fptquant quantize` wrote")],
     against: Annotated[str, typer.Option(help="the original model")],
-    text: Annotated[Path | None, typer.Option(help="text to compare on (default: the shipped calibration text)")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="text to compare on (default: the shipped calibration text)")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[int, typer.Option(min=8)] = 256,
     vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="compare through vLLM too, when installed")] = True,
@@ -197,7 +212,8 @@ def evaluate(
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 512,
     backend: Annotated[Backend, typer.Option(help="transformers (the simulation) or vllm")] = Backend.transformers,
     special_tokens: Annotated[
-        bool, typer.Option("--special-tokens", help="start every window with the tokenizer's BOS, where it has one")
+        bool,
+        typer.Option("--special-tokens", help="start every window with the tokenizer's BOS, where it has one"),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
 ) -> None:
@@ -246,7 +262,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
@@ -259,9 +277,10 @@ def main() -> None:
         line = " ".join(str(error).split())
         _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("interrupted: nothing was written")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's answer to Ctrl-C
+            _err.print("interrupted: nothing was written")
+        raise
 
 
 def _without(recipe: Recipe, names: str) -> Recipe:

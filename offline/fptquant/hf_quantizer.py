@@ -17,10 +17,11 @@ from fptquant.simulation.install import drop_quantized_weights, finish_loading, 
 
 
 @register_quantization_config(QUANT_METHOD)
-class FPTQuantHfConfig(QuantizationConfigMixin):
+class FPTQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` as transformers passes it around; `checkpoint` is the validated form."""
 
     def __init__(self, **fields: Any) -> None:
+        """Validates the fields of `quantization_config`."""
         self.quant_method = QUANT_METHOD
         self.checkpoint = CheckpointConfig.parse({"quant_method": QUANT_METHOD, **fields})
 
@@ -30,7 +31,7 @@ class FPTQuantHfConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(QUANT_METHOD)
-class FPTQuantHfQuantizer(HfQuantizer):
+class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads a checkpoint as the exact simulation of what vLLM serves."""
 
     requires_calibration = True

@@ -56,7 +56,9 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     except Exception as error:  # transformers raises many kinds, all of them the file's fault
         raise FPTQuantError(f"{path / 'config.json'}: {_first_line(error)}") from None
     architecture = architecture_of(config)
-    check_weight_files(path)
+    shapes = check_weight_files(path)
+    if getattr(config, "quantization_config", None) is None:
+        _check_tensors(path, config, shapes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -72,9 +74,7 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
 def load_model(source: Source) -> PreTrainedModel:
     """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation)."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError) as error:
@@ -91,28 +91,55 @@ def load_model(source: Source) -> PreTrainedModel:
     return loaded
 
 
-def check_weight_files(path: Path) -> None:
+def check_weight_files(path: Path) -> dict[str, list[int]]:
     """Reads the header of every weight file, which also proves that none is truncated.
+
+    Returns:
+        Shapes of all tensors by name.
 
     Raises:
         FPTQuantError: no safetensors, a missing shard, or a damaged file.
     """
     if (path / _INDEX).is_file():
-        names = sorted(set(read_json(path / _INDEX).get("weight_map", {}).values()))
+        placed = read_json(path / _INDEX).get("weight_map")
+        if not isinstance(placed, dict):
+            raise FPTQuantError(f"'{path / _INDEX}' has no weight_map: fetch the model again")
+        names = sorted(set(placed.values()))
     else:
         names = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
     if not names:
         raise FPTQuantError(f"'{path}' has no model.safetensors (other formats aren't read: convert it to safetensors)")
+    shapes: dict[str, list[int]] = {}
     for name in names:
         if not (path / name).is_file():
             raise FPTQuantError(f"'{path / name}' is missing, but {_INDEX} names it: fetch the model again")
         try:
             with safe_open(path / name, framework="pt") as file:
-                file.keys()
+                shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118 (no dict)
         except (SafetensorError, OSError) as error:
             raise FPTQuantError(
                 f"'{path / name}' is corrupt or truncated ({_first_line(error)}): fetch the model again"
             ) from None
+    return shapes
+
+
+def _check_tensors(path: Path, config: PretrainedConfig, stored: dict[str, list[int]]) -> None:
+    """Compares the tensors of an unquantized model with what its configuration asks for.
+
+    transformers would replace missing ones by random values.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        shape = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}.")))
+        if shape is None and name not in tied:
+            raise FPTQuantError(f"'{path}' lacks the tensor {name}: fetch the model again")
+        if shape is not None and shape != list(tensor.shape):
+            raise FPTQuantError(
+                f"'{path}': {name} has shape {shape}, but config.json asks for {list(tensor.shape)}: "
+                "weights and config.json do not belong together"
+            )
 
 
 def weight_bytes(path: Path) -> int:
@@ -147,7 +174,7 @@ def _local_directory(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
     except Exception as error:  # network, authorization, no such repository: all have the same remedy
         raise FPTQuantError(
-            f"'{name}' is neither a local directory nor a model that could be fetched from the hub: {_first_line(error)}"
+            f"'{name}' is no local directory and could not be fetched from the hub: {_first_line(error)}"
         ) from None
 
 

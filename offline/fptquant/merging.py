@@ -14,9 +14,7 @@ from fptquant.transforms import TransformSet
 
 
 @torch.no_grad()
-def merge_transforms(
-    model: PreTrainedModel, architecture: Architecture, transforms: TransformSet
-) -> Iterator[int]:
+def merge_transforms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> Iterator[int]:
     """Folds norm gains, unties the head and merges `transforms`, in place; the model computes the same function.
 
     The online parts (T_d, S_n) are not installed here, see `fptquant.simulation`.

@@ -120,7 +120,10 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
     Raises:
         FPTQuantError: `checkpoint` has no record of its recipe, or belongs to another model.
     """
-    recipe_file, transforms_file = checkpoint / EXTRAS / "recipe.yaml", checkpoint / EXTRAS / "transforms.safetensors"
+    recipe_file, transforms_file = (
+        checkpoint / EXTRAS / "recipe.yaml",
+        checkpoint / EXTRAS / "transforms.safetensors",
+    )
     for file in (recipe_file, transforms_file):
         if not file.is_file():
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
@@ -226,7 +229,7 @@ def check_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
 
 
 def _config_dict(job: Plan) -> dict[str, Any]:
-    config = job.source.config.to_diff_dict()
+    config: dict[str, Any] = job.source.config.to_diff_dict()
     architecture = job.source.architecture.class_name
     if job.config.transforms.residual_scale:
         architecture = residual_scaled_architecture(architecture)
@@ -267,7 +270,9 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
                 )
         down = architecture.projection_name(layer, Role.DOWN)
         if config.transforms.down_hadamard and config.scheme_for(down) is None:
-            raise FPTQuantError(f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off")
+            raise FPTQuantError(
+                f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off"
+            )
 
 
 def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
@@ -284,7 +289,7 @@ def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype
         Role.UP: (shape.intermediate, shape.hidden),
         Role.DOWN: (shape.hidden, shape.intermediate),
     }
-    total = 2 * source.config.vocab_size * shape.hidden * dtype.itemsize
+    total: int = 2 * source.config.vocab_size * shape.hidden * dtype.itemsize
     for layer in range(shape.layers):
         for role, (rows, columns) in sizes.items():
             scheme = config.scheme_for(architecture.projection_name(layer, role))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fetch_smollm2 import fetch
 
+from fetch_smollm2 import fetch
 from fptquant.evaluation.perplexity import evaluation_windows
 from fptquant.loading import Source, open_source
 

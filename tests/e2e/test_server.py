@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+
 from vllm_server import Server, serve
 
 pytestmark = pytest.mark.vllm

@@ -26,7 +26,7 @@ def windows() -> Tensor:
 
 @pytest.fixture(scope="session")
 def simulate() -> Callable[..., LlamaForCausalLM]:
-    """`simulate(model, windows | None, random=False, **recipe fields)`: merges, installs and, given windows, quantizes."""
+    """`simulate(model, windows | None, random=False, **recipe)`: merges, installs and, given windows, quantizes."""
 
     def run(
         model: LlamaForCausalLM, calibration: Tensor | None = None, random: bool = False, **fields: Any
@@ -41,7 +41,8 @@ def simulate() -> Callable[..., LlamaForCausalLM]:
             activations=recipe.precision.activations,
             kv_cache=recipe.precision.kv_cache,
             transforms=TransformRecord(
-                down_hadamard=DownHadamard(block=block) if block else None, residual_scale=transforms.residual_scale
+                down_hadamard=DownHadamard(block=block) if block else None,
+                residual_scale=transforms.residual_scale,
             ),
             overrides=recipe.overrides,
             ignore=recipe.ignore,

@@ -62,7 +62,9 @@ def test_bos_starts_every_window(
     assert torch.equal(found, windows_of(tokenizer, short_text))
 
 
-def test_the_shipped_text_is_long_enough_for_the_defaults(tokenizer_with_bos: PreTrainedTokenizerFast) -> None:
+def test_the_shipped_text_is_long_enough_for_the_defaults(
+    tokenizer_with_bos: PreTrainedTokenizerFast,
+) -> None:
     options = CalibrationOptions()
     found = calibration_windows(tokenizer_with_bos, options, VOCABULARY, 0)
     assert found.shape == (options.sequences, options.length)
@@ -105,9 +107,7 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_dataset_from_a_jsonl_file(
-    tokenizer: PreTrainedTokenizerFast, jsonl: Path, datasets_cache: None
-) -> None:
+def test_dataset_from_a_jsonl_file(tokenizer: PreTrainedTokenizerFast, jsonl: Path, datasets_cache: None) -> None:
     found = windows_of(tokenizer, jsonl, field="body")
     assert found.shape == (4, 32)
     assert torch.equal(found, windows_of(tokenizer, jsonl, field="body"))
@@ -215,7 +215,11 @@ def test_kv_ranges_are_taken_from_the_model_as_quantized_so_far(
 
 @pytest.mark.parametrize("activation_bits", [4, 16])
 def test_hessians_are_those_of_the_quantized_inputs(
-    activation_bits: int, make_model: MakeModel, simulate: Simulate, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+    activation_bits: int,
+    make_model: MakeModel,
+    simulate: Simulate,
+    windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Tensor] = []
     original = fptquant.rounding.ROUNDERS["gptq"]
@@ -228,7 +232,11 @@ def test_hessians_are_those_of_the_quantized_inputs(
     precision = {"activations": {"bits": activation_bits, "symmetric": False}}
     model = simulate(make_model("bias"), windows, precision=precision)
     assert len(seen) == 8  # per layer: qkv, o, gate-up, down
-    for index, name in ((1, "layers.0.self_attn.o_proj"), (3, "layers.0.mlp.down_proj"), (4, "layers.1.self_attn.q_proj")):
+    for index, name in (
+        (1, "layers.0.self_attn.o_proj"),
+        (3, "layers.0.mlp.down_proj"),
+        (4, "layers.1.self_attn.q_proj"),
+    ):
         x = observed(model, f"model.{name}", windows)
         if activation_bits < 16:
             x = model.get_submodule(f"model.{name}").quantized_input(x)

@@ -19,6 +19,7 @@ from fptquant.checkpoint import (
     WeightScheme,
     block_hadamard,
     code_bounds,
+    exact_attention,
     hadamard_factors,
     pack_codes,
     quantize,
@@ -113,6 +114,22 @@ def test_block_hadamard_equals_the_dense_matrix(block: int, blocks: int) -> None
 def test_hadamard_needs_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of two, got 12"):
         hadamard_factors(12)
+
+
+@pytest.mark.parametrize("new, total", [(5, 5), (1, 7), (3, 7)])
+def test_exact_attention_is_causal_attention_in_float64(new: int, total: int) -> None:
+    """The last `new` of `total` positions; query head h reads KV head h // 2."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(4, new, 6, generator=generator)
+    key, value = (torch.randn(2, total, 6, generator=generator) for _ in range(2))
+    actual = exact_attention(query, key, value, 0.3)
+    assert actual.shape == (new, 4, 6) and actual.dtype == torch.float32
+    for head in range(4):
+        for row in range(new):
+            seen = total - new + row + 1
+            scores = 0.3 * key[head // 2, :seen].double() @ query[head, row].double()
+            expected = torch.softmax(scores, 0) @ value[head // 2, :seen].double()
+            torch.testing.assert_close(actual[row, head], expected.float(), rtol=1e-6, atol=1e-7)
 
 
 # -- packing --
@@ -277,7 +294,12 @@ def dead_process() -> int:
 def test_leftovers_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp_path: Path) -> None:
     kept = [".out.partial-notes", f".out.partial-{os.getppid()}", f".other.partial-{dead_process()}"]
     # The own number can only be left over: in a container every run has the same one.
-    for name in [*kept, f".out.partial-{dead_process()}", f".out.partial-{os.getpid()}", f".out.partial-old-{dead_process()}"]:
+    for name in [
+        *kept,
+        f".out.partial-{dead_process()}",
+        f".out.partial-{os.getpid()}",
+        f".out.partial-old-{dead_process()}",
+    ]:
         checkpoint(tmp_path / name)
     checkpoint(tmp_path / "out")
     with Publication(tmp_path / "out", overwrite=True):

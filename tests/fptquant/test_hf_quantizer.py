@@ -38,7 +38,10 @@ def test_loads_and_generates(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert sum(isinstance(module, SimulatedLinear) for module in model.modules()) == 14
-    assert not any(parameter.requires_grad and parameter.dim() == 2 and "proj" in name for name, parameter in model.named_parameters())
+    assert not any(
+        parameter.requires_grad and parameter.dim() == 2 and "proj" in name
+        for name, parameter in model.named_parameters()
+    )
     output = model.generate(**tokenizer("The old man", return_tensors="pt"), max_new_tokens=5, min_new_tokens=5)
     assert output.shape[1] == len(tokenizer("The old man")["input_ids"]) + 5
 
@@ -115,7 +118,10 @@ def test_wrong_shape(editable: Path) -> None:
 
 def test_newer_format_and_unknown_field(editable: Path, change_json: Callable[..., None]) -> None:
     config = json.loads((editable / "config.json").read_text())["quantization_config"]
-    for change, message in (({"format_version": 2}, "upgrade vllm-fptquant"), ({"rotation": "x"}, "rotation")):
+    for change, message in (
+        ({"format_version": 2}, "upgrade vllm-fptquant"),
+        ({"rotation": "x"}, "rotation"),
+    ):
         change_json(editable / "config.json", quantization_config={**config, **change})
         with pytest.raises(FPTQuantError, match=message):
             AutoModelForCausalLM.from_pretrained(editable)

@@ -47,10 +47,6 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-def perplexity(model: Any, tokens: torch.Tensor) -> float:
-    return float(torch.exp(model(tokens, labels=tokens).loss))
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("residual_scale", [True, False], ids=["S_n", "no S_n"])
 def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, quantize: Quantize) -> None:
@@ -62,7 +58,11 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     assert config["architectures"] == [f"{prefix}LlamaForCausalLM"] and config["model_type"] == "llama"
     assert config["tie_word_embeddings"] is False
     written = CheckpointConfig.parse(config["quantization_config"])
-    assert (written.weights, written.activations, written.kv_cache) == (scheme.weights, scheme.activations, scheme.kv_cache)
+    assert (written.weights, written.activations, written.kv_cache) == (
+        scheme.weights,
+        scheme.activations,
+        scheme.kv_cache,
+    )
     assert written.transforms.residual_scale is residual_scale
     assert written.transforms.down_hadamard is not None and written.transforms.down_hadamard.block == 8
     assert written.transforms.merged == ("T_k", "T_v", "T_u", "T_r", "T_d")
@@ -70,7 +70,10 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     found = tensors(out)
     layer = "model.layers.1.mlp.down_proj"
     assert found[f"{layer}.weight_packed"].shape == (42, 9) and found[f"{layer}.weight_packed"].dtype == torch.int32
-    assert found[f"{layer}.weight_scale"].shape == (42, 1) and found[f"{layer}.weight_shape"].tolist() == [42, 72]
+    assert found[f"{layer}.weight_scale"].shape == (42, 1) and found[f"{layer}.weight_shape"].tolist() == [
+        42,
+        72,
+    ]
     assert f"{layer}.weight" not in found and found[f"{layer}.bias"].dtype == torch.float32
     quantized = scheme.activations.bits < 16
     assert (f"{layer}.input_scale" in found) is quantized
@@ -108,7 +111,12 @@ def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize
 def test_estimated_size(save_model: SaveModel, quantize: Quantize, tmp_path: Path, calibration: dict[str, Any]) -> None:
     """The estimate that the free space is checked against, where the weights outweigh the file's header."""
     model = save_model(
-        tmp_path / "model", "gqa", torch.bfloat16, hidden_size=128, intermediate_size=512, num_attention_heads=8
+        tmp_path / "model",
+        "gqa",
+        torch.bfloat16,
+        hidden_size=128,
+        intermediate_size=512,
+        num_attention_heads=8,
     )
     for precision in ("w4a8kv8", {"weights": {"bits": 8}}):
         recipe = Recipe.parse({"precision": precision, "calibration": calibration, "transforms": []})
@@ -136,7 +144,9 @@ def test_kv_scales_per_head(model_dir: Path, quantize: Quantize) -> None:
     assert found["model.layers.0.self_attn.k_scale"][0] != found["model.layers.0.self_attn.k_scale"][1]
 
 
-@pytest.mark.parametrize("source, target", [(torch.bfloat16, "auto"), (torch.float32, "bfloat16"), (torch.float32, "float16")])
+@pytest.mark.parametrize(
+    "source, target", [(torch.bfloat16, "auto"), (torch.float32, "bfloat16"), (torch.float32, "float16")]
+)
 def test_sixteen_bit_floats(
     source: torch.dtype, target: str, save_model: SaveModel, quantize: Quantize, tmp_path: Path
 ) -> None:
@@ -175,9 +185,16 @@ def test_overrides_and_ignore_reach_the_tensors(model_dir: Path, quantize: Quant
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"overrides": [{"modules": "re:.*q_proj", "weights": {"bits": 8}}]}, "q_proj, .*v_proj share one input"),
+        (
+            {"overrides": [{"modules": "re:.*q_proj", "weights": {"bits": 8}}]},
+            "q_proj, .*v_proj share one input",
+        ),
         ({"ignore": ["model.layers.0.mlp.up_proj"]}, "gate_proj, .*up_proj share one input"),
-        ({"overrides": [{"modules": "model.layers.7.mlp.down_proj"}]}, "'model.layers.7.mlp.down_proj' matches no"),
+        (
+            {"overrides": [{"modules": "model.layers.7.mlp.down_proj"}]},
+            "'model.layers.7.mlp.down_proj' matches no",
+        ),
+        ({"ignore": ["model.layers.0.mlp.down_proj"]}, "down_proj can't stay in floating point while T_d rotates"),
         ({"transforms": {"T_d": {"block": 16}}}, "block 16 does not divide the intermediate size 72"),
         ({"calibration": {"source": "builtin", "sequences": 100_000}}, "calibration text 'builtin' has"),
     ],
@@ -264,9 +281,7 @@ def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, c
     assert contents(model) == before
 
 
-def test_big_models_are_written_in_shards(
-    model_dir: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_big_models_are_written_in_shards(model_dir: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
     original = pipeline.save_torch_state_dict
 
     def small_shards(tensors: Any, directory: Path, max_shard_size: Any, **options: Any) -> None:
@@ -285,7 +300,12 @@ def test_gptq_beats_nearest_on_its_calibration_text(
     original = load_model(open_source(model_dir))(tokens).logits
     errors = {}
     for method in ("nearest", "gptq"):
-        fields = {"precision": "w4a16", "transforms": [], "rounding": {"method": method}, "calibration": calibration}
+        fields = {
+            "precision": "w4a16",
+            "transforms": [],
+            "rounding": {"method": method},
+            "calibration": calibration,
+        }
         out = quantize(model_dir, method, **fields)
         errors[method] = (AutoModelForCausalLM.from_pretrained(out)(tokens).logits - original).pow(2).mean()
     assert errors["gptq"] < errors["nearest"]

@@ -196,7 +196,11 @@ def test_importance_shifts_the_choice() -> None:
     weight[:, 0] = 8.0
     importance = torch.ones(64)
     importance[0] = 0.0
-    assert bool((weight_scales(weight, 4, WeightRangeOptions(), importance) < weight_scales(weight, 4, WeightRangeOptions())).all())
+    assert bool(
+        (
+            weight_scales(weight, 4, WeightRangeOptions(), importance) < weight_scales(weight, 4, WeightRangeOptions())
+        ).all()
+    )
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8), st.sampled_from([4, 8]))

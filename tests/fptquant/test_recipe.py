@@ -49,7 +49,10 @@ def test_precisions(name: str, bits: tuple[int, int, int]) -> None:
         ({"rounding": {"metod": "gptq"}}, "unknown field 'rounding.metod': did you mean 'method'?"),
         ({"calibration": {"sequence": 3}}, "did you mean 'sequences'?"),
         ({"precision": "w4a4kv5"}, "unknown precision 'w4a4kv5': did you mean 'w4a4kv"),
-        ({"precision": {"weights": {"bit": 4}}}, "unknown field 'precision.weights.bit': did you mean 'bits'?"),
+        (
+            {"precision": {"weights": {"bit": 4}}},
+            "unknown field 'precision.weights.bit': did you mean 'bits'?",
+        ),
         ({"transforms": ["T_x"]}, "unknown transform 'T_x': did you mean 'T_"),
         ({"transforms": {"S_m": True}}, "unknown transform 'S_m': did you mean 'S_n'?"),
         ({"transforms": {"T_d": {"blok": 8}}}, "transforms.T_d: unknown field 'blok': did you mean 'block'?"),

@@ -86,7 +86,11 @@ def random_transforms(names: list[str], model: LlamaForCausalLM, seed: int = 0) 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("names", SETS, ids=SET_IDS)
 def test_function_is_preserved_at_random_values(
-    kind: str, names: list[str], make_model: Callable[..., LlamaForCausalLM], tokens: Tensor, float64_norms: None
+    kind: str,
+    names: list[str],
+    make_model: Callable[..., LlamaForCausalLM],
+    tokens: Tensor,
+    float64_norms: None,
 ) -> None:
     model = make_model(kind).double()
     transforms = random_transforms(names, model)
@@ -169,9 +173,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, mistake", [(name, mistake) for name, mistakes in WRONG.items() for mistake in mistakes]
-)
+@pytest.mark.parametrize("name, mistake", [(name, mistake) for name, mistakes in WRONG.items() for mistake in mistakes])
 def test_a_wrong_half_of_a_pair_is_noticed(
     name: str,
     mistake: Callable[[TransformSet, Role], None],
@@ -220,7 +222,10 @@ def test_tiling_instead_of_repeating_kv_heads_is_noticed(
 
 
 def test_interleaved_pairs_are_noticed(
-    make_model: Callable[..., LlamaForCausalLM], tokens: Tensor, float64_norms: None, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., LlamaForCausalLM],
+    tokens: Tensor,
+    float64_norms: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """RoPE pairs are (j, j + d/2) here; T_k over (2j, 2j + 1) does not commute with it."""
     model = make_model("gqa").double()
@@ -243,7 +248,10 @@ def test_interleaved_pairs_are_noticed(
 # -- starting values --
 
 
-@pytest.mark.parametrize("name, options", [("T_k", {}), ("T_u", {}), ("T_v", {"start": "identity"}), ("T_r", {"start": "identity"})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("T_k", {}), ("T_u", {}), ("T_v", {"start": "identity"}), ("T_r", {"start": "identity"})],
+)
 def test_start_is_the_identity_where_it_should_be(
     name: str, options: dict[str, Any], make_model: Callable[..., LlamaForCausalLM]
 ) -> None:

@@ -46,13 +46,9 @@ def build_linear(kind: str, config: FPTQuantConfig, **arguments: Any) -> LinearB
     arguments = {"bias": False, "quant_config": config, "params_dtype": torch.float32, **arguments}
     prefix = "model.layers.0"
     if kind == "qkv":
-        return QKVParallelLinear(
-            HIDDEN, HEAD_DIM, HEADS, KV_HEADS, prefix=f"{prefix}.self_attn.qkv_proj", **arguments
-        )
+        return QKVParallelLinear(HIDDEN, HEAD_DIM, HEADS, KV_HEADS, prefix=f"{prefix}.self_attn.qkv_proj", **arguments)
     if kind == "gate_up":
-        return MergedColumnParallelLinear(
-            HIDDEN, [MLP, MLP], prefix=f"{prefix}.mlp.gate_up_proj", **arguments
-        )
+        return MergedColumnParallelLinear(HIDDEN, [MLP, MLP], prefix=f"{prefix}.mlp.gate_up_proj", **arguments)
     name = "self_attn.o_proj" if kind == "o" else "mlp.down_proj"
     return RowParallelLinear(COLUMNS[kind], HIDDEN, prefix=f"{prefix}.{name}", **arguments)
 

@@ -76,9 +76,7 @@ def test_one_ignored_shard_of_a_fused_layer_is_refused() -> None:
 
 
 def test_different_schemes_in_a_fused_layer_are_refused() -> None:
-    config = quant_config(
-        overrides=({"modules": "re:.*up_proj", "activations": {"bits": 4, "symmetric": False}},)
-    )
+    config = quant_config(overrides=({"modules": "re:.*up_proj", "activations": {"bits": 4, "symmetric": False}},))
     with pytest.raises(FPTQuantError, match=r"gate_proj: w4a8.*up_proj: w4a4 asymmetric"):
         build_linear("gate_up", config)
 
@@ -134,9 +132,7 @@ def test_architecture_must_match_residual_scaling(scaled: bool, architecture: st
     hf_config = SimpleNamespace(architectures=[architecture])
     with pytest.raises(FPTQuantError, match=f"residual_scale is {str(scaled).lower()}.*{fix}"):
         config.maybe_update_config("model", hf_config)
-    quant_config(transforms=TransformRecord(residual_scale=not scaled)).maybe_update_config(
-        "model", hf_config
-    )
+    quant_config(transforms=TransformRecord(residual_scale=not scaled)).maybe_update_config("model", hf_config)
 
 
 def test_unknown_kernel_override(serving: Callable[..., None]) -> None:
@@ -147,9 +143,7 @@ def test_unknown_kernel_override(serving: Callable[..., None]) -> None:
 
 def test_kernel_override_that_cannot_do_a_layer(serving: Callable[..., None]) -> None:
     serving(additional_config={"fptquant": {"kernel": "fbgemm"}})
-    with pytest.raises(
-        FPTQuantError, match=r"'fbgemm' cannot compute model.layers.0.mlp.down_proj: .*16 bits"
-    ):
+    with pytest.raises(FPTQuantError, match=r"'fbgemm' cannot compute model.layers.0.mlp.down_proj: .*16 bits"):
         build_linear("down", quant_config(activations={"bits": 16}))
 
 

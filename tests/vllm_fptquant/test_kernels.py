@@ -23,7 +23,7 @@ from fptquant.checkpoint import (
 )
 from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
-from vllm_fptquant.kernels.operator import PreparedLinear, _prepared, linear, register_prepared
+from vllm_fptquant.kernels.operator import CHUNK, PreparedLinear, _prepared, linear, register_prepared
 from vllm_fptquant.kernels.reference import ReferenceKernel
 
 KERNELS = [FbgemmKernel, ReferenceKernel]
@@ -65,6 +65,11 @@ def contract(weights: LinearWeights, x: Tensor) -> Tensor:
     return quantized_linear(codes.double(), weights.codes.double(), torch.ones(())).float() * output_scale
 
 
+def computed(kernel: type[LinearKernel], weights: LinearWeights, x: Tensor) -> Tensor:
+    """The result of a layer with this kernel."""
+    return PreparedLinear(kernel(weights), weights, rotation=None)(x, None)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[LinearWeights, Tensor]:
     """A random layer of any scheme FBGEMM knows, and an input with ties, extremes and infinities."""
@@ -90,7 +95,7 @@ def layers(draw: st.DrawFn) -> tuple[LinearWeights, Tensor]:
 @settings(max_examples=60, deadline=None)
 def test_kernel_equals_contract(kernel: type[LinearKernel], layer: tuple[LinearWeights, Tensor]) -> None:
     weights, x = layer
-    assert torch.equal(kernel(weights).apply(x), contract(weights, x))
+    assert torch.equal(computed(kernel, weights, x), contract(weights, x))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -103,7 +108,7 @@ def test_largest_possible_sums(
     m, k, n = shape
     weights = weights_of(bits, torch.full((n, k), -8), zero_point=zero_point)
     x = torch.full((m, k), sign * 1e6)
-    assert torch.equal(kernel(weights).apply(x), contract(weights, x))
+    assert torch.equal(computed(kernel, weights, x), contract(weights, x))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -112,9 +117,9 @@ def test_input_types(kernel: type[LinearKernel], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = weights_of(8, torch.randint(-8, 8, (48, 64)))
     x = torch.randn(5, 64).to(dtype)
-    output = kernel(weights).apply(x)
-    assert output.dtype == torch.float32
-    assert torch.equal(output, contract(weights, x))
+    output = computed(kernel, weights, x)
+    assert output.dtype == dtype
+    assert torch.equal(output, contract(weights, x).to(dtype))
 
 
 def test_eight_bit_weights_on_the_reference() -> None:
@@ -122,7 +127,7 @@ def test_eight_bit_weights_on_the_reference() -> None:
     codes = torch.randint(-128, 128, (32, 3000))
     weights = weights_of(8, codes, zero_point=-128, weight_bits=8)
     x = torch.rand(4, 3000) * 100
-    assert torch.equal(ReferenceKernel(weights).apply(x), contract(weights, x))
+    assert torch.equal(computed(ReferenceKernel, weights, x), contract(weights, x))
 
 
 def test_weight_only_layer() -> None:
@@ -131,7 +136,7 @@ def test_weight_only_layer() -> None:
     weights = weights_of(16, codes)
     x = torch.randn(3, 56)
     expected = x.double() @ (codes.double() * weights.weight_scale.double()[:, None]).T
-    torch.testing.assert_close(ReferenceKernel(weights).apply(x).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(computed(ReferenceKernel, weights, x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(st.floats(1e-4, 1e3), st.integers(-128, 127), st.sampled_from([4, 8]), st.integers(0, 2**32 - 1))
@@ -165,13 +170,11 @@ def test_fbgemm_refuses_what_it_computes_wrongly() -> None:
 class TestOperator:
     """`fptquant::linear`: dispatch, compilation, lifetime."""
 
-    def prepared(
-        self, layer: torch.nn.Module, seed: int, block: int | None = None
-    ) -> tuple[PreparedLinear, Tensor]:
+    def prepared(self, layer: torch.nn.Module, seed: int, block: int | None = None) -> tuple[PreparedLinear, Tensor]:
         torch.manual_seed(seed)
         weights = weights_of(8, torch.randint(-8, 8, (48, 64)))
         rotation = None if block is None else hadamard_factors(block)
-        prepared = PreparedLinear(FbgemmKernel(weights), rotation)
+        prepared = PreparedLinear(FbgemmKernel(weights), weights, rotation)
         return prepared, register_prepared(layer, prepared)
 
     def test_rotates_adds_bias_and_keeps_shape_and_type(self) -> None:
@@ -179,10 +182,23 @@ class TestOperator:
         prepared, handle = self.prepared(layer, 0, block=16)
         x, bias = torch.randn(2, 3, 64), torch.randn(48)
         rotated = block_hadamard(x, *hadamard_factors(16))
-        expected = prepared.kernel.apply(rotated.view(6, 64)).view(2, 3, 48) + bias
+        prepared.rotation = None
+        expected = prepared(rotated, bias)
+        prepared.rotation = hadamard_factors(16)
         assert torch.equal(linear(x, handle, bias, 48), expected)
         half = linear(x.bfloat16(), handle, bias, 48)
         assert half.dtype == torch.bfloat16 and half.shape == (2, 3, 48)
+
+    @pytest.mark.parametrize("block", [None, 16])
+    @pytest.mark.parametrize("activations", [8, 16])
+    def test_many_rows_in_chunks(self, block: int | None, activations: int) -> None:
+        torch.manual_seed(0)
+        weights = weights_of(activations, torch.randint(-8, 8, (48, 64)))
+        rotation = None if block is None else hadamard_factors(block)
+        prepared = PreparedLinear(ReferenceKernel(weights), weights, rotation)
+        x = torch.randn(2 * CHUNK + 5, 64)
+        one_by_one = torch.cat([prepared(row, None) for row in x.split(1)])
+        torch.testing.assert_close(prepared(x, None), one_by_one, rtol=0, atol=1e-5)
 
     def test_no_rows(self) -> None:
         layer = torch.nn.Module()

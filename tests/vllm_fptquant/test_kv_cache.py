@@ -65,7 +65,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
     def forward(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
         caught.update(query=query, key=key, value=value)
-        return query.reshape(len(query), -1)
+        return query.reshape(len(query), -1).clone()
 
     monkeypatch.setattr(Attention, "forward", forward)
     return caught

@@ -198,16 +198,12 @@ class TestTensorParallel:
         parallel_world(0, 2)
         config = quant_config(transforms=HADAMARD)
         build_linear("o", config)
-        with pytest.raises(
-            FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3"
-        ):
+        with pytest.raises(FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3"):
             build_linear("down", config)
         parallel_world(0, 3)
         assert build_linear("down", config).input_size_per_partition == 32
 
     def test_split_word_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
         parallel_world(0, 8)  # 12 input features: one and a half words of 4-bit weights
-        with pytest.raises(
-            FPTQuantError, match="tensor-parallel size 8 leaves 12 .*8 weights in a packed word"
-        ):
+        with pytest.raises(FPTQuantError, match="tensor-parallel size 8 leaves 12 .*8 weights in a packed word"):
             build_linear("down", quant_config())

@@ -42,9 +42,7 @@ def test_override() -> None:
 
 
 def test_unknown_override_lists_the_known_and_suggests() -> None:
-    with pytest.raises(
-        FPTQuantError, match=r"unknown kernel 'fbgem': did you mean 'fbgemm'.*fbgemm, reference"
-    ):
+    with pytest.raises(FPTQuantError, match=r"unknown kernel 'fbgem': did you mean 'fbgemm'.*fbgemm, reference"):
         select_kernel(spec(), "fbgem", "x")
 
 
@@ -54,9 +52,7 @@ def test_override_that_cannot_do_it_names_those_that_can() -> None:
 
 
 def test_no_kernel_for_a_device() -> None:
-    with pytest.raises(
-        FPTQuantError, match=r"no kernel can compute layer0 .*fbgemm: .*cuda.*reference: .*cuda"
-    ):
+    with pytest.raises(FPTQuantError, match=r"no kernel can compute layer0 .*fbgemm: .*cuda.*reference: .*cuda"):
         select_kernel(spec(device="cuda"), None, "layer0")
 
 

@@ -63,9 +63,7 @@ def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess
         pytest.param(MIXED, True, (), id="mixed"),
     ],
 )
-def test_served_equals_reference(
-    fields: dict[str, Any], bias: bool, flags: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_served_equals_reference(fields: dict[str, Any], bias: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=bias)
     checkpoint = model.write(tmp_path / "checkpoint")
     generator = torch.Generator().manual_seed(3)
@@ -107,9 +105,7 @@ def test_damaged_checkpoint_stops_the_engine_with_one_clear_line(tmp_path: Path)
     model.quantizers["model.layers.1.down"].scale.fill_(float("nan"))
     process = serve(model.write(tmp_path / "checkpoint"), [[1, 2, 3]])
     assert process.returncode != 0
-    assert (
-        "model.layers.1.mlp.down_proj.input_scale is nan, must be positive" in process.stderr + process.stdout
-    )
+    assert "model.layers.1.mlp.down_proj.input_scale is nan, must be positive" in process.stderr + process.stdout
 
 
 @pytest.mark.vllm

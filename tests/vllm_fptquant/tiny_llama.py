@@ -257,9 +257,7 @@ def rope(x: Tensor) -> Tensor:
     frequencies = THETA ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(len(x), dtype=torch.float64)[:, None, None] * frequencies
     first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1
-    )
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
 
 
 def sylvester(size: int) -> Tensor:

@@ -67,7 +67,7 @@ class LinearWeights:
 
 
 class LinearKernel(ABC):
-    """A layer's weights in the kernel's own layout; constructing one does the packing."""
+    """The integer product of one layer: its weights in the kernel's own layout, packed on construction."""
 
     name: ClassVar[str]
 
@@ -81,5 +81,12 @@ class LinearKernel(ABC):
         """Packs the weights; keeps no reference to `weights.codes`."""
 
     @abstractmethod
-    def apply(self, x: Tensor) -> Tensor:
-        """Quantizes `x` (M, K) of any floating-point type and multiplies: float32 (M, N), no bias."""
+    def matmul(self, codes: Tensor) -> Tensor:
+        """Multiplies and scales.
+
+        Args:
+            codes: (M, K), float32 integers `q - z`; the input itself where activations are not quantized.
+
+        Returns:
+            float32 (M, N), without bias.
+        """

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import quantize_per_tensor
 from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
 
 ENGINE = "fbgemm"
@@ -44,10 +43,6 @@ class FbgemmKernel(LinearKernel):
 
     def __init__(self, weights: LinearWeights) -> None:
         """Packs the codes with the output scale as a per-channel quantized tensor."""
-        if weights.input_scale is None:
-            raise ValueError("FBGEMM needs quantized activations")
-        self.input_scale = weights.input_scale
-        self.low, self.high = weights.bounds
         # c = q - z, and q is in [-128, 127]: the byte of c is c + 128 + z.
         self.zero_point = OFFSET + int(weights.zero_point)
         output_scale = weights.output_scale
@@ -59,9 +54,8 @@ class FbgemmKernel(LinearKernel):
             )
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """See `LinearKernel.apply`."""
-        codes = quantize_per_tensor(x, self.input_scale, self.low, self.high)
+    def matmul(self, codes: Tensor) -> Tensor:
+        """See `LinearKernel.matmul`."""
         output: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             codes, 1.0, self.zero_point, self.packed
         )

@@ -14,27 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import block_hadamard
-from vllm_fptquant.kernels.base import LinearKernel
+from fptquant.checkpoint import block_hadamard, quantize_per_tensor
+from vllm_fptquant.kernels.base import LinearKernel, LinearWeights
+
+# Rows that are rotated and quantized at a time: few enough for the cache, and for temporaries whose memory
+# the allocator reuses instead of returning it to the system (fresh pages cost more than the arithmetic).
+CHUNK = 128
 
 
 class PreparedLinear:
     """All that one layer does to its input: rotate, quantize, multiply, add the bias."""
 
-    def __init__(self, kernel: LinearKernel, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """Bundles a kernel and, for T_d, the factors of `hadamard_factors`."""
+    def __init__(self, kernel: LinearKernel, weights: LinearWeights, rotation: tuple[Tensor, Tensor] | None) -> None:
+        """Takes the input quantizer from `weights` and, for T_d, the factors of `hadamard_factors`."""
         self.kernel = kernel
         self.rotation = rotation
+        self.input_scale = weights.input_scale
+        self.low, self.high = weights.bounds
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Computes (..., N) of the type of `x` (..., K)."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.rotation is not None:
-            rows = block_hadamard(rows, *self.rotation)
-        output = self.kernel.apply(rows)
+        output = self.kernel.matmul(self.codes(x.reshape(-1, x.shape[-1])))
         if bias is not None:
             output += bias
         return output.view(*x.shape[:-1], output.shape[-1]).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """What the kernel multiplies, for `x` (M, K): float32 (M, K)."""
+        if len(x) <= CHUNK:
+            return self._codes(x)
+        codes = torch.empty(x.shape)
+        for part, out in zip(torch.split(x, CHUNK), torch.split(codes, CHUNK), strict=True):
+            self._codes(part, out)
+        return codes
+
+    def _codes(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.rotation is not None:
+            x = block_hadamard(x, *self.rotation)
+        if self.input_scale is None:
+            return x.float() if out is None else out.copy_(x)
+        return quantize_per_tensor(x, self.input_scale, self.low, self.high, out)
 
 
 _prepared: dict[int, PreparedLinear] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import quantize_per_tensor, quantized_linear
+from fptquant.checkpoint import quantized_linear
 from fptquant.checkpoint.arithmetic import accumulator_bound
 from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
 
@@ -27,20 +27,14 @@ class ReferenceKernel(LinearKernel):
     def __init__(self, weights: LinearWeights) -> None:
         """Converts the codes to float32, or to float64 where the integer sum could exceed 2^24."""
         scheme = weights.scheme
-        self.input_scale = weights.input_scale
         self.output_scale = weights.output_scale
         dtype = torch.float32
-        if self.input_scale is not None:
-            self.low, self.high = weights.bounds
+        if scheme.activations.bits < 16:
             bound = accumulator_bound(weights.codes.shape[1], scheme.activations.bits, scheme.weights.bits)
             if bound > EXACT_FLOAT32:
                 dtype = torch.float64
         self.codes = weights.codes.to(dtype)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """See `LinearKernel.apply`."""
-        if self.input_scale is None:
-            codes = x.to(self.codes.dtype)
-        else:
-            codes = quantize_per_tensor(x, self.input_scale, self.low, self.high).to(self.codes.dtype)
-        return quantized_linear(codes, self.codes, self.output_scale)
+    def matmul(self, codes: Tensor) -> Tensor:
+        """See `LinearKernel.matmul`."""
+        return quantized_linear(codes.to(self.codes.dtype), self.codes, self.output_scale)

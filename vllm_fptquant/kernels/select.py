@@ -31,8 +31,7 @@ def select_kernel(spec: LinearSpec, override: str | None, layer: str) -> tuple[t
         if chosen not in able:
             others = ", ".join(kernel.name for kernel in able) or "none"
             raise FPTQuantError(
-                f"kernel '{override}' cannot compute {layer}: {refusals[override]}; "
-                f"kernels that can: {others}"
+                f"kernel '{override}' cannot compute {layer}: {refusals[override]}; kernels that can: {others}"
             )
         return chosen, "asked for by additional_config"
     if not able:

@@ -25,7 +25,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
 
     Args:
         projection: built with `skip_bias_add`.
-        x: (T, K).
+        x: (T, K), may be overwritten.
         scale: float32 (T, 1).
 
     Returns:
@@ -34,15 +34,16 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
     if not isinstance(projection.quant_method, FPTQuantLinearMethod):
         output, bias = projection(x)  # kept in floating point: the scale would cancel
     else:
-        output, bias = projection(x * scale)
-        output = output / scale
+        # In place where the types allow: both tensors are ours, and large ones are slow to allocate.
+        output, bias = projection(x.mul_(scale) if x.dtype == scale.dtype else x * scale)
+        output = output.div_(scale)
     if bias is not None:
         output = output + bias
     result: Tensor = output.to(x.dtype)
     return result
 
 
-class ResidualScaledAttention(LlamaAttention):
+class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
     """Attention whose output projection is scaled."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -58,7 +59,7 @@ class ResidualScaledAttention(LlamaAttention):
         return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
 
 
-class ResidualScaledMLP(LlamaMLP):
+class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
     """MLP whose down projection is scaled."""
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class ResidualScaledMLP(LlamaMLP):
         return scaled_projection(self.down_proj, self.act_fn(gate_up), scale)
 
 
-class ResidualScaledDecoderLayer(LlamaDecoderLayer):
+class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """Decoder layer that computes S from the residual, which the norms return."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
@@ -76,25 +77,25 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):
         # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
         self.mlp.__class__ = ResidualScaledMLP
         self.mlp.down_proj.skip_bias_add = True
+        eps = torch.tensor(self.input_layernorm.variance_epsilon, dtype=torch.float32)  # of both norms
+        self.register_buffer("fptquant_eps", eps, persistent=False)
 
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `LlamaDecoderLayer.forward`."""
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        scale = residual_scale(residual, self.input_layernorm.variance_epsilon)
+        scale = residual_scale(residual, self.fptquant_eps)
         hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states, scale=scale)
 
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        scale = residual_scale(residual, self.post_attention_layernorm.variance_epsilon)
+        scale = residual_scale(residual, self.fptquant_eps)
         return self.mlp(hidden_states, scale), residual
 
 
-class FPTQuantLlamaForCausalLM(LlamaForCausalLM):
+class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """`LlamaForCausalLM` made of residual-scaled layers."""
 
     def __init__(

@@ -34,7 +34,10 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
     """
     model_type, names = config.get("model_type"), config.get("architectures") or []
     family = FAMILIES.get(str(model_type))
-    if family is None or not set(names) <= {family.class_name, residual_scaled_architecture(family.class_name)}:
+    if family is None or not set(names) <= {
+        family.class_name,
+        residual_scaled_architecture(family.class_name),
+    }:
         known = ", ".join(sorted(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values()))
         raise FPTQuantError(
             f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}' is not supported; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +82,8 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> 
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
     for window in windows:
-        try:
+        with suppress(_Stop):
             model(window[None], use_cache=False)
-        except _Stop:
-            pass
     handle.remove()
     inputs.hidden = [torch.cat(inputs.hidden[i : i + _BATCH]) for i in range(0, len(inputs.hidden), _BATCH)]
     return inputs
@@ -115,7 +114,7 @@ def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian
     scales = weight_scales(stacked, scheme.weights.bits, recipe.weight_range, importance)
     codes = ROUNDERS[recipe.rounding.method](stacked, scales, scheme.weights.bits, hessian, recipe.rounding)
     sizes = [weight.shape[0] for weight in weights]
-    for linear, part, scale in zip(linears, codes.split(sizes), scales.split(sizes), strict=True):
+    for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
         linear.set_weight_codes(part, scale)
 
 

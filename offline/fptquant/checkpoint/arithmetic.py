@@ -38,7 +38,7 @@ def quantize(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.clamp(torch.round(x.float() / scale), low, high)
 
 
-def quantize_per_tensor(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def quantize_per_tensor(x: Tensor, scale: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
     """`quantize` for one scale and one zero point, in fewer passes over memory; the same codes bit for bit.
 
     Args:
@@ -46,8 +46,9 @@ def quantize_per_tensor(x: Tensor, scale: Tensor, low: float, high: float) -> Te
         scale: float32 ().
         low: smallest `q - z`.
         high: largest `q - z`.
+        out: float32 of the shape of `x`, to write into.
     """
-    return (x.float() / scale).round_().clamp_(low, high)
+    return torch.div(x.float(), scale, out=out).round_().clamp_(low, high)
 
 
 def quantized_linear(codes: Tensor, weight_codes: Tensor, output_scale: Tensor) -> Tensor:
@@ -67,15 +68,23 @@ def quantized_linear(codes: Tensor, weight_codes: Tensor, output_scale: Tensor) 
 
 def accumulator_bound(in_features: int, activation_bits: int, weight_bits: int) -> int:
     """Largest magnitude the integer sum can take (asymmetric codes reach 2^b - 1)."""
-    return in_features * (2**activation_bits - 1) * 2 ** (weight_bits - 1)
+    return in_features * ((1 << activation_bits) - 1) * (1 << (weight_bits - 1))
 
 
-def residual_scale(residual: Tensor, eps: float) -> Tensor:
+def residual_scale(residual: Tensor, eps: float | Tensor) -> Tensor:
     """S_n of method.md 1.6 in its local form: 1 / RMS of the norm's input, float32 (..., 1).
 
-    FPTQuant (arXiv 2506.04985) section 3.1.3.
+    FPTQuant (arXiv 2506.04985) section 3.1.3. Serving calls it twice per layer and token: three operators, and
+    nothing of the size of `residual` in memory.
+
+    Args:
+        residual: (..., hidden).
+        eps: of the norm; a float32 tensor () saves the time to make one.
     """
-    return torch.rsqrt(residual.float().pow(2).mean(-1, keepdim=True) + eps)
+    if not isinstance(eps, Tensor):
+        eps = torch.tensor(eps, device=residual.device)
+    norm = torch.linalg.vector_norm(residual.float(), dim=-1, keepdim=True)
+    return torch.rsqrt(torch.addcmul(eps, norm, norm, value=1 / residual.shape[-1]))
 
 
 @lru_cache(maxsize=16)
@@ -106,7 +115,7 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     a, b = left.shape[0], right.shape[0]
     y = torch.mm(x.to(right.dtype).reshape(-1, b), right).view(-1, a, b)  # (blocks, a, b)
-    return torch.matmul(left, y).view(x.shape).float()
+    return torch.bmm(left.expand(y.shape[0], a, a), y).view(x.shape).float()
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

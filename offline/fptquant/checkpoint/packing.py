@@ -12,12 +12,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Offset binary, lowest bits first, rows padded with zeros.
     """
-    return pack_to_int32(codes.to(torch.int8), bits).contiguous()
+    packed: Tensor = pack_to_int32(codes.to(torch.int8), bits)
+    return packed.contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """Inverse of `pack_codes`: int8 codes of the given `shape` (N, K)."""
-    return unpack_from_int32(packed, bits, shape)
+    codes: Tensor = unpack_from_int32(packed, bits, shape)
+    return codes
 
 
 def round_scale(scale: Tensor) -> Tensor:

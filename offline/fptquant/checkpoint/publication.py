@@ -73,7 +73,9 @@ class Publication:
         if error is not None:
             self._discard()
             if is_disk_full(error):
-                raise FPTQuantError(f"the disk of '{self.target.parent}' is full: free some space and run again") from None
+                raise FPTQuantError(
+                    f"the disk of '{self.target.parent}' is full: free some space and run again"
+                ) from None
             return
         if self.target.exists():
             if not self.overwrite:

@@ -6,7 +6,15 @@ import re
 from typing import Annotated, Any, Literal
 
 from compressed_tensors.utils.match import match_name
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from fptquant.errors import FPTQuantError
 

@@ -1,4 +1,4 @@
-"""Is the checkpoint what it claims to be? Transformed equals original, read back equals simulated, served equals both."""
+"""Is the checkpoint what it claims to be? Transformed = original, read back = simulated = served."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def check_read_back(
     read_back = [logits(loaded, window[None]) for window in windows]
     difference = _largest_difference(simulated, read_back)
     check = Check(
-        "checkpoint read back = simulated", f"largest logit difference {difference:.2e}", "identical", difference == 0.0
+        "checkpoint read back = simulated",
+        f"largest logit difference {difference:.2e}",
+        "identical",
+        difference == 0.0,
     )
     return check, loaded
 
@@ -91,7 +94,7 @@ def check_unaltered(checkpoint: Path) -> Check:
     found = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            found.update({name: digest(tensors.get_tensor(name)) for name in tensors.keys()})
+            found.update({name: digest(tensors.get_tensor(name)) for name in tensors.keys()})  # noqa: SIM118 (no dict)
     altered = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     return Check(
         "tensors = those that were written",
@@ -166,7 +169,7 @@ def _load_quantized_tensors(model: PreTrainedModel, checkpoint: Path) -> None:
     buffers = dict(model.named_buffers())
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 (no dict)
                 if name in buffers:
                     parent, _, leaf = name.rpartition(".")
                     setattr(model.get_submodule(parent), leaf, tensors.get_tensor(name))

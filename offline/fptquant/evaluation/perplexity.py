@@ -65,7 +65,7 @@ def evaluation_windows(
 
 
 def measure(score: Scorer, windows: Iterable[Tensor], length: int) -> Perplexity:
-    """exp of the mean negative log likelihood over all predicted tokens."""
+    """Exp of the mean negative log likelihood over all predicted tokens."""
     start, total, tokens, count = time.perf_counter(), 0.0, 0, 0
     for window in windows:
         log_probabilities = score(window)

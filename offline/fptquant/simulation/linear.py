@@ -26,6 +26,7 @@ class ResidualScaleTap:
     """Forward pre-hook of a norm that keeps S = 1 / RMS of the residual for the layers of its sub-block."""
 
     def __init__(self, eps: float) -> None:
+        """Args: eps is the norm's."""
         self.eps = eps
         self.scale: Tensor | None = None
 
@@ -50,6 +51,16 @@ class SimulatedLinear(nn.Module):
         hadamard_block: int | None = None,
         tap: ResidualScaleTap | None = None,
     ) -> None:
+        """Makes a layer without weights; `from_linear` and `finish_loading` fill it.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            bias: whether there is one.
+            scheme: what is quantized; None leaves the layer in floating point.
+            hadamard_block: block size of T_d at the input, None without.
+            tap: source of S_n, None without.
+        """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
@@ -59,7 +70,11 @@ class SimulatedLinear(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
         self.weight: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        for name in ("codes", "low", "high"):  # derived: integer weights in float32, bounds of the input codes
+        for name in (
+            "codes",
+            "low",
+            "high",
+        ):  # derived: integer weights in float32, bounds of the input codes
             self.register_buffer(name, None, persistent=False)
         self.codes: Tensor | None
         self.low: Tensor | None
@@ -83,7 +98,8 @@ class SimulatedLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, scheme: LinearScheme | None, **online: Any) -> SimulatedLinear:
         """Takes over weight and bias of a float layer, without copying."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, **online)
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight = nn.Parameter(linear.weight, linear.weight.requires_grad)
+        layer.bias = linear.bias
         return layer
 
     def set_input_quantizer(self, scale: Tensor, zero_point: Tensor) -> None:

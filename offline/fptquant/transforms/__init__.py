@@ -20,7 +20,14 @@ from fptquant.transforms.value import ValueTransform
 # T_u must come before T_d: W_down diag(1 / s) H. The others act on different sides or roles and commute.
 TRANSFORMS: dict[str, type[Transform]] = {
     transform.name: transform
-    for transform in (QueryKeyTransform, ValueTransform, UpDownTransform, ResidualRotation, DownHadamard, ResidualScale)
+    for transform in (
+        QueryKeyTransform,
+        ValueTransform,
+        UpDownTransform,
+        ResidualRotation,
+        DownHadamard,
+        ResidualScale,
+    )
 }
 
 __all__ = ["TRANSFORMS", "Transform", "TransformOptions", "TransformSet"]
@@ -51,6 +58,7 @@ class TransformSet(nn.Module):
         return weight, bias
 
     def __iter__(self) -> Any:
+        """The transforms that are on, in the order they are merged."""
         return iter(self.transforms.values())
 
     @property

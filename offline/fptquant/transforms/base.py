@@ -31,6 +31,7 @@ class Transform(nn.Module):
     Options: ClassVar[type[TransformOptions]] = TransformOptions
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        """Takes the sizes of the model, the transform's options and a generator for random starting values."""
         super().__init__()
         self.shape = shape
         self.options = options

@@ -34,6 +34,7 @@ class DownHadamard(Transform):
     Options = DownHadamardOptions
 
     def __init__(self, shape: Shape, options: DownHadamardOptions, generator: torch.Generator) -> None:
+        """Settles the block size; FPTQuantError when it does not divide the intermediate size."""
         super().__init__(shape, options, generator)
         largest = shape.intermediate & -shape.intermediate
         self.block = largest if options.block == "auto" else options.block

@@ -18,7 +18,8 @@ def cayley(parameter: Tensor) -> Tensor:
     """
     skew = parameter - parameter.mT
     identity = torch.eye(parameter.shape[-1], dtype=parameter.dtype, device=parameter.device)
-    return torch.linalg.solve(identity + skew, identity - skew)
+    rotation: Tensor = torch.linalg.solve(identity + skew, identity - skew)
+    return rotation
 
 
 def starting_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -28,9 +29,10 @@ def starting_rotation(size: int, generator: torch.Generator) -> Tensor:
     random orthogonal matrix.
     """
     try:
-        hadamard = random_hadamard_matrix(size, torch.float64, gen=generator)
+        hadamard: Tensor = random_hadamard_matrix(size, torch.float64, gen=generator)
     except ValueError:
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        q: Tensor
         q, r = torch.linalg.qr(gaussian)
         return (q * torch.sign(torch.diagonal(r))).contiguous()
-    return hadamard / torch.linalg.vector_norm(hadamard[0])
+    return hadamard / float(hadamard[0].norm())

@@ -21,6 +21,7 @@ class QueryKeyTransform(Transform):
     name = "T_k"
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        """Starts at the identity."""
         super().__init__(shape, options, generator)
         pairs = (shape.layers, shape.kv_heads, shape.head_dim // 2)
         self.angle = nn.Parameter(torch.zeros(pairs))

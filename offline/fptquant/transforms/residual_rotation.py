@@ -28,6 +28,7 @@ class ResidualRotation(Transform):
     Options = RotationOptions
 
     def __init__(self, shape: Shape, options: RotationOptions, generator: torch.Generator) -> None:
+        """Starts at the identity or at a Hadamard matrix with random signs."""
         super().__init__(shape, options, generator)
         self.skew = nn.Parameter(torch.zeros(shape.hidden, shape.hidden))
         start = torch.eye(shape.hidden, dtype=torch.float64)

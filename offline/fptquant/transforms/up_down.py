@@ -20,6 +20,7 @@ class UpDownTransform(Transform):
     name = "T_u"
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+        """Starts at the identity."""
         super().__init__(shape, options, generator)
         self.log_scale = nn.Parameter(torch.zeros(shape.layers, shape.intermediate))  # s = exp(.) > 0
 

@@ -32,6 +32,7 @@ class ValueTransform(Transform):
     Options = ValueOptions
 
     def __init__(self, shape: Shape, options: ValueOptions, generator: torch.Generator) -> None:
+        """Starts every head at the identity or at the same Hadamard matrix with random signs."""
         super().__init__(shape, options, generator)
         square = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
         self.left = nn.Parameter(torch.zeros(square))

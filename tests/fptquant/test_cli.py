@@ -1,0 +1,550 @@
+"""The command: what it writes and says, and that bad input costs one line, status 2 and nothing written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fptquant
+from fptquant import cli, pipeline
+from fptquant.checkpoint.publication import Publication
+from tests.conftest import TEXT
+
+ROOT = Path(fptquant.__file__).parents[1]
+SMALL = ("--sequences", "4", "--length", "32")
+SHORT = TEXT.with_name("SOURCES.md")  # a few hundred tokens
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("quantize", ...)`: the command's entry point in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fptquant", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model(model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the model that a test may damage."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, calibration: Path) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    recipe = fptquant.recipe.Recipe().changed(calibration={"source": str(calibration), "sequences": 4, "length": 32})
+    pipeline.quantize(pipeline.plan(model_dir, recipe), out)
+    return out
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+def one_error(result: Result) -> str:
+    """The error line, after checking that it is the only thing on stderr."""
+    lines = result.err.strip().splitlines()
+    assert result.code == 2, result
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    assert "Traceback" not in result.out + result.err
+    return lines[0]
+
+
+# -- it works --
+
+
+def test_quantize(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    result = run(
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--calibration",
+        calibration,
+        *SMALL,
+        "--precision",
+        "w4a4kv8",
+    )
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "config.json").is_file() and sorted(os.listdir(tmp_path)) == ["model", "out"]
+    for expected in ("static INT4, asymmetric, per tensor", "T_k, T_v, T_u, T_r, T_d, S_n", "T_d block", "peak memory",
+                     "weights after", "calibrate and round", "vllm serve"):  # fmt: skip
+        assert expected in result.out
+
+
+def test_options_reach_the_recipe(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--recipe", "rtn", "--precision", "w4a8kv8", "--seed", 5, "--without", "T_k, S_n", "--rounding", "gptq",
+               "--kv-strategy", "head", "--dtype", "bfloat16")  # fmt: skip
+    result = run("quantize", model, "-o", tmp_path / "out", "--calibration", calibration, *SMALL, *options)
+    assert result.code == 0, result.err
+    recipe = fptquant.recipe.Recipe.load(str(tmp_path / "out" / "fptquant" / "recipe.yaml"))
+    assert (recipe.name, recipe.seed, recipe.dtype, recipe.rounding.method) == ("rtn", 5, "bfloat16", "gptq")
+    assert recipe.precision.kv_cache.strategy == "head" and recipe.precision.activations.bits == 8
+    assert (recipe.calibration.sequences, recipe.calibration.length) == (4, 32)
+    assert recipe.weight_range.method == "minmax"
+
+
+def test_without(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    result = run(
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--calibration",
+        calibration,
+        *SMALL,
+        "--without",
+        "T_k, S_n",
+    )
+    assert result.code == 0, result.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["transforms"]["merged"] == ["T_v", "T_u", "T_r", "T_d"]
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_dry_run_writes_nothing(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    result = run("quantize", model, "-o", tmp_path / "a" / "out", "--calibration", calibration, *SMALL, "--dry-run")
+    assert result.code == 0 and "nothing was written" in result.out and "sequences of 32" in result.out
+    assert tree(tmp_path) == before
+
+
+def test_recipes_and_version(run: Run) -> None:
+    result = run("recipes")
+    assert result.code == 0 and all(word in result.out for word in ("fptquant", "gptq", "rtn", "w4a4kv4", "S_n"))
+    result = run("--version")
+    assert result.code == 0 and result.out.strip() == f"fptquant {fptquant.__version__}"
+
+
+def test_evaluate(run: Run, quantized: Path, model_dir: Path, calibration: Path, tmp_path: Path) -> None:
+    found, text = {}, calibration
+    for name, path in (("original", model_dir), ("quantized", quantized)):
+        file = tmp_path / f"{name}.json"
+        result = run("evaluate", path, "--text", text, "--windows", 3, "--length", 40, "--json", file)
+        assert result.code == 0, result.err
+        found[name] = json.loads(file.read_text())
+        assert f"{found[name]['perplexity']:.4f}" in result.out
+    one = found["quantized"]
+    assert (one["windows"], one["length"], one["predicted_tokens"]) == (3, 40, 117) and one["seconds"] >= 0
+    assert one["settings"] == {
+        "model": str(quantized), "text": str(text), "backend": "transformers", "special_tokens": False,
+    }  # fmt: skip
+    assert one["perplexity"] > 1 and one["perplexity"] != found["original"]["perplexity"]
+    run(
+        "evaluate",
+        quantized,
+        "--text",
+        text,
+        "--windows",
+        3,
+        "--length",
+        40,
+        "--special-tokens",
+        "--json",
+        file,
+    )
+    assert json.loads(file.read_text())["predicted_tokens"] == 117
+    assert json.loads(file.read_text())["perplexity"] != one["perplexity"]
+
+
+# -- verify --
+
+
+def verify(run: Run, checkpoint: Path, model: Path) -> Result:
+    return run("verify", checkpoint, "--against", model, "--text", SHORT, "--windows", 2, "--length", 24, "--no-vllm")
+
+
+def test_verify_accepts_what_was_written(run: Run, quantized: Path, model_dir: Path) -> None:
+    result = verify(run, quantized, model_dir)
+    assert result.code == 0 and "FAILED" not in result.out and "through vLLM: not checked" in result.out
+    assert result.out.count(" ok ") == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight_packed", "model.layers.0.self_attn.o_proj.weight_scale",
+        "model.layers.0.mlp.down_proj.input_scale", "model.layers.1.self_attn.k_scale", "lm_head.weight",
+        "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.v_zero_point",
+    ],
+)  # fmt: skip
+def test_verify_notices_an_altered_tensor(
+    name: str, run: Run, quantized: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    altered = Path(shutil.copytree(quantized, tmp_path / "altered"))
+    tensors = load_file(altered / "model.safetensors")
+    first = tensors[name].view(-1)
+    first[0] = first[0] ^ 1 if tensors[name].dtype == torch.int32 else first[0] * 1.001
+    save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
+    result = verify(run, altered, model_dir)
+    assert result.code == 1 and "FAILED" in result.out and "Traceback" not in result.err
+
+
+def test_verify_notices_transforms_that_do_not_cancel(
+    run: Run, quantized: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    altered = Path(shutil.copytree(quantized, tmp_path / "altered"))
+    file = altered / "fptquant" / "transforms.safetensors"
+    tensors = load_file(file)
+    tensors["transforms.T_r.start"][0] *= 1.5  # no longer orthogonal
+    save_file(tensors, file)
+    assert verify(run, altered, model_dir).code == 1
+
+
+def test_verify_against_another_model(
+    run: Run, quantized: Path, save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert verify(run, quantized, save_model(tmp_path / "same_sizes", "bias", seed=9)).code == 1
+    other = save_model(tmp_path / "other_sizes", "gqa")
+    assert "was not made from" in one_error(verify(run, quantized, other))
+
+
+# -- bad input --
+
+Damage = Callable[[Path], None]
+
+
+def edit_config(**changes: object) -> Damage:
+    def damage(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        config.update(changes)
+        (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return damage
+
+
+def remove(*names: str) -> Damage:
+    def damage(model: Path) -> None:
+        for name in names:
+            (model / name).unlink()
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Damage:
+    return lambda model: (model / name).write_bytes(content) and None  # type: ignore[func-returns-value]
+
+
+def truncate(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def corrupt_header(model: Path) -> None:
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[8:40] = b"\x00" * 32
+    (model / "model.safetensors").write_bytes(content)
+
+
+def missing_shard(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in sorted(set(names.values()))[:1]:
+        save_file({name: t for name, t in tensors.items() if names[name] == file}, model / file, {"format": "pt"})
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (model / "model.safetensors").unlink()
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    def damage(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def set_value(name: str, value: float) -> Damage:
+    return change_tensors(lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+BAD_MODELS: dict[str, tuple[Damage, str]] = {
+    "no config": (remove("config.json"), "is no model: it has no config.json"),
+    "config is no JSON": (write("config.json", b"{"), "config.json' is not valid JSON"),
+    "config is a list": (write("config.json", b"[]"), "config.json' is not a JSON object"),
+    "config is not UTF-8": (write("config.json", b"\xff\xfe"), "config.json' is not valid JSON"),
+    "architecture of transformers": (
+        edit_config(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        "GPT2LMHeadModel with model_type 'gpt2' is not supported; known: LlamaForCausalLM",
+    ),
+    "architecture nobody knows": (
+        edit_config(model_type="mamba9", architectures=["Mamba9"]),
+        "Mamba9 with model_type 'mamba9' is not supported; known: LlamaForCausalLM",
+    ),
+    "no model type": (edit_config(model_type=None), "is not supported; known: LlamaForCausalLM"),
+    "another head": (
+        edit_config(architectures=["LlamaForSequenceClassification"]),
+        "LlamaForSequenceClassification with model_type 'llama' is not supported",
+    ),
+    "impossible sizes": (edit_config(num_attention_heads=5), "config.json: "),
+    "no weights": (remove("model.safetensors"), "has no model.safetensors"),
+    "truncated weights": (truncate, "model.safetensors' is corrupt or truncated"),
+    "corrupt header": (corrupt_header, "model.safetensors' is corrupt or truncated"),
+    "empty weights": (write("model.safetensors", b""), "model.safetensors' is corrupt or truncated"),
+    "missing shard": (missing_shard, "00002-of-00002.safetensors' is missing"),
+    "broken index": (write("model.safetensors.index.json", b"{"), "index.json' is not valid JSON"),
+    "index without a map": (write("model.safetensors.index.json", b'{"weight_map": 3}'), "has no weight_map"),
+    "missing tensor": (change_tensors(lambda t: t.pop(DOWN)), f"lacks the tensor {DOWN}"),
+    "wrong shape": (
+        change_tensors(lambda t: t.__setitem__(DOWN, torch.zeros(3, 3))),
+        f"{DOWN} has shape [3, 3], but config.json asks for [42, 72]",
+    ),
+    "NaN": (set_value(DOWN, float("nan")), f"{DOWN} holds NaN or infinite values"),
+    "NaN in an unused embedding": (set_value("model.embed_tokens.weight", float("nan")), "embed_tokens.weight holds"),
+    "infinite": (set_value("model.norm.weight", float("inf")), "model.norm.weight holds NaN or infinite values"),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    "broken tokenizer": (write("tokenizer.json", b"{"), "has no usable tokenizer"),
+    "quantized already": (edit_config(quantization_config={"quant_method": "fptquant"}), "is quantized already"),
+    "smaller vocabulary": (edit_config(vocab_size=100), "do not belong together"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_model(case: str, run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    damage, message = BAD_MODELS[case]
+    damage(model)
+    before = tree(tmp_path)
+    # Bad values are only seen when the weights are read, after the plan and the first progress bar.
+    quietly = run_quiet if case in ("NaN", "NaN in an unused embedding", "infinite") else run_plain
+    line = one_error(quietly(run, model, "-o", tmp_path / "new" / "out", "--calibration", calibration, *SMALL))
+    assert message in line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["no/such/directory", "./nothing", "org/model", "nothing"])
+def test_no_model_path(name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = one_error(run("quantize", name, "-o", tmp_path / "out"))
+    assert f"'{name}' is n" in line and os.listdir(tmp_path) == []
+
+
+def test_a_file_is_no_model(run: Run, calibration: Path, tmp_path: Path) -> None:
+    assert "is no model" in one_error(run("quantize", calibration, "-o", tmp_path / "out"))
+
+
+BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
+    "recipe": (["--recipe", "fptquan"], "unknown recipe 'fptquan': did you mean 'fptquant'?"),
+    "recipe file": (["--recipe", "none.yaml"], "recipe file 'none.yaml' does not exist"),
+    "precision": (["--precision", "w4a8kv9"], "unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
+    "transform": (["--without", "T_q"], "unknown transform 'T_q': did you mean 'T_"),
+    "rounding": (["--rounding", "up"], "rounding.method"),
+    "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
+    "dtype": (["--dtype", "int8"], "dtype"),
+    "seed": (["--seed", "-3"], "seed"),
+    "sequences": (["--sequences", "0"], "calibration.sequences"),
+    "length": (["--length", "2"], "calibration.length"),
+    "short text": (["--sequences", "5000"], "tokens, but 5000 sequences of 32 need"),
+    "text missing": (["--calibration", "nothing.txt"], "nothing.txt' is neither a text file nor a dataset"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option(
+    case: str, run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, message = BAD_OPTIONS[case]
+    before = tree(tmp_path)
+    line = one_error(run("quantize", model, "-o", "new/out", "--calibration", calibration, *SMALL, *options))
+    assert message in line and "Value error" not in line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("roundin: {method: gptq}", "unknown field 'roundin': did you mean 'rounding'?"),
+        ("precision: w4a4", "unknown precision 'w4a4': did you mean"),
+        ("transforms: [T_z]", "unknown transform 'T_z'"),
+        ("transforms: {T_d: {block: 7}}", "block must be a power of two, got 7"),
+        ("transforms: {T_d: {block: 64}}", "block 64 does not divide the intermediate size 72"),
+        ("overrides: [{modules: 're:.*nothing'}]", "'re:.*nothing' matches no linear layer"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_recipe_file(content: str, message: str, run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(content)
+    before = tree(tmp_path)
+    options = ("--recipe", tmp_path / "r.yaml", "--calibration", calibration, *SMALL)
+    assert message in one_error(run("quantize", model, "-o", tmp_path / "out", *options))
+    assert tree(tmp_path) == before
+
+
+def test_output_that_exists(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--calibration", calibration, *SMALL)
+    out, home = tmp_path / "out", tmp_path / "home"
+    for folder in (out, home):
+        folder.mkdir()
+    (home / "thesis.tex").write_text("precious")
+    before = tree(tmp_path)
+    assert "exists: choose another output or pass --overwrite" in one_error(run("quantize", model, "-o", out, *options))
+    line = one_error(run("quantize", model, "-o", home, "--overwrite", *options))
+    assert "is no model directory; --overwrite only replaces one" in line
+    assert "holds the source model" in one_error(run("quantize", model, "-o", model, "--overwrite", *options))
+    assert tree(tmp_path) == before
+    assert run("quantize", model, "-o", out, "--overwrite", *options).code == 0  # an empty directory
+    first = tree(out)
+    result = run("quantize", model, "-o", out, "--overwrite", *options, "--seed", 1)
+    assert result.code == 0 and tree(out)["model.safetensors"] != first["model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["home", "model", "out"]
+
+
+def test_overwrite_keeps_the_old_one_when_the_run_fails(
+    run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-o", tmp_path / "out", "--overwrite", "--calibration", calibration, *SMALL)
+    assert run("quantize", model, *options).code == 0
+    before = tree(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        assert (tmp_path / "out").is_dir() and list(tmp_path.glob(".out.partial-*/model.safetensors"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "save_file", fail)  # the last but one file of a checkpoint
+    assert "is full: free some space" in one_error(run_quiet(run, model, *options, "--seed", 1))
+    assert tree(tmp_path) == before
+
+
+def run_plain(run: Run, *arguments: object) -> Result:
+    return run("quantize", *arguments)
+
+
+def run_quiet(run: Run, *arguments: object) -> Result:
+    """Without the progress bars that precede the error of a run that was under way."""
+    result = run("quantize", *arguments)
+    result.err = "\n".join(line for line in result.err.splitlines() if line.startswith(("error", "Traceback")))
+    return result
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where this machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_too_small_is_found_before(run: Run, model: Path, calibration: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * 200_000)
+    options = ("-o", small_disk / "out", "--calibration", calibration, *SMALL)
+    assert "GB free, but the checkpoint needs about" in one_error(run("quantize", model, *options))
+    assert os.listdir(small_disk) == ["filler"]
+
+
+def test_disk_that_fills_up(
+    run: Run, model: Path, calibration: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publication, "require_space", lambda self, size: None)  # someone else fills it meanwhile
+    for filled in (200_000, 130_000):  # full while writing the weights, and after them
+        (small_disk / "filler").write_bytes(b"x" * filled)
+        options = ("-o", small_disk / "out", "--calibration", calibration, *SMALL)
+        assert "is full: free some space" in one_error(run_quiet(run, model, *options))
+        assert os.listdir(small_disk) == ["filler"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
+    sign: signal.Signals, run: Run, model: Path, calibration: Path, tmp_path: Path
+) -> None:
+    long = ("--sequences", "60", "--length", "64", "--calibration", TEXT)
+    command = [sys.executable, "-m", "fptquant.cli", "quantize", model, "-o", tmp_path / "out", *long]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sign)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and not (tmp_path / "out").exists()
+    left = [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert len(left) == (0 if sign is signal.SIGINT else 1)
+    if sign is signal.SIGINT:
+        assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
+    assert run("quantize", model, "-o", tmp_path / "out", "--calibration", calibration, *SMALL).code == 0
+    assert sorted(os.listdir(tmp_path)) == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", "missing.txt"], "missing.txt' can't be read"),
+        (["--text", SHORT, "--windows", "9999"], "need 5119488: lower --windows or --length"),
+        (["--text", SHORT, "--json", "no/such/folder/x.json"], "--json: "),
+    ],
+)
+def test_evaluate_bad_input(
+    arguments: list[object],
+    message: str,
+    run: Run,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in one_error(run("evaluate", model_dir, *arguments))
+    assert os.listdir(tmp_path) == []
+
+
+def test_verify_bad_input(run: Run, quantized: Path, model_dir: Path, tmp_path: Path) -> None:
+    assert "is missing" in one_error(verify(run, model_dir, model_dir))
+    assert "is no model" in one_error(verify(run, tmp_path, model_dir))
+    assert "is quantized already" in one_error(verify(run, quantized, quantized))
+
+
+def test_the_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "fptquant.cli", "quantize", "/no/such/model", "-o", "/no/such/out"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: '/no/such/model' is no model")
