@@ -174,11 +174,15 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.hadamard_block is not None:
             rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
         prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
+        layer.fptquant_prepared = prepared
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`."""
-        return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
+        if torch.compiler.is_compiling():
+            return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
+        prepared: PreparedLinear = layer.fptquant_prepared  # eager: without the operator's way through the dispatcher
+        return prepared(x, bias)
 
     def _check_partition(self, in_features: int, total: int) -> None:
         """Refuses tensor-parallel sizes that cut through a packed word or a Hadamard block."""

@@ -201,6 +201,8 @@ def write_checkpoint(job: Plan, model: PreTrainedModel, directory: Path) -> None
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
     (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)  # written for the owner only; a server often runs as another user
 
 
 def digest(tensor: Tensor) -> str:
