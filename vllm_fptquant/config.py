@@ -126,7 +126,9 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from vllm_fptquant.head import FPTQuantHeadMethod
         from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
         from vllm_fptquant.linear import FPTQuantLinearMethod
 
@@ -143,6 +145,11 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return FPTQuantLinearMethod(
                 scheme, shards, hadamard_block=block, kernel=options.kernel, exact=options.exact
             )
+        if isinstance(layer, ParallelLMHead):
+            scheme = self.checkpoint.scheme_for(prefix)
+            if scheme is None:
+                return None
+            return FPTQuantHeadMethod(scheme, (prefix,), kernel=options.kernel)
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
                 return None

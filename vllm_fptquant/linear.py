@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from fptquant.checkpoint import LinearScheme, hadamard_factors, unpack_codes
+from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.checks import require_positive
 from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
@@ -113,7 +113,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             seen = self.loaded.setdefault(name, set())
             layer.register_parameter(name, parameter(data=data, weight_loader=recording(loader, seen), **attributes))
 
-        words = -(-in_features * weights.bits // WORD)
+        words = packed_words(in_features, weights.bits)
         add(
             "weight_packed",
             PackedvLLMParameter,
@@ -194,7 +194,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"splits the Hadamard blocks of {block}: use a size that divides {total // block}, or "
                 "quantize the model again with a smaller block"
             )
-        if parts > 1 and in_features * bits % WORD:
+        if parts > 1 and in_features % (WORD // bits):
             raise FPTQuantError(
                 f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
                 f"is no multiple of the {WORD // bits} weights in a packed word: use a smaller size"

@@ -52,11 +52,13 @@ def round_floats(
     model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig, dtype: torch.dtype
 ) -> None:
     """Rounds what a checkpoint keeps in floating point (embedding, head, biases, ignored layers) to its dtype there."""
-    to_quantize = {
-        f"{architecture.projection_name(index, role)}.weight"
+    linears = [
+        architecture.projection_name(index, role)
         for index in range(len(architecture.layer_modules(model)))
         for role in architecture.projections
-        if config.scheme_for(architecture.projection_name(index, role)) is not None
+    ]
+    to_quantize = {
+        f"{name}.weight" for name in (*linears, architecture.head) if config.scheme_for(name) is not None
     }
     for name, parameter in model.named_parameters():
         if name not in to_quantize:

@@ -23,9 +23,13 @@ from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration import calibrate_and_round, calibration_windows
 from fptquant.calibration.text import fingerprint
 from fptquant.checkpoint import (
+    ActivationScheme,
     CheckpointConfig,
     DownHadamard,
+    Override,
     TransformRecord,
+    WeightScheme,
+    packed_words,
     residual_scaled_architecture,
 )
 from fptquant.checkpoint.publication import Publication
@@ -87,9 +91,8 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
-    head = source.architecture.head  # never quantized, and the served model has to know
-    ignore = recipe.ignore if any(match_name(head, name) for name in recipe.ignore) else (*recipe.ignore, head)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    head_override, head_ignore = _head_scheme(source, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
         activations=recipe.precision.activations,
@@ -99,8 +102,8 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
             down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
             residual_scale=transforms.residual_scale,
         ),
-        overrides=recipe.overrides,
-        ignore=ignore,
+        overrides=(*head_override, *recipe.overrides),
+        ignore=(*recipe.ignore, *head_ignore),
         producer={
             "package": f"vllm-fptquant {fptquant.__version__}",
             "recipe": recipe.name,
@@ -112,6 +115,17 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
     _check_shared_schemes(source, config)
     size = _estimate_bytes(source, config, dtype)
     return Plan(source, recipe, config, windows, transforms, dtype, size)
+
+
+def _head_scheme(source: Source, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
+    """What the configuration says of the head: an override, or that it is ignored."""
+    head = source.architecture.head
+    if any(match_name(head, name) for name in recipe.ignore):
+        return (), ()
+    if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:
+        return (), (head,)  # integer weights alone would make nothing faster
+    weights, activations = WeightScheme(bits=recipe.head_bits), ActivationScheme(bits=8)
+    return (Override(modules=head, weights=weights, activations=activations),), ()
 
 
 def plan_of(checkpoint: Path, model: str | Path) -> Plan:
@@ -291,10 +305,15 @@ def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype
         Role.UP: (shape.intermediate, shape.hidden),
         Role.DOWN: (shape.hidden, shape.intermediate),
     }
-    total: int = 2 * source.config.vocab_size * shape.hidden * dtype.itemsize
-    for layer in range(shape.layers):
-        for role, (rows, columns) in sizes.items():
-            scheme = config.scheme_for(architecture.projection_name(layer, role))
-            words = -(-columns * scheme.weights.bits // 32) if scheme else 0
-            total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+    vocabulary = (source.config.vocab_size, shape.hidden)
+    linears = [
+        (architecture.projection_name(layer, role), size)
+        for layer in range(shape.layers)
+        for role, size in sizes.items()
+    ]
+    total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
+    for name, (rows, columns) in (*linears, (architecture.head, vocabulary)):
+        scheme = config.scheme_for(name)
+        words = packed_words(columns, scheme.weights.bits) if scheme else 0
+        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
     return total

@@ -80,7 +80,10 @@ class Recipe(BaseModel):
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()
     overrides: tuple[Override, ...] = ()
-    ignore: tuple[ModulePattern, ...] = ("lm_head",)
+    ignore: tuple[ModulePattern, ...] = ()
+    head_bits: Literal[4, 7, 8, 16] = Field(
+        7, description="of lm_head's weights, on 8-bit activations; 16 leaves it in floating point"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays in floating point; auto keeps the source's"
     )

@@ -69,6 +69,11 @@ def calibrate_and_round(
                 _set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
         inputs.hidden = list(inputs.run(layer))
         yield index
+    head = model.get_submodule(architecture.head)
+    if isinstance(head, SimulatedLinear):
+        inputs.arguments = {}
+        final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
+        _quantize_group([head], architecture.head, inputs, final, recipe)
 
 
 def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> _LayerInputs:

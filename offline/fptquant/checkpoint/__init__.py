@@ -13,7 +13,7 @@ from fptquant.checkpoint.arithmetic import (
     quantized_linear,
     residual_scale,
 )
-from fptquant.checkpoint.packing import pack_codes, round_scale, unpack_codes
+from fptquant.checkpoint.packing import pack_codes, packed_words, round_scale, unpack_codes
 from fptquant.checkpoint.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -44,6 +44,7 @@ __all__ = [
     "exact_attention",
     "hadamard_factors",
     "pack_codes",
+    "packed_words",
     "quantize",
     "quantize_per_tensor",
     "quantized_linear",

@@ -7,8 +7,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 
+def packed_words(in_features: int, bits: int) -> int:
+    """Number of int32 words in a packed row."""
+    return -(-in_features // (32 // bits))
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Packs integer codes (N, K) in [-2^(bits-1), 2^(bits-1)) to int32 (N, ceil(K * bits / 32)).
+    """Packs integer codes (N, K) in [-2^(bits-1), 2^(bits-1)) to int32 (N, `packed_words`).
 
     Offset binary, lowest bits first, rows padded with zeros.
     """

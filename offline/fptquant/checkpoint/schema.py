@@ -43,9 +43,12 @@ ModulePattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class WeightScheme(Strict):
-    """Integer weights: symmetric, one scale per output channel."""
+    """Integer weights: symmetric, one scale per output channel.
 
-    bits: Literal[4, 8] = 4
+    7 bits is the widest that FBGEMM multiplies without saturating on CPUs that have no VNNI; it is stored like 8.
+    """
+
+    bits: Literal[4, 7, 8] = 4
     symmetric: Literal[True] = True
     strategy: Literal["channel"] = "channel"
 

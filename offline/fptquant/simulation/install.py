@@ -42,6 +42,11 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
             attention = layer.get_submodule(architecture.attention)
             # plain attribute: the quantizer's tensors are buffers of the attention module itself
             attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
+    head_scheme = config.scheme_for(architecture.head)
+    if head_scheme is not None:
+        head = model.get_submodule(architecture.head)
+        assert isinstance(head, nn.Linear)
+        model.set_submodule(architecture.head, SimulatedLinear.from_linear(head, head_scheme))
     if config.kv_cache.bits < 16:
         model.config._attn_implementation = ATTENTION_NAME
 

@@ -14,6 +14,7 @@ from fptquant.checkpoint import (
     code_bounds,
     hadamard_factors,
     pack_codes,
+    packed_words,
     quantize,
     quantized_linear,
     residual_scale,
@@ -80,7 +81,7 @@ class SimulatedLinear(nn.Module):
         self.low: Tensor | None
         self.high: Tensor | None
         if scheme is not None:
-            words = -(-in_features * scheme.weights.bits // 32)
+            words = packed_words(in_features, scheme.weights.bits)
             self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
             self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32))
             self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))

@@ -1,0 +1,54 @@
+"""The quantized lm_head: the linear method, on a layer that loads its weights as vLLM's embeddings do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_fptquant.linear import FPTQuantLinearMethod
+
+
+class FPTQuantHeadMethod(FPTQuantLinearMethod):
+    """One instance per lm_head. vLLM pads the vocabulary; padded rows have codes 0."""
+
+    def create_weights(
+        self,
+        layer: ParallelLMHead,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """As `FPTQuantLinearMethod.create_weights`."""
+        rows = extra_weight_attrs.pop("weight_loader")
+
+        def load(parameter: Any, loaded: Tensor) -> None:
+            if getattr(parameter, "output_dim", None) is None:
+                parameter.data.copy_(loaded.reshape(parameter.shape))  # one value for the whole layer
+            else:
+                rows(parameter, loaded)
+
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            weight_loader=load,
+        )
+
+    def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
+        """Gives the padded rows a scale, then as `FPTQuantLinearMethod.process_weights_after_loading`."""
+        if hasattr(layer, "weight_scale"):
+            layer.weight_scale.data[layer.num_org_embeddings_per_partition :] = 1.0
+            bits = self.scheme.weights.bits
+            zero = sum(1 << (bits * i + bits - 1) for i in range(32 // bits))  # codes 0 in offset binary
+            padding = layer.weight_packed.data[layer.num_org_embeddings_per_partition :]
+            padding.fill_(zero - (1 << 32) if zero >= 1 << 31 else zero)
+        super().process_weights_after_loading(layer)
