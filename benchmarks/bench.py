@@ -85,7 +85,7 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
 
     tensors = {}
     with safe_open(source / "model.safetensors", framework="pt") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             parent, _, leaf = name.rpartition(".")
             tensor = file.get_tensor(name)
             if leaf == "weight_packed":
@@ -151,7 +151,9 @@ def print_table(results: dict[str, list[dict[str, float]]], threads: int, compil
     for precision in ("w4a8kv8", "w4a4kv4"):
         with_all, without = middle.get(f"fptquant {precision}"), middle.get(f"{precision}, no transform")
         if with_all and without:
-            costs = ", ".join(f"{m.split('_tokens')[0]} {100 * (1 - with_all[m] / without[m]):.1f} %" for m in METRICS[:3])
+            costs = ", ".join(
+                f"{m.split('_tokens')[0]} {100 * (1 - with_all[m] / without[m]):.1f} %" for m in METRICS[:3]
+            )
             print(f"\nAll transforms together cost at {precision}: {costs} of throughput.")
 
 

@@ -57,9 +57,7 @@ def round_floats(
         for index in range(len(architecture.layer_modules(model)))
         for role in architecture.projections
     ]
-    to_quantize = {
-        f"{name}.weight" for name in (*linears, architecture.head) if config.scheme_for(name) is not None
-    }
+    to_quantize = {f"{name}.weight" for name in (*linears, architecture.head) if config.scheme_for(name) is not None}
     for name, parameter in model.named_parameters():
         if name not in to_quantize:
             parameter.copy_(parameter.to(dtype))

@@ -92,7 +92,7 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
     shape = source.architecture.shape(source.config)
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    head_override, head_ignore = _head_scheme(source, recipe)
+    head_override, head_ignore = head_scheme(source.architecture.head, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
         activations=recipe.precision.activations,
@@ -117,9 +117,8 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
     return Plan(source, recipe, config, windows, transforms, dtype, size)
 
 
-def _head_scheme(source: Source, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
-    """What the configuration says of the head: an override, or that it is ignored."""
-    head = source.architecture.head
+def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
+    """What the configuration says of the layer named `head`: an override, or that it is ignored."""
     if any(match_name(head, name) for name in recipe.ignore):
         return (), ()
     if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:

@@ -12,6 +12,7 @@ from fptquant.architectures.llama import LLAMA
 from fptquant.calibration import calibrate_and_round
 from fptquant.checkpoint import CheckpointConfig, DownHadamard, TransformRecord
 from fptquant.merging import merge_transforms
+from fptquant.pipeline import head_scheme
 from fptquant.recipe import Recipe
 from fptquant.simulation import install_simulation
 from fptquant.transforms import TransformSet
@@ -36,6 +37,7 @@ def simulate() -> Callable[..., LlamaForCausalLM]:
         if random:
             transforms.randomize_(torch.Generator().manual_seed(1), 0.3)
         block = transforms.hadamard_block
+        head_override, head_ignore = head_scheme("lm_head", recipe)
         config = CheckpointConfig(
             weights=recipe.precision.weights,
             activations=recipe.precision.activations,
@@ -44,8 +46,8 @@ def simulate() -> Callable[..., LlamaForCausalLM]:
                 down_hadamard=DownHadamard(block=block) if block else None,
                 residual_scale=transforms.residual_scale,
             ),
-            overrides=recipe.overrides,
-            ignore=recipe.ignore,
+            overrides=(*head_override, *recipe.overrides),
+            ignore=(*recipe.ignore, *head_ignore),
         )
         for _ in merge_transforms(model, LLAMA, transforms):
             pass

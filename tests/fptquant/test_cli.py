@@ -205,7 +205,7 @@ def test_verify_accepts_what_was_written(run: Run, quantized: Path, model_dir: P
     "name",
     [
         "model.layers.1.mlp.up_proj.weight_packed", "model.layers.0.self_attn.o_proj.weight_scale",
-        "model.layers.0.mlp.down_proj.input_scale", "model.layers.1.self_attn.k_scale", "lm_head.weight",
+        "model.layers.0.mlp.down_proj.input_scale", "model.layers.1.self_attn.k_scale", "lm_head.weight_packed",
         "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.v_zero_point",
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def editable(checkpoint: Path, tmp_path: Path) -> Path:
 def test_loads_and_generates(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    assert sum(isinstance(module, SimulatedLinear) for module in model.modules()) == 14
+    assert sum(isinstance(module, SimulatedLinear) for module in model.modules()) == 14 + 1
     assert not any(
         parameter.requires_grad and parameter.dim() == 2 and "proj" in name
         for name, parameter in model.named_parameters()

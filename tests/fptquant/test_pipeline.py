@@ -79,7 +79,8 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     assert (f"{layer}.input_scale" in found) is quantized
     assert (f"{layer}.input_zero_point" in found) is (quantized and not scheme.activations.symmetric)
     assert ("model.layers.0.self_attn.k_scale" in found) is (scheme.kv_cache.bits < 16)
-    assert "lm_head.weight" in found and "model.embed_tokens.weight" in found
+    assert ("lm_head.weight_packed" in found) is quantized and ("lm_head.weight" in found) is not quantized
+    assert "model.embed_tokens.weight" in found
 
     model = load_model(open_source(out))
     original = load_model(open_source(model_dir))
@@ -169,7 +170,7 @@ def test_overrides_and_ignore_reach_the_tensors(model_dir: Path, quantize: Quant
         {"modules": "model.layers.0.mlp.down_proj", "activations": {"bits": 8, "symmetric": True}},
         {"modules": "re:.*layers.1.self_attn.[qkv]_proj", "weights": {"bits": 8}},
     ]
-    ignore = ["re:.*layers.1.mlp.(gate|up)_proj"]  # the head, never quantized, is added
+    ignore = ["re:.*layers.1.mlp.(gate|up)_proj"]
     out = quantize(model_dir, precision="w4a4kv8", overrides=overrides, ignore=ignore)
     found, plain = tensors(out), tensors(quantize(model_dir, "plain", precision="w4a4kv8"))
     down = "model.layers.0.mlp.down_proj"
@@ -178,6 +179,15 @@ def test_overrides_and_ignore_reach_the_tensors(model_dir: Path, quantize: Quant
     assert found["model.layers.1.self_attn.q_proj.weight_packed"].shape[1] == 11  # ceil(42 * 8 / 32)
     assert plain["model.layers.1.self_attn.q_proj.weight_packed"].shape[1] == 6
     assert "model.layers.1.mlp.gate_proj.weight" in found and "model.layers.1.mlp.down_proj.weight_packed" in found
+    written = CheckpointConfig.parse(json.loads((out / "config.json").read_text())["quantization_config"])
+    head = written.scheme_for("lm_head")
+    assert head is not None and (head.weights.bits, head.activations.bits) == (7, 8)
+
+
+@pytest.mark.parametrize("fields", [{"head_bits": 16}, {"ignore": ["lm_head"]}])
+def test_the_head_can_stay_in_floating_point(fields: dict[str, Any], model_dir: Path, quantize: Quantize) -> None:
+    out = quantize(model_dir, **fields)
+    assert "lm_head.weight" in tensors(out)
     written = CheckpointConfig.parse(json.loads((out / "config.json").read_text())["quantization_config"])
     assert written.scheme_for("lm_head") is None
 

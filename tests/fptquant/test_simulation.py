@@ -104,7 +104,7 @@ def threaded_llama(model: LlamaForCausalLM, tokens: Tensor, quantized: bool) -> 
             h = core(module, x) * scale
             x = x + linear(last, h, hadamard(last)) + bias(last) * scale
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps * scale**2)
-    return x @ model.lm_head.weight.double().T
+    return linear(model.lm_head, x)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "bias", "mqa"])

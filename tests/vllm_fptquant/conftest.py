@@ -33,6 +33,7 @@ def parallel_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, i
     def pretend(rank: int, size: int) -> None:
         for module in (
             "vllm.model_executor.layers.linear",
+            "vllm.model_executor.layers.vocab_parallel_embedding",
             "vllm.model_executor.parameter",
             "vllm_fptquant.kv_cache",
         ):

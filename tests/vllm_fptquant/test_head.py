@@ -1,0 +1,75 @@
+"""The quantized lm_head on vLLM's real layer, whose vocabulary is padded and sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from fptquant.checkpoint import (
+    ActivationScheme,
+    Override,
+    WeightScheme,
+    code_bounds,
+    pack_codes,
+    quantize,
+    quantized_linear,
+)
+from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.layers import quant_config
+
+VOCABULARY, HIDDEN = 150, 36  # vLLM pads the vocabulary to 192
+SCALE = torch.tensor(0.02)
+
+
+@pytest.fixture
+def head(request: pytest.FixtureRequest, parallel_world: Callable[[int, int], None]) -> ParallelLMHead:
+    """Rank and size of the tensor-parallel world come from the parameter."""
+    parallel_world(*getattr(request, "param", (0, 1)))
+    override = Override(modules="lm_head", weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8))
+    config = quant_config(overrides=(override,), ignore=())
+    return ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head", params_dtype=torch.float32)
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-64, 64, (VOCABULARY, HIDDEN), generator=generator)
+    return {
+        "codes": codes,
+        "weight_packed": pack_codes(codes, 7),
+        "weight_scale": torch.rand(VOCABULARY, 1, generator=generator) + 0.1,
+        "weight_shape": torch.tensor(codes.shape),
+        "input_scale": SCALE,
+    }
+
+
+def load(head: ParallelLMHead, *, skip: str = "") -> ParallelLMHead:
+    for name, tensor in tensors().items():
+        if name not in ("codes", skip):
+            parameter = getattr(head, name)
+            parameter.weight_loader(parameter, tensor)
+    head.quant_method.process_weights_after_loading(head)
+    return head
+
+
+@pytest.mark.parametrize("head", [(0, 1), (0, 2), (1, 2)], indirect=True)
+def test_logits_equal_the_contract(head: ParallelLMHead) -> None:
+    x = torch.randn(5, HIDDEN)
+    logits = load(head).quant_method.apply(head, x)
+    given = tensors()
+    codes = quantize(x, SCALE, *code_bounds(torch.tensor(0), 8))
+    expected = quantized_linear(codes, given["codes"].float(), SCALE * given["weight_scale"].flatten())
+    rows = head.shard_indices
+    real = rows.org_vocab_end_index - rows.org_vocab_start_index
+    assert real > 0
+    assert torch.equal(logits[:, :real], expected[:, rows.org_vocab_start_index : rows.org_vocab_end_index])
+    assert not logits[:, real:].any()  # padding
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "input_scale"])
+def test_missing_tensor_is_named(name: str, head: ParallelLMHead) -> None:
+    with pytest.raises(FPTQuantError, match=f"lm_head.*{name}"):
+        load(head, skip=name)
