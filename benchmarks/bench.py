@@ -41,7 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench", help="checkpoints and results")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    # vLLM itself serves with one thread on CPUs unless OMP_NUM_THREADS says otherwise.
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="names of rows (the float32 row is always measured)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     arguments = parser.parse_args()
