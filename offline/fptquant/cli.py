@@ -101,6 +101,7 @@ def quantize(
     """Quantize MODEL and write a checkpoint that vLLM serves."""
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
+    from fptquant.planning import plan
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
     fields: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -124,7 +125,7 @@ def quantize(
     publication = Publication(output, overwrite=overwrite)
     _quiet_transformers()
     with _err.status("checking model, recipe and calibration text"):
-        job = pipeline.plan(model, chosen)
+        job = plan(model, chosen)
     publication.require_space(job.output_bytes)
     _print_plan(job, output)
     if dry_run:
@@ -166,7 +167,7 @@ def verify(
     from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine, vllm_installed
     from fptquant.loading import open_source
-    from fptquant.pipeline import plan_of
+    from fptquant.planning import plan_of
     from fptquant.simulation.install import set_exact
 
     _quiet_transformers()

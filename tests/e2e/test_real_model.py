@@ -10,7 +10,7 @@ import torch
 from fptquant.evaluation.equivalence import check_function_preserved
 from fptquant.evaluation.perplexity import measure, transformers_scorer
 from fptquant.loading import Source, load_model, open_source
-from fptquant.pipeline import plan
+from fptquant.planning import plan
 from fptquant.recipe import Recipe
 
 

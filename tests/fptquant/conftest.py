@@ -12,7 +12,7 @@ from fptquant.architectures.llama import LLAMA
 from fptquant.calibration import calibrate_and_round
 from fptquant.checkpoint import CheckpointConfig, DownHadamard, TransformRecord
 from fptquant.merging import merge_transforms
-from fptquant.pipeline import head_scheme
+from fptquant.planning import head_scheme
 from fptquant.recipe import Recipe
 from fptquant.simulation import install_simulation
 from fptquant.transforms import TransformSet

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fptquant
-from fptquant import cli, pipeline
+from fptquant import cli, pipeline, planning
+from fptquant.checkpoint import writer
 from fptquant.checkpoint.publication import Publication
 from tests.conftest import TEXT
 
@@ -74,7 +75,7 @@ def model(model_dir: Path, tmp_path: Path) -> Path:
 def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, calibration: Path) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "out"
     recipe = fptquant.recipe.Recipe().changed(calibration={"source": str(calibration), "sequences": 4, "length": 32})
-    pipeline.quantize(pipeline.plan(model_dir, recipe), out)
+    pipeline.quantize(planning.plan(model_dir, recipe), out)
     return out
 
 
@@ -442,7 +443,7 @@ def test_overwrite_keeps_the_old_one_when_the_run_fails(
         assert (tmp_path / "out").is_dir() and list(tmp_path.glob(".out.partial-*/model.safetensors"))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "save_file", fail)  # the last but one file of a checkpoint
+    monkeypatch.setattr(writer, "save_file", fail)  # the last but one file of a checkpoint
     assert "is full: free some space" in one_error(run_quiet(run, model, *options, "--seed", 1))
     assert tree(tmp_path) == before
 

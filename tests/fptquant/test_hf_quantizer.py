@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fptquant import pipeline
+from fptquant import pipeline, planning
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import Recipe
 from fptquant.simulation import SimulatedLinear
@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..
     folder = tmp_path_factory.mktemp("quantized")
     model = save_model(folder / "model", "bias", torch.bfloat16)
     calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
-    job = pipeline.plan(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
+    job = planning.plan(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
     pipeline.quantize(job, folder / "out")
     return folder / "out"
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptquant
-from fptquant import pipeline
-from fptquant.checkpoint import CheckpointConfig
+from fptquant import pipeline, planning
+from fptquant.checkpoint import CheckpointConfig, writer
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import PRECISIONS, Recipe
@@ -37,7 +37,7 @@ def quantize(calibration: dict[str, Any], tmp_path: Path) -> Quantize:
 
     def run(model: Path, name: str = "out", **fields: Any) -> Path:
         recipe = Recipe.parse({"calibration": calibration, **fields})
-        pipeline.quantize(pipeline.plan(model, recipe), tmp_path / name)
+        pipeline.quantize(planning.plan(model, recipe), tmp_path / name)
         return tmp_path / name
 
     return run
@@ -84,7 +84,7 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
 
     model = load_model(open_source(out))
     original = load_model(open_source(model_dir))
-    tokens = pipeline.plan(model_dir, Recipe.load(str(out / "fptquant" / "recipe.yaml"))).windows
+    tokens = planning.plan(model_dir, Recipe.load(str(out / "fptquant" / "recipe.yaml"))).windows
     difference = (model(tokens).logits - original(tokens).logits).pow(2).mean().sqrt() / original(tokens).logits.std()
     assert 1e-4 < difference < (0.9 if "a4" in precision else 0.35)
 
@@ -121,7 +121,7 @@ def test_estimated_size(save_model: SaveModel, quantize: Quantize, tmp_path: Pat
     )
     for precision in ("w4a8kv8", {"weights": {"bits": 8}}):
         recipe = Recipe.parse({"precision": precision, "calibration": calibration, "transforms": []})
-        job = pipeline.plan(model, recipe)
+        job = planning.plan(model, recipe)
         out = quantize(model, str(precision)[:6], precision=precision, transforms=[])
         assert job.output_bytes == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.03)
 
@@ -211,13 +211,13 @@ def test_the_head_can_stay_in_floating_point(fields: dict[str, Any], model_dir: 
 )
 def test_plan_refuses(fields: dict[str, Any], message: str, model_dir: Path, calibration: dict[str, Any]) -> None:
     with pytest.raises(FPTQuantError, match=message):
-        pipeline.plan(model_dir, Recipe.parse({"calibration": calibration, **fields}))
+        planning.plan(model_dir, Recipe.parse({"calibration": calibration, **fields}))
 
 
 def test_a_quantized_model_is_no_source(model_dir: Path, quantize: Quantize, calibration: dict[str, Any]) -> None:
     out = quantize(model_dir)
     with pytest.raises(FPTQuantError, match="is quantized already"):
-        pipeline.plan(out, Recipe.parse({"calibration": calibration}))
+        planning.plan(out, Recipe.parse({"calibration": calibration}))
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
@@ -243,39 +243,39 @@ def test_transforms_as_written_can_be_read_again(
     model_dir: Path, save_model: SaveModel, quantize: Quantize, tmp_path: Path
 ) -> None:
     out = quantize(model_dir, seed=5)
-    job = pipeline.plan_of(out, model_dir)
+    job = planning.plan_of(out, model_dir)
     stored = load_file(out / "fptquant" / "transforms.safetensors")
     state = job.transforms.state_dict()
     assert stored.keys() == state.keys() and all(torch.equal(stored[key], state[key]) for key in stored)
     with pytest.raises(FPTQuantError, match="was not made from"):
-        pipeline.plan_of(out, save_model(tmp_path / "other", "gqa"))
+        planning.plan_of(out, save_model(tmp_path / "other", "gqa"))
     (out / "fptquant" / "transforms.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(FPTQuantError, match="corrupt or truncated"):
-        pipeline.plan_of(out, model_dir)
+        planning.plan_of(out, model_dir)
     (out / "fptquant" / "transforms.safetensors").unlink()
     with pytest.raises(FPTQuantError, match="no complete fptquant checkpoint"):
-        pipeline.plan_of(out, model_dir)
+        planning.plan_of(out, model_dir)
 
 
 def test_verifying_needs_no_calibration_text(model_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "moved.txt"
     text.write_text(TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     recipe = Recipe.parse({"calibration": {"source": str(text), "sequences": 4, "length": 32}})
-    pipeline.quantize(pipeline.plan(model_dir, recipe), tmp_path / "out")
+    pipeline.quantize(planning.plan(model_dir, recipe), tmp_path / "out")
     text.unlink()
-    assert pipeline.plan_of(tmp_path / "out", model_dir).transforms.names
+    assert planning.plan_of(tmp_path / "out", model_dir).transforms.names
 
 
 def test_a_checkpoint_that_reads_back_differently_is_not_published(
     model_dir: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pipeline.checkpoint_tensors
+    original = writer.checkpoint_tensors
 
     def damaged(model: Any, dtype: torch.dtype) -> Any:
         for name, tensor in original(model, dtype):
             yield name, tensor + 1e-6 if name == "model.layers.0.mlp.up_proj.input_scale" else tensor
 
-    monkeypatch.setattr(pipeline, "checkpoint_tensors", damaged)
+    monkeypatch.setattr(writer, "checkpoint_tensors", damaged)
     with pytest.raises(RuntimeError, match="does not equal the model in memory"):
         quantize(model_dir)
     assert list(tmp_path.iterdir()) == []
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_published(
 def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, calibration: dict[str, Any]) -> None:
     model = save_model(tmp_path / "model")
     before = contents(model)
-    job = pipeline.plan(model, Recipe.parse({"calibration": calibration}))
+    job = planning.plan(model, Recipe.parse({"calibration": calibration}))
     for target in (model, model / ".." / "model"):
         with pytest.raises(FPTQuantError, match="holds the source model"):
             pipeline.quantize(job, target, overwrite=True)
@@ -292,12 +292,12 @@ def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, c
 
 
 def test_big_models_are_written_in_shards(model_dir: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline.save_torch_state_dict
+    original = writer.save_torch_state_dict
 
     def small_shards(tensors: Any, directory: Path, max_shard_size: Any, **options: Any) -> None:
         original(tensors, directory, max_shard_size=30_000, **options)
 
-    monkeypatch.setattr(pipeline, "save_torch_state_dict", small_shards)
+    monkeypatch.setattr(writer, "save_torch_state_dict", small_shards)
     out = quantize(model_dir)  # read back and compared inside
     assert len(list(out.glob("*.safetensors"))) > 1 and (out / "model.safetensors.index.json").is_file()
 
@@ -306,7 +306,7 @@ def test_gptq_beats_nearest_on_its_calibration_text(
     model_dir: Path, quantize: Quantize, calibration: dict[str, Any]
 ) -> None:
     calibration = {**calibration, "sequences": 64}
-    tokens = pipeline.plan(model_dir, Recipe.parse({"calibration": calibration})).windows
+    tokens = planning.plan(model_dir, Recipe.parse({"calibration": calibration})).windows
     original = load_model(open_source(model_dir))(tokens).logits
     errors = {}
     for method in ("nearest", "gptq"):

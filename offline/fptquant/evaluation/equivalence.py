@@ -11,11 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fptquant.checkpoint.writer import EXTRAS, digest
 from fptquant.evaluation.perplexity import Scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source, read_json
 from fptquant.merging import round_floats
-from fptquant.pipeline import EXTRAS, Plan, digest, logits, transform
+from fptquant.pipeline import logits, transform
+from fptquant.planning import Plan
 from fptquant.simulation.install import finish_loading
 
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32

@@ -1,0 +1,65 @@
+"""Writing a finished simulation as a checkpoint directory, in Hugging Face layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fptquant.checkpoint.schema import residual_scaled_architecture
+from fptquant.simulation.install import checkpoint_tensors
+
+if TYPE_CHECKING:
+    from fptquant.planning import Plan
+
+EXTRAS = "fptquant"  # folder within a checkpoint: transforms, recipe, summary, digests
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
+
+
+def write_checkpoint(job: Plan, model: PreTrainedModel, directory: Path) -> None:
+    """Writes a finished simulation in Hugging Face layout."""
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model, job.dtype)}
+    save_torch_state_dict(tensors, directory, max_shard_size="5GB", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(_config_dict(job), indent=2) + "\n", encoding="utf-8")
+    for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
+        skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
+        if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
+            shutil.copyfile(file, directory / file.name)
+    (directory / EXTRAS).mkdir()
+    save_file(dict(job.transforms.state_dict()), directory / EXTRAS / "transforms.safetensors")
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
+    (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
+    (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)  # written for the owner only; a server often runs as another user
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of a tensor's dtype, shape and bytes, by which `fptquant verify` knows an altered one."""
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + content).hexdigest()
+
+
+def _config_dict(job: Plan) -> dict[str, Any]:
+    config: dict[str, Any] = job.source.config.to_diff_dict()
+    architecture = job.source.architecture.class_name
+    if job.config.transforms.residual_scale:
+        architecture = residual_scaled_architecture(architecture)
+    config.update(
+        architectures=[architecture],
+        tie_word_embeddings=False,
+        dtype=str(job.dtype).removeprefix("torch."),
+        quantization_config=job.config.to_dict(),
+    )
+    config.pop("_name_or_path", None)
+    return config

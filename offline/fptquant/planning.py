@@ -1,0 +1,185 @@
+"""What a job is: model, recipe and calibration text, checked against each other before any long work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compressed_tensors.utils.match import match_name
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fptquant
+from fptquant.architectures.base import INPUT_GROUPS, Role
+from fptquant.calibration import calibration_windows
+from fptquant.calibration.text import fingerprint
+from fptquant.checkpoint import (
+    ActivationScheme,
+    CheckpointConfig,
+    DownHadamard,
+    Override,
+    TransformRecord,
+    WeightScheme,
+    packed_words,
+)
+from fptquant.checkpoint.writer import EXTRAS
+from fptquant.errors import FPTQuantError
+from fptquant.loading import Source, open_source
+from fptquant.recipe import Recipe
+from fptquant.transforms import TransformSet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated job: nothing in it can be wrong any more except the machine."""
+
+    source: Source
+    recipe: Recipe
+    config: CheckpointConfig
+    windows: Tensor  # (sequences, length)
+    transforms: TransformSet
+    dtype: torch.dtype
+    output_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.source.architecture.shape(self.source.config).layers
+
+
+def plan(model: str | Path, recipe: Recipe) -> Plan:
+    """Checks model, recipe and calibration text against each other; reads no weights.
+
+    Raises:
+        FPTQuantError: whatever the user has to mend.
+    """
+    source = open_source(model)
+    windows = calibration_windows(source.tokenizer, recipe.calibration, source.config.vocab_size, recipe.seed)
+    return _plan(source, recipe, windows)
+
+
+def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
+    if source.quantized:
+        raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
+    shape = source.architecture.shape(source.config)
+    transforms = TransformSet(recipe.transforms, shape, recipe.seed)
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    head_override, head_ignore = head_scheme(source.architecture.head, recipe)
+    config = CheckpointConfig(
+        weights=recipe.precision.weights,
+        activations=recipe.precision.activations,
+        kv_cache=recipe.precision.kv_cache,
+        transforms=TransformRecord(
+            merged=tuple(name for name in transforms.names if name != "S_n"),
+            down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
+            residual_scale=transforms.residual_scale,
+        ),
+        overrides=(*head_override, *recipe.overrides),
+        ignore=(*recipe.ignore, *head_ignore),
+        producer={
+            "package": f"vllm-fptquant {fptquant.__version__}",
+            "recipe": recipe.name,
+            "recipe_hash": recipe.digest(),
+            "calibration": fingerprint(windows),
+        },
+    )
+    _check_patterns(source, config)
+    _check_shared_schemes(source, config)
+    size = _estimate_bytes(source, config, dtype)
+    return Plan(source, recipe, config, windows, transforms, dtype, size)
+
+
+def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
+    """What the configuration says of the layer named `head`: an override, or that it is ignored."""
+    if any(match_name(head, name) for name in recipe.ignore):
+        return (), ()
+    if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:
+        return (), (head,)  # integer weights alone would make nothing faster
+    weights, activations = WeightScheme(bits=recipe.head_bits), ActivationScheme(bits=8)
+    return (Override(modules=head, weights=weights, activations=activations),), ()
+
+
+def plan_of(checkpoint: Path, model: str | Path) -> Plan:
+    """The job that wrote `checkpoint` from `model`, with the transforms at the values it was written with.
+
+    Raises:
+        FPTQuantError: `checkpoint` has no record of its recipe, or belongs to another model.
+    """
+    recipe_file, transforms_file = (
+        checkpoint / EXTRAS / "recipe.yaml",
+        checkpoint / EXTRAS / "transforms.safetensors",
+    )
+    for file in (recipe_file, transforms_file):
+        if not file.is_file():
+            raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
+    no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
+    job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows)
+    try:
+        job.transforms.load_state_dict(load_file(transforms_file))
+    except SafetensorError as error:
+        raise FPTQuantError(f"'{transforms_file}' is corrupt or truncated ({error})") from None
+    except RuntimeError:
+        raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': their sizes differ") from None
+    return job
+
+
+def _check_patterns(source: Source, config: CheckpointConfig) -> None:
+    """A pattern that matches no layer is a slip of the pen."""
+    architecture = source.architecture
+    layers = range(architecture.shape(source.config).layers)
+    names = [architecture.projection_name(layer, role) for layer in layers for role in architecture.projections]
+    for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
+        if not any(match_name(name, pattern) for name in (*names, architecture.head)):
+            raise FPTQuantError(
+                f"overrides/ignore: '{pattern}' matches no linear layer; give a full name such as '{names[0]}', "
+                "or 're:' and a regular expression"
+            )
+
+
+def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
+    """Layers that share an input share its quantizer, so overrides may not tell them apart."""
+    architecture = source.architecture
+    for layer in range(architecture.shape(source.config).layers):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(layer, role) for role in group]
+            schemes = [config.scheme_for(name) for name in names]
+            if any(scheme != schemes[0] for scheme in schemes):
+                raise FPTQuantError(
+                    f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
+                    "so they need the same scheme; name them all"
+                )
+        down = architecture.projection_name(layer, Role.DOWN)
+        if config.transforms.down_hadamard and config.scheme_for(down) is None:
+            raise FPTQuantError(
+                f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off"
+            )
+
+
+def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+    """Expected size of the checkpoint's weights."""
+    architecture = source.architecture
+    shape = architecture.shape(source.config)
+    queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {  # (out, in)
+        Role.QUERY: (queries, shape.hidden),
+        Role.KEY: (values, shape.hidden),
+        Role.VALUE: (values, shape.hidden),
+        Role.OUTPUT: (shape.hidden, queries),
+        Role.GATE: (shape.intermediate, shape.hidden),
+        Role.UP: (shape.intermediate, shape.hidden),
+        Role.DOWN: (shape.hidden, shape.intermediate),
+    }
+    vocabulary = (source.config.vocab_size, shape.hidden)
+    linears = [
+        (architecture.projection_name(layer, role), size)
+        for layer in range(shape.layers)
+        for role, size in sizes.items()
+    ]
+    total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
+    for name, (rows, columns) in (*linears, (architecture.head, vocabulary)):
+        scheme = config.scheme_for(name)
+        words = packed_words(columns, scheme.weights.bits) if scheme else 0
+        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+    return total
