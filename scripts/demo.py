@@ -151,8 +151,8 @@ def demo(cache: Path) -> None:
     print(f"perplexity   {before:.2f} original, {after:.2f} quantized ({PRECISION}, simulated)")
     print(f"size         {big / 1e6:.0f} MB original (float32), {small / 1e6:.0f} MB quantized")
     packed = packed_size(quantized) / 1e6
-    print(f"             {packed:.0f} MB of it are the INT4 weights; most of the rest are the")
-    print("             embedding and output head, stored unquantized and large for so small a model")
+    print(f"             {packed:.0f} MB of it are integer weights; most of the rest is the embedding,")
+    print("             which stays in the original's type and is large for so small a model")
     print(f"checkpoint   {quantized}")
 
 

@@ -308,12 +308,14 @@ def _print_plan(job: Any, output: Path) -> None:
     table.add_row("weights", bits(config.weights))
     table.add_row("activations", bits(config.activations))
     table.add_row("KV cache", bits(config.kv_cache))
+    head = config.scheme_for(job.source.architecture.head)
+    table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape
     table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
-    table.add_row("kept in", f"{job.dtype}: embedding, head, norms")
+    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", _size(job.output_bytes))
     _out.print(table)
 
