@@ -54,7 +54,7 @@ def main() -> None:
         for name, path in models.items():
             print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
             results[name].append(measure(path, arguments.threads, arguments.compiled))
-    (arguments.work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            (arguments.work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print_table(results, arguments.threads, arguments.compiled)
 
 
@@ -82,22 +82,27 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
 
     The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
     """
-    from fptquant.checkpoint import unpack_codes
+    from fptquant.checkpoint import CheckpointConfig, unpack_codes
 
+    config = json.loads((source / "config.json").read_text())
+    schemes = CheckpointConfig.parse(config["quantization_config"])
     tensors = {}
     with safe_open(source / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             parent, _, leaf = name.rpartition(".")
             tensor = file.get_tensor(name)
-            if leaf == "weight_packed":
+            scheme = schemes.scheme_for(parent)
+            if leaf == "weight_packed" and scheme is not None:
                 shape = file.get_tensor(f"{parent}.weight_shape")
-                tensors[f"{parent}.weight"] = unpack_codes(tensor, 4, tuple(shape.tolist()))
-            elif leaf == "input_scale":
+                codes = unpack_codes(tensor, scheme.weights.bits, tuple(shape.tolist()))
+                if parent == "lm_head":  # that path leaves the head in floating point
+                    codes = codes * file.get_tensor(f"{parent}.weight_scale")
+                tensors[f"{parent}.weight"] = codes
+            elif leaf == "input_scale" and parent != "lm_head":
                 tensors[name] = tensor.reshape(1)
-            elif leaf != "weight_shape":
+            elif parent != "lm_head" and leaf != "weight_shape":
                 tensors[name] = tensor
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
