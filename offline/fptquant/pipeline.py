@@ -18,7 +18,11 @@ from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan
 from fptquant.progress import Stages, peak_memory
+from fptquant.report.training import write_metrics
 from fptquant.simulation import install_simulation
+from fptquant.simulation.sink import record_sink
+from fptquant.training.stages import MetricsFile, make_teacher, train_scales, train_transforms
+from fptquant.training.state import RunState
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,17 @@ class Summary:
     output_bytes: int
 
 
-def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages | None = None) -> Summary:
-    """Runs a job and publishes the checkpoint, complete or not at all.
+def quantize(
+    job: Plan, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
+) -> Summary:
+    """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
+
+    Args:
+        job: what to do.
+        output: directory of the checkpoint. The state of an unfinished run is in `.NAME.state` beside it.
+        overwrite: replace an existing checkpoint.
+        fresh: throw the state of an unfinished run away.
+        stages: shows progress.
 
     Raises:
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
@@ -44,16 +57,29 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
     if publication.target == source or publication.target in source.parents:
         raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
     publication.require_space(job.output_bytes)
+    state = RunState(publication.target.with_name(f".{publication.target.name}.state"), job.signature(), fresh=fresh)
+    metrics = MetricsFile(state.directory / "metrics.jsonl")
+    recipe, teacher = job.recipe, None
     with publication as staging:
+        if recipe.end_to_end.steps or recipe.scales.steps:
+            with stages.stage("teacher"):
+                teacher = make_teacher(job, state, stages)
+        if recipe.local.steps or recipe.end_to_end.steps:
+            train_transforms(job, teacher, state, stages, metrics)
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms"):
             transform(job, model, stages)
+            record_sink(model, job.source.architecture, job.first_tokens)
             round_floats(model, job.source.architecture, job.config, job.dtype)
         with stages.stage("calibrate and round"):
-            rounding = calibrate_and_round(model, job.source.architecture, job.recipe, job.windows)
+            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state)
             for _ in stages.track(rounding, job.layers):
                 pass
+        if recipe.scales.steps:
+            assert teacher is not None
+            with stages.stage("train scales and ranges"):
+                train_scales(job, model, teacher, state, stages, metrics)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
             probe = job.windows[:1, :64]
@@ -61,6 +87,7 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
             del model
         with stages.stage("read back"):
             check_read_back(expected, staging, probe)
+        write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=str(output),
             seconds=stages.seconds,
@@ -69,6 +96,7 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
             output_bytes=weight_bytes(staging),
         )
         (staging / EXTRAS / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    state.remove()
     return summary
 
 

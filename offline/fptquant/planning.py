@@ -14,19 +14,20 @@ from torch import Tensor
 import fptquant
 from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration import calibration_windows
-from fptquant.calibration.text import fingerprint
+from fptquant.calibration.text import fingerprint, sink_token
 from fptquant.checkpoint import (
     ActivationScheme,
     CheckpointConfig,
     DownHadamard,
     Override,
+    Sink,
     TransformRecord,
     WeightScheme,
     packed_words,
 )
 from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError
-from fptquant.loading import Source, open_source
+from fptquant.loading import Source, model_fingerprint, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TransformSet
 
@@ -39,6 +40,7 @@ class Plan:
     recipe: Recipe
     config: CheckpointConfig
     windows: Tensor  # (sequences, length)
+    training_windows: Tensor  # (sequences, length), empty when nothing is trained on text
     transforms: TransformSet
     dtype: torch.dtype
     output_bytes: int
@@ -48,6 +50,20 @@ class Plan:
         """Number of decoder layers."""
         return self.source.architecture.shape(self.source.config).layers
 
+    @property
+    def first_tokens(self) -> Tensor:
+        """Tokens that a text may start with, (sequences,)."""
+        return self.windows[:, 1]
+
+    def signature(self) -> dict[str, str]:
+        """What a resumed run has to agree on."""
+        return {
+            "package": f"vllm-fptquant {fptquant.__version__}",
+            "model": model_fingerprint(self.source.path),
+            "recipe": self.recipe.digest(),
+            "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
+        }
+
 
 def plan(model: str | Path, recipe: Recipe) -> Plan:
     """Checks model, recipe and calibration text against each other; reads no weights.
@@ -56,11 +72,21 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
         FPTQuantError: whatever the user has to mend.
     """
     source = open_source(model)
-    windows = calibration_windows(source.tokenizer, recipe.calibration, source.config.vocab_size, recipe.seed)
-    return _plan(source, recipe, windows)
+    sink = _sink(source, recipe)
+    vocabulary = source.config.vocab_size
+    windows = calibration_windows(
+        source.tokenizer, recipe.calibration, vocabulary, recipe.seed, sink.token if sink else None
+    )
+    training = torch.empty(0, 0, dtype=torch.int64)
+    if recipe.end_to_end.steps or recipe.scales.steps:
+        data = recipe.calibration.model_copy(
+            update={"sequences": recipe.training.sequences, "length": recipe.training.length}
+        )
+        training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, sink.token if sink else None)
+    return _plan(source, recipe, windows, training)
 
 
-def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
+def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Plan:
     if source.quantized:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
@@ -76,6 +102,7 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
             down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
             residual_scale=transforms.residual_scale,
         ),
+        sink=_sink(source, recipe),
         overrides=(*head_override, *recipe.overrides),
         ignore=(*recipe.ignore, *head_ignore),
         producer={
@@ -88,7 +115,17 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor) -> Plan:
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
     size = _estimate_bytes(source, config, dtype)
-    return Plan(source, recipe, config, windows, transforms, dtype, size)
+    return Plan(source, recipe, config, windows, training_windows, transforms, dtype, size)
+
+
+def _sink(source: Source, recipe: Recipe) -> Sink | None:
+    """The token that becomes a constant; never without a quantized KV cache, whose attention class writes it."""
+    if recipe.precision.kv_cache.bits == 16:
+        if recipe.sink not in ("auto", "none"):
+            raise FPTQuantError(f"sink: '{recipe.sink}' needs a quantized KV cache; choose another precision")
+        return None
+    token = sink_token(source.tokenizer, recipe.sink)
+    return None if token is None else Sink(token=token)
 
 
 def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
@@ -115,7 +152,7 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
         if not file.is_file():
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
     no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
-    job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows)
+    job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
     try:
         job.transforms.load_state_dict(load_file(transforms_file))
     except SafetensorError as error:

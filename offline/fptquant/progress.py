@@ -42,6 +42,12 @@ class Stages:
     def advance(self, total: int) -> None:
         """One of `total` steps of the current stage is done."""
 
+    def resume(self, done: int) -> None:
+        """So many steps of the current stage were done by an earlier run."""
+
+    def note(self, text: str) -> None:
+        """Something to show beside the progress of the current stage."""
+
     def end(self, name: str) -> None:
         """A stage is over."""
 

@@ -18,6 +18,8 @@ from fptquant.checkpoint.schema import ModulePattern, one_line
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.quantizers import RangeOptions, WeightRangeOptions
 from fptquant.rounding import RoundingOptions
+from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions
+from fptquant.training.local import LocalOptions
 from fptquant.transforms import TRANSFORMS, TransformOptions
 
 
@@ -65,6 +67,16 @@ class CalibrationOptions(BaseModel):
     special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")
 
 
+class TrainingData(BaseModel):
+    """The text that is trained on, drawn from the calibration source, and how often the state is saved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequences: PositiveInt = 128
+    length: int = Field(512, ge=8)
+    save_every: PositiveInt = Field(10, description="steps")
+
+
 class Recipe(BaseModel):
     """What to do. Immutable; `changed` returns a modified, validated copy."""
 
@@ -79,6 +91,19 @@ class Recipe(BaseModel):
     kv_range: RangeOptions = RangeOptions()
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()
+    local: LocalOptions = Field(LocalOptions(), description="stage 1: transforms trained on the weights alone")
+    end_to_end: TransformTrainingOptions = Field(
+        TransformTrainingOptions(), description="stage 2: transforms and ranges trained against the original model"
+    )
+    scales: EndToEndOptions = Field(
+        EndToEndOptions(), description="last stage: integers frozen, their scales and all ranges trained"
+    )
+    training: TrainingData = TrainingData()
+    sink: str = Field(
+        "auto",
+        description="first token whose keys and values become constants: 'auto' (BOS, or the chat template's first), "
+        "'none', or a token",
+    )
     overrides: tuple[Override, ...] = ()
     ignore: tuple[ModulePattern, ...] = ()
     head_bits: Literal[4, 7, 8, 16] = Field(

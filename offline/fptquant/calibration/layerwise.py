@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,20 @@ from fptquant.quantizers import search_range, weight_scales
 from fptquant.recipe import Recipe
 from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
+from fptquant.simulation.install import finish_loading
+from fptquant.simulation.sink import sink_state
 
 _BATCH = 4  # sequences per forward pass
+
+
+class LayerStore(Protocol):
+    """Keeps tensors under names, such as `fptquant.training.state.RunState`."""
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts, None when there are none."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps `tensors`."""
 
 
 class _Stop(Exception):
@@ -33,6 +45,7 @@ class _LayerInputs:
 
     hidden: list[Tensor]  # each (batch, tokens, hidden)
     arguments: dict[str, Any]
+    first: int  # tokens before this one are constants and do not count
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         for hidden in self.hidden:
@@ -42,7 +55,11 @@ class _LayerInputs:
 
 @torch.no_grad()
 def calibrate_and_round(
-    model: PreTrainedModel, architecture: Architecture, recipe: Recipe, windows: Tensor
+    model: PreTrainedModel,
+    architecture: Architecture,
+    recipe: Recipe,
+    windows: Tensor,
+    store: LayerStore | None = None,
 ) -> Iterator[int]:
     """Quantizes a simulation in place.
 
@@ -54,6 +71,7 @@ def calibrate_and_round(
         architecture: its family.
         recipe: ranges and rounding.
         windows: (sequences, length) calibration tokens.
+        store: keeps finished layers; those it has are not computed again.
 
     Yields:
         The index of each finished layer.
@@ -61,12 +79,17 @@ def calibrate_and_round(
     layers = architecture.layer_modules(model)
     inputs = _first_inputs(model, layers[0], windows)
     for index, layer in enumerate(layers):
-        for group in INPUT_GROUPS:
+        stored = store.load(f"layer-{index}") if store else None
+        if stored is not None:
+            _restore_layer(layer, stored[0])
+        for group in INPUT_GROUPS if stored is None else ():
             linears = [layer.get_submodule(architecture.projections[role]) for role in group]
             name = architecture.projection_name(index, group[0])
             _quantize_group([x for x in linears if isinstance(x, SimulatedLinear)], name, inputs, layer, recipe)
             if Role.VALUE in group:
                 _set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
+        if store is not None and stored is None:
+            store.save(f"layer-{index}", layer.state_dict())
         inputs.hidden = list(inputs.run(layer))
         yield index
     head = model.get_submodule(architecture.head)
@@ -76,9 +99,18 @@ def calibrate_and_round(
         _quantize_group([head], architecture.head, inputs, final, recipe)
 
 
+def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Makes a layer what it was when it was stored."""
+    for module in layer.modules():
+        if isinstance(module, SimulatedLinear) and module.scheme is not None:
+            module.weight = None
+    layer.load_state_dict(tensors)
+    finish_loading(layer)
+
+
 def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> _LayerInputs:
     """Runs the model up to its first layer."""
-    inputs = _LayerInputs([], {})
+    inputs = _LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.hidden.append(args[0])
@@ -127,7 +159,7 @@ def _observe_inputs(linear: SimulatedLinear, inputs: _LayerInputs, layer: nn.Mod
     seen: list[Tensor] = []
 
     def observe(x: Tensor) -> None:
-        seen.append(x.flatten(0, -2).float())
+        seen.append(x[:, inputs.first :].flatten(0, -2).float())
         raise _Stop
 
     linear.observer = observe
@@ -144,7 +176,8 @@ def _set_kv_ranges(attention: nn.Module, inputs: _LayerInputs, layer: nn.Module,
 
     def observe(key: Tensor, value: Tensor) -> None:
         for name, states in (("k", key), ("v", value)):
-            seen[name].append(states.transpose(0, 1).flatten(1))  # (kv_heads, batch * tokens * head_dim)
+            counted = states[:, :, inputs.first :]
+            seen[name].append(counted.transpose(0, 1).flatten(1))  # (kv_heads, batch * tokens * head_dim)
         raise _Stop
 
     quantizer.observer = observe

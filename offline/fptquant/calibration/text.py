@@ -19,7 +19,11 @@ _DATASET_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, vocabulary: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    options: CalibrationOptions,
+    vocabulary: int,
+    seed: int,
+    sink: int | None = None,
 ) -> Tensor:
     """Token windows drawn at random, without overlap, from the calibration text.
 
@@ -28,6 +32,7 @@ def calibration_windows(
         options: source, number and length of sequences.
         vocabulary: size of the model's embedding; tokens beyond it are an error.
         seed: which windows are drawn.
+        sink: token that every sequence has to start with, whatever the options say.
 
     Returns:
         (sequences, length) int64.
@@ -36,6 +41,8 @@ def calibration_windows(
         FPTQuantError: unreadable source, or a text too short.
     """
     prefix = leading_tokens(tokenizer) if options.special_tokens else []
+    if sink is not None and prefix[:1] != [sink]:
+        prefix = [sink]
     body = options.length - len(prefix)
     needed = options.sequences * body
     tokens: list[int] = []
@@ -73,6 +80,34 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens (usually a BOS, or none) that the tokenizer puts in front of a text by itself."""
     plain, full = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     return full[: full.index(plain[0])]
+
+
+def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
+    """The token that recipe field `sink` stands for.
+
+    Args:
+        tokenizer: of the model.
+        choice: 'auto' takes the token that the tokenizer puts first or, if it puts none, the first of its chat
+            template; 'none'; or a token as text.
+
+    Returns:
+        Its id, None for none.
+
+    Raises:
+        FPTQuantError: not a single token.
+    """
+    if choice == "none":
+        return None
+    if choice != "auto":
+        tokens = encode(tokenizer, choice)
+        if len(tokens) != 1:
+            raise FPTQuantError(f"sink: '{choice}' is {len(tokens)} tokens of this tokenizer, but it has to be one")
+        return tokens[0]
+    first = leading_tokens(tokenizer)
+    if not first and tokenizer.chat_template is not None:
+        message = [{"role": "user", "content": "a"}]
+        first = encode(tokenizer, str(tokenizer.apply_chat_template(message, tokenize=False)))
+    return first[0] if first else None
 
 
 def _texts(options: CalibrationOptions, seed: int) -> Iterator[str]:

@@ -11,9 +11,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from fptquant.errors import FPTQuantError
@@ -91,6 +93,15 @@ class TransformRecord(Strict):
     residual_scale: bool = False
 
 
+class Sink(Strict):
+    """A token whose keys, values and final hidden state are constants of the model where it comes first.
+
+    The first position draws massive activations, which static ranges would otherwise have to hold (attention sink).
+    """
+
+    token: NonNegativeInt
+
+
 class LinearScheme(Strict):
     """What is quantized at one linear layer."""
 
@@ -115,9 +126,21 @@ class CheckpointConfig(Strict):
     activations: ActivationScheme = ActivationScheme()
     kv_cache: KVCacheScheme = KVCacheScheme()
     transforms: TransformRecord = TransformRecord()
+    sink: Sink | None = None
     overrides: tuple[Override, ...] = ()
     ignore: tuple[ModulePattern, ...] = ("lm_head",)
     producer: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sink_needs_our_cache(self) -> CheckpointConfig:
+        if self.sink is not None and self.kv_cache.bits == 16:
+            raise ValueError("sink: constant keys and values need a quantized KV cache")
+        return self
+
+    @property
+    def own_model_class(self) -> bool:
+        """Whether serving needs the plugin's variant of the model class."""
+        return self.transforms.residual_scale or self.sink is not None
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> CheckpointConfig:
@@ -163,5 +186,5 @@ def one_line(error: ValidationError) -> str:
 
 
 def residual_scaled_architecture(architecture: str) -> str:
-    """Name under which the plugin registers the residual-scaled (S_n) variant of a model class."""
+    """Name under which the plugin registers its variant of a model class (S_n, sink)."""
     return ARCHITECTURE_PREFIX + architecture

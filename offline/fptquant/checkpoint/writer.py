@@ -53,7 +53,7 @@ def digest(tensor: Tensor) -> str:
 def _config_dict(job: Plan) -> dict[str, Any]:
     config: dict[str, Any] = job.source.config.to_diff_dict()
     architecture = job.source.architecture.class_name
-    if job.config.transforms.residual_scale:
+    if job.config.own_model_class:
         architecture = residual_scaled_architecture(architecture)
     config.update(
         architectures=[architecture],

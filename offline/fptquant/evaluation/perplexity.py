@@ -40,7 +40,7 @@ def evaluation_windows(
         text: UTF-8 file.
         windows: how many.
         length: tokens in each, special tokens included.
-        special_tokens: start every window with the tokens that the tokenizer puts first (BOS).
+        special_tokens: start every window with the tokens that the tokenizer puts first, or else its BOS.
 
     Returns:
         (windows, length) int64.
@@ -52,7 +52,10 @@ def evaluation_windows(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FPTQuantError(f"text file '{text}' can't be read: {error}") from None
-    prefix = leading_tokens(tokenizer) if special_tokens else []
+    prefix = []
+    if special_tokens:
+        bos = tokenizer.bos_token_id
+        prefix = leading_tokens(tokenizer) or ([] if bos is None else [int(bos)])
     body = length - len(prefix)
     tokens = encode(tokenizer, content)
     if len(tokens) < windows * body:

@@ -57,9 +57,19 @@ class KVQuantizer:
         if not self.scheme.symmetric:
             zero_point = attention.get_buffer(f"{key}_zero_point").view(-1, 1, 1)
         codes = quantize(states, scale, *code_bounds(zero_point, self.scheme.bits)).to(states.dtype)
+        codes = self._keep_sink(attention, key, states, codes, scale)
         if scale.shape[0] > 1:
             scale = scale.repeat_interleave(attention.num_key_value_groups, 0)  # type: ignore[arg-type]
         return codes, scale
+
+    def _keep_sink(self, attention: nn.Module, key: str, states: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """Puts the constant of `fptquant.simulation.sink`, in units of the scale, back where it was quantized."""
+        sink = getattr(attention, f"{key}_sink", None)
+        if sink is None:
+            return codes
+        sink = sink[:, None]  # (kv_heads, 1, head_dim)
+        is_sink = (states == sink).all(-1, keepdim=True).all(1, keepdim=True)  # (batch, 1, tokens, 1)
+        return torch.where(is_sink, (sink / scale).to(codes.dtype), codes)
 
 
 def quantized_attention(

@@ -12,6 +12,7 @@ from fptquant.architectures import Architecture, Role
 from fptquant.checkpoint import CheckpointConfig
 from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulation.linear import ResidualScaleTap, SimulatedLinear
+from fptquant.simulation.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
 
 
 def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:
@@ -49,6 +50,8 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
         model.set_submodule(architecture.head, SimulatedLinear.from_linear(head, head_scheme))
     if config.kv_cache.bits < 16:
         model.config._attn_implementation = ATTENTION_NAME
+    if config.sink is not None:
+        install_sink(model, architecture, config.sink.token)
 
 
 def drop_quantized_weights(model: PreTrainedModel) -> None:
@@ -58,8 +61,8 @@ def drop_quantized_weights(model: PreTrainedModel) -> None:
             linear.weight = None
 
 
-def finish_loading(model: PreTrainedModel) -> None:
-    """Prepares a model whose buffers were read from a checkpoint.
+def finish_loading(model: nn.Module) -> None:
+    """Prepares a model, or a part of one, whose buffers were read from a checkpoint.
 
     Raises:
         FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named.
@@ -69,6 +72,7 @@ def finish_loading(model: PreTrainedModel) -> None:
             module.finish_loading(name)
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             module.kv_quantizer.finish_loading(module, name)
+    finish_loading_sink(model)
 
 
 def set_exact(model: PreTrainedModel) -> None:
@@ -92,7 +96,7 @@ def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLi
 
 @torch.no_grad()
 def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a finished simulation under their checkpoint names; scales stay float32, the rest is `dtype`."""
+    """All tensors of a finished simulation under their checkpoint names; scales and constants stay float32."""
     for name, tensor in model.state_dict().items():
-        keep = name.endswith("_scale") or not tensor.is_floating_point()
+        keep = name.endswith(("_scale", KEY, VALUE, OUTPUT)) or not tensor.is_floating_point()
         yield name, tensor if keep else tensor.to(dtype)

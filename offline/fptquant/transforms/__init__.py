@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,14 @@ class TransformSet(nn.Module):
             weight, bias = transform.merge(role, layer, weight, bias)
         return weight, bias
 
+    @contextmanager
+    def reused(self, dtype: torch.dtype) -> Iterator[None]:
+        """See `Transform.reused`."""
+        with ExitStack() as stack:
+            for transform in self:
+                stack.enter_context(transform.reused(dtype))
+            yield
+
     def __iter__(self) -> Any:
         """The transforms that are on, in the order they are merged."""
         return iter(self.transforms.values())
@@ -75,6 +84,15 @@ class TransformSet(nn.Module):
     def residual_scale(self) -> bool:
         """Whether S_n is on."""
         return "S_n" in self.transforms
+
+    def rotation(self, dtype: torch.dtype) -> Tensor | None:
+        """R of T_r (hidden, hidden), None when it is off."""
+        rotations = [transform for transform in self if isinstance(transform, ResidualRotation)]
+        return rotations[0].rotation(dtype) if rotations else None
+
+    def metrics(self) -> dict[str, float]:
+        """What to watch while training, by name."""
+        return {f"{name}/{key}": v for name, t in self.transforms.items() for key, v in t.metrics().items()}  # type: ignore[operator]
 
     def randomize_(self, generator: torch.Generator, strength: float = 0.5) -> None:
         """Moves all parameters to random values (tests of function preservation)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +41,18 @@ class Transform(nn.Module):
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Transformed weight (out, in) and bias (out,) of the given role; `layer` is -1 outside the layers."""
         return weight, bias
+
+    @contextmanager
+    def reused(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within this context `merge` may compute what does not depend on the layer once, also for gradients.
+
+        Any number of backward passes may run inside; the gradients reach the parameters when it ends.
+        """
+        yield
+
+    def metrics(self) -> dict[str, float]:
+        """What to watch while training, by name."""
+        return {}
 
     @torch.no_grad()
     def randomize_(self, generator: torch.Generator, strength: float = 0.5) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -36,16 +38,31 @@ class ResidualRotation(Transform):
             start = starting_rotation(shape.hidden, generator)
         self.register_buffer("start", start)
         self.start: Tensor
+        self._reused: Tensor | None = None
         self._cached: tuple[tuple[int, torch.dtype], Tensor] | None = None
 
     def rotation(self, dtype: torch.dtype) -> Tensor:
         """R (hidden, hidden); computed once per value of the parameter when no gradient is needed."""
+        if self._reused is not None and self._reused.dtype == dtype:
+            return self._reused
         if torch.is_grad_enabled() and self.skew.requires_grad:
             return self.start.to(dtype) @ cayley(self.skew.to(dtype))
         key = (self.skew._version, dtype)
         if self._cached is None or self._cached[0] != key:
             self._cached = key, self.start.to(dtype) @ cayley(self.skew.to(dtype))
         return self._cached[1]
+
+    @contextmanager
+    def reused(self, dtype: torch.dtype) -> Iterator[None]:
+        """Solves for R once; its gradient is collected and passed on at the end."""
+        rotation = self.start.to(dtype) @ cayley(self.skew.to(dtype))
+        self._reused = rotation.detach().requires_grad_(rotation.requires_grad)
+        try:
+            yield
+            if self._reused.grad is not None:
+                rotation.backward(self._reused.grad)  # type: ignore[no-untyped-call]
+        finally:
+            self._reused = None
 
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W R where the residual is read (and for the embedding), R^T W and b R where it is written."""

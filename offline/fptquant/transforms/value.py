@@ -46,12 +46,20 @@ class ValueTransform(Transform):
 
     def matrices(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """T and T^-T of a layer, each (kv_heads, head_dim, head_dim)."""
-        bound = math.log(self.options.max_condition) / 2
-        log_scale = bound * torch.tanh(self.log_scale[layer].to(dtype) / bound)
+        log_scale = self._bounded(self.log_scale[layer].to(dtype))
         left = self.start.to(dtype) @ cayley(self.left[layer].to(dtype))
         right = cayley(self.right[layer].to(dtype)).mT
         scale = log_scale.exp()[:, None, :]  # scales the columns of `left`
         return (left * scale) @ right, (left / scale) @ right
+
+    def metrics(self) -> dict[str, float]:
+        """The largest condition number of all heads."""
+        log_scale = self._bounded(self.log_scale.detach())
+        return {"condition": float((log_scale.amax(-1) - log_scale.amin(-1)).max().exp())}
+
+    def _bounded(self, log_scale: Tensor) -> Tensor:
+        bound = math.log(self.options.max_condition) / 2
+        return bound * torch.tanh(log_scale / bound)
 
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W_v' = T^T W_v, b_v' = b_v T; W_o' = W_o T^-T per query head."""

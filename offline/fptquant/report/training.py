@@ -1,0 +1,35 @@
+"""Metrics of the training stages as a file and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_metrics(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Writes `metrics.jsonl` and `loss.png`; nothing when nothing was trained."""
+    if not rows:
+        return
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    plot_losses(rows, directory / "loss.png")
+
+
+def plot_losses(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """One panel a stage: the loss of each step, and its running mean."""
+    from matplotlib.figure import Figure  # no global state, no display
+
+    stages = list(dict.fromkeys(str(row["stage"]) for row in rows))
+    figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        losses = [float(row["loss"]) for row in rows if row["stage"] == stage]
+        mean, means = losses[0], []
+        for loss in losses:
+            mean += 0.1 * (loss - mean)
+            means.append(mean)
+        axes.plot(losses, alpha=0.4)
+        axes.plot(means)
+        axes.set(title=stage, xlabel="step", ylabel="loss")
+    figure.savefig(file)
