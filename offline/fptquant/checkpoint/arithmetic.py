@@ -87,23 +87,18 @@ def residual_scale(residual: Tensor, eps: float | Tensor) -> Tensor:
     return torch.rsqrt(torch.addcmul(eps, norm, norm, value=1 / residual.shape[-1]))
 
 
-DENSE = 64  # largest Hadamard block that is multiplied as one matrix
-
-
 @lru_cache(maxsize=16)
 def hadamard_factors(block: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Sylvester Hadamard matrix of size `block` as a Kronecker product H_a (x) H_b / sqrt(block).
 
     Returns:
-        (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b; a = 1 up to
-        blocks of `DENSE`.
+        (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b.
     """
     exponent = int(math.log2(block))
     if 2**exponent != block:
         raise ValueError(f"Hadamard block must be a power of two, got {block}")
-    small = 1 if block <= DENSE else 2 ** (exponent // 2)
-    left = deterministic_hadamard_matrix(small, torch.float64)
-    right = deterministic_hadamard_matrix(block // small, torch.float64)
+    left = deterministic_hadamard_matrix(2 ** (exponent // 2), torch.float64)
+    right = deterministic_hadamard_matrix(2 ** (exponent - exponent // 2), torch.float64)
     return left.to(dtype), (right / math.sqrt(block)).to(dtype)
 
 
@@ -119,11 +114,8 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         (..., m) float32; two small products, O(m (a + b)), where the dense one would be O(m a b).
     """
     a, b = left.shape[0], right.shape[0]
-    y = torch.mm(x.to(right.dtype).reshape(-1, b), right)  # (blocks * a, b)
-    if a > 1:
-        y = y.view(-1, a, b)
-        y = torch.bmm(left.expand(len(y), a, a), y)
-    return y.view(x.shape).float()
+    y = torch.mm(x.to(right.dtype).reshape(-1, b), right).view(-1, a, b)  # (blocks, a, b)
+    return torch.bmm(left.expand(y.shape[0], a, a), y).view(x.shape).float()
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
