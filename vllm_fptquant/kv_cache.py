@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
@@ -58,17 +59,13 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
             output_shape: as in `Attention.forward`.
             output_dtype: as in `Attention.forward`.
         """
-        keys = key.reshape(-1, self.num_kv_heads, self.head_size)  # (T, kv_heads, head_dim)
-        values = value.reshape(-1, self.num_kv_heads, self.head_size_v)
-        queries = query.reshape(-1, self.num_heads, self.head_size)  # (T, heads, head_dim)
-        keys = quantize(keys, self.fptquant_k_scale, self.fptquant_k_low, self.fptquant_k_high)
-        values = quantize(values, self.fptquant_v_scale, self.fptquant_v_low, self.fptquant_v_high)
-        queries = (queries * self.fptquant_query_scale).to(query.dtype)
-        output: Tensor = super().forward(
-            queries, keys.to(key.dtype), values.to(value.dtype), output_shape, output_dtype
-        )
-        output.view(-1, self.num_heads, self.head_size_v).mul_(self.fptquant_output_scale)
-        return output
+        # Flat, and keys and values in one go: every operator costs as much as its arithmetic when decoding.
+        states = torch.cat((key.flatten(1), value.flatten(1)), -1)  # (T, kv_heads * (head_size + head_size_v))
+        codes = quantize(states, self.fptquant_kv_scale, self.fptquant_kv_low, self.fptquant_kv_high)
+        keys, values = codes.to(key.dtype).tensor_split((self.num_kv_heads * self.head_size,), -1)
+        queries = (query.flatten(1) * self.fptquant_query_scale).to(query.dtype)
+        output: Tensor = super().forward(queries, keys, values, output_shape, output_dtype)
+        return output.mul_(self.fptquant_output_scale)
 
 
 class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
@@ -100,6 +97,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 missing = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
                 self._add_parameter(layer, name, f"{side}_zero_point", missing, per_head)
         layer.__class__ = StaticKVAttention
+        if get_current_vllm_config().compilation_config.mode == CompilationMode.NONE:
+            layer.use_direct_call = True  # eager: without the custom operators' way through the dispatcher
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         """Checks what was loaded and turns it into buffers of `StaticKVAttention`.
@@ -119,7 +118,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
 
             layer.impl.__class__ = ExactAttentionImpl
         name = layer.layer_name.removesuffix(".attn")
-        scales = {}
+        sizes = {"k": layer.head_size, "v": layer.head_size_v}
+        scales, bounds = {}, []
         for side in ("k", "v"):
             scale = layer.get_parameter(f"{side}_scale").data
             if bool(scale.isnan().all()):
@@ -131,16 +131,19 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 self._require_zero_point(f"{name}.{side}_zero_point", zero_point)
                 delattr(layer, f"{side}_zero_point")
             delattr(layer, f"{side}_scale")
-            low, high = code_bounds(zero_point, self.scheme.bits)
             scales[side] = scale
-            for suffix, values in (("scale", scale), ("low", low), ("high", high)):
-                # (kv_heads, 1) or (1, 1), to meet (T, kv_heads, head_dim)
-                layer.register_buffer(f"fptquant_{side}_{suffix}", values[:, None], persistent=False)
+            bounds.append((scale, *code_bounds(zero_point, self.scheme.bits)))
+
+        def spread(values: Tensor, heads: int, size: int) -> Tensor:
+            """One value for each channel of `heads` heads, out of (1,) or (KV heads,)."""
+            return values.repeat_interleave(heads // values.numel()).repeat_interleave(size)
+
+        for suffix, pair in zip(("scale", "low", "high"), zip(*bounds, strict=True), strict=True):
+            flat = [spread(values, layer.num_kv_heads, sizes[side]) for side, values in zip("kv", pair, strict=True)]
+            layer.register_buffer(f"fptquant_kv_{suffix}", torch.cat(flat), persistent=False)
         for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
-            scale = scales[side]
-            if scale.numel() > 1:
-                scale = scale.repeat_interleave(layer.num_heads // layer.num_kv_heads)
-            layer.register_buffer(f"fptquant_{buffer}", scale[:, None], persistent=False)
+            flat_scale = spread(scales[side], layer.num_heads, sizes[side])
+            layer.register_buffer(f"fptquant_{buffer}", flat_scale, persistent=False)
 
     def _add_parameter(self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)

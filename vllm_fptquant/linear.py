@@ -175,6 +175,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
         prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
         layer.fptquant_prepared = prepared
+        layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,6 +184,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
         prepared: PreparedLinear = layer.fptquant_prepared  # eager: without the operator's way through the dispatcher
         return prepared(x, bias)
+
+    @staticmethod
+    def apply_scaled(layer: LinearBase, x: Tensor, scale: Tensor) -> Tensor:
+        """`apply` to `scale * x` in eager mode, for a layer that is `fptquant_plain`: one rank, no bias."""
+        prepared: PreparedLinear = layer.fptquant_prepared
+        return prepared(x, None, scale)
 
     def _check_partition(self, in_features: int, total: int) -> None:
         """Refuses tensor-parallel sizes that cut through a packed word or a Hadamard block."""

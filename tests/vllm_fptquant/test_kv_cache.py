@@ -64,8 +64,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     caught: dict[str, Tensor] = {}
 
     def forward(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        caught.update(query=query, key=key, value=value)
-        return query.reshape(len(query), -1).clone()
+        for name, states in (("query", query), ("key", key), ("value", value)):
+            caught[name] = states.unflatten(1, (-1, HEAD_DIM))
+        return query.clone()
 
     monkeypatch.setattr(Attention, "forward", forward)
     return caught
@@ -134,14 +135,12 @@ def test_heads_of_every_rank(
     for rank in range(size):
         parallel_world(rank, size)
         attention = Model(scheme, heads=4 * local, kv_heads=local).load(tensors)
-        scale = attention.fptquant_k_scale.flatten()
-        if strategy == "tensor":
-            assert torch.equal(scale, tensors["k_scale"])
-        else:
+        keys, values = attention.fptquant_kv_scale.view(2, local, HEAD_DIM).unbind()
+        for side, scales in (("k", keys), ("v", values)):
+            scale = tensors[f"{side}_scale"].expand(kv_heads)
             first = rank * kv_heads // size
-            assert torch.equal(scale, tensors["k_scale"][first : first + local])
-            per_query_head = attention.fptquant_query_scale.expand(4 * local, 1).flatten()
-            assert torch.equal(per_query_head, scale.repeat_interleave(4))
+            assert torch.equal(scales, scale[first : first + local, None].expand(local, HEAD_DIM))
+        assert torch.equal(attention.fptquant_query_scale.view(local, 4, HEAD_DIM), keys[:, None].expand(-1, 4, -1))
 
 
 class TestBadCheckpoints:

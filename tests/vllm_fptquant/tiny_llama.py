@@ -88,7 +88,9 @@ class TinyLlama:
         weights["model.norm.weight"] = 1 + 0.1 * normal(HIDDEN)
         for i in range(LAYERS):
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                weights[f"model.layers.{i}.{norm}.weight"] = 1 + 0.1 * normal(HIDDEN)
+                # Residual scaling goes with gains that were folded into the weights.
+                spread = 0.0 if config.transforms.residual_scale else 0.1
+                weights[f"model.layers.{i}.{norm}.weight"] = 1 + spread * normal(HIDDEN)
             for name, (rows, columns, _) in PROJECTIONS.items():
                 key = f"model.layers.{i}.{name}"
                 weights[f"{key}.weight"] = 1.5 * normal(rows, columns) / math.sqrt(columns)

@@ -32,23 +32,28 @@ class PreparedLinear:
         self.input_scale = weights.input_scale
         self.low, self.high = weights.bounds
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes (..., N) of the type of `x` (..., K)."""
-        output = self.kernel.matmul(self.codes(x.reshape(-1, x.shape[-1])))
+    def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """Computes (..., N) of the type of `x` (..., K), multiplied by `scale` (rows, 1) first where there is one."""
+        if x.dim() > 2:
+            return self(x.flatten(0, -2), bias, scale).view(*x.shape[:-1], -1)
+        output = self.kernel.matmul(self.codes(x, scale))
         if bias is not None:
             output += bias
-        return output.view(*x.shape[:-1], output.shape[-1]).to(x.dtype)
+        return output.to(x.dtype)
 
-    def codes(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the kernel multiplies, for `x` (M, K): float32 (M, K)."""
         if len(x) <= CHUNK:
-            return self._codes(x)
+            return self._codes(x, scale)
         codes = torch.empty(x.shape)
-        for part, out in zip(torch.split(x, CHUNK), torch.split(codes, CHUNK), strict=True):
-            self._codes(part, out)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            self._codes(x[rows], None if scale is None else scale[rows], codes[rows])
         return codes
 
-    def _codes(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def _codes(self, x: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+        if scale is not None:
+            x = x * scale
         if self.rotation is not None:
             x = block_hadamard(x, *self.rotation)
         if self.input_scale is None:

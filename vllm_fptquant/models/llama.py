@@ -9,15 +9,30 @@ a normalized stream:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import RowParallelLinear
+from torch.nn.functional import silu
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
 from fptquant.checkpoint import residual_scale
+from fptquant.errors import FPTQuantError
 from vllm_fptquant.linear import FPTQuantLinearMethod
+
+
+def project(projection: LinearBase, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`projection(scale * x)`, for `x` (T, K) and S (T, 1).
+
+    Returns:
+        (T, N) of the type of `x`, and the bias where the projection was built to skip it.
+    """
+    if getattr(projection, "fptquant_plain", False) and not torch.compiler.is_compiling():
+        return FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
+    output: tuple[Tensor, Tensor | None] = projection((x * scale).to(x.dtype))
+    return output
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -> Tensor:
@@ -25,7 +40,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
 
     Args:
         projection: built with `skip_bias_add`.
-        x: (T, K), may be overwritten.
+        x: (T, K).
         scale: float32 (T, 1).
 
     Returns:
@@ -34,8 +49,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -
     if not isinstance(projection.quant_method, FPTQuantLinearMethod):
         output, bias = projection(x)  # kept in floating point: the scale would cancel
     else:
-        # In place where the types allow: both tensors are ours, and large ones are slow to allocate.
-        output, bias = projection(x.mul_(scale) if x.dtype == scale.dtype else x * scale)
+        output, bias = project(projection, x, scale)
         output = output.div_(scale)
     if bias is not None:
         output = output + bias
@@ -52,9 +66,9 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         self.o_proj.skip_bias_add = True
 
     def forward(self, positions: Tensor, hidden_states: Tensor, scale: Tensor) -> Tensor:
-        """As `LlamaAttention.forward`, with S (T, 1)."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        """As `LlamaAttention.forward`, with S (T, 1), by which `hidden_states` is yet to be multiplied."""
+        qkv, _ = project(self.qkv_proj, hidden_states, scale)
+        q, k, v = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), -1)
         q, k = self.rotary_emb(positions, q, k)
         return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
 
@@ -63,13 +77,18 @@ class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
     """MLP whose down projection is scaled."""
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """As `LlamaMLP.forward`, with S (T, 1)."""
-        gate_up, _ = self.gate_up_proj(x)
-        return scaled_projection(self.down_proj, self.act_fn(gate_up), scale)
+        """As `LlamaMLP.forward`, with S (T, 1), by which `x` is yet to be multiplied."""
+        gate_up, _ = project(self.gate_up_proj, x, scale)
+        if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
+            gate, up = gate_up.chunk(2, -1)
+            x = silu(gate, inplace=True).mul_(up)
+        else:
+            x = self.act_fn(gate_up)
+        return scaled_projection(self.down_proj, x, scale)
 
 
 class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """Decoder layer that computes S from the residual, which the norms return."""
+    """Decoder layer whose norms are a product with S: their gains were folded into the weights."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
@@ -82,17 +101,12 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `LlamaDecoderLayer.forward`."""
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        scale = residual_scale(residual, self.fptquant_eps)
-        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states, scale=scale)
-
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        scale = residual_scale(residual, self.fptquant_eps)
-        return self.mlp(hidden_states, scale), residual
+        eps = self.fptquant_eps
+        residual = hidden_states if residual is None else hidden_states.add_(residual)
+        scale = residual_scale(residual, eps)
+        residual = self.self_attn(positions, residual, scale).add_(residual)
+        scale = residual_scale(residual, eps)
+        return self.mlp(residual, scale), residual
 
 
 class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
@@ -107,3 +121,20 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     ) -> None:
         """Takes `LlamaForCausalLM`'s arguments."""
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As `LlamaForCausalLM.load_weights`.
+
+        Raises:
+            FPTQuantError: a norm before a scaled block has a gain, which our layers leave out.
+        """
+        loaded: set[str] = super().load_weights(weights)
+        for name, module in self.named_modules():
+            if isinstance(module, ResidualScaledDecoderLayer):
+                for norm in ("input_layernorm", "post_attention_layernorm"):
+                    if bool((module.get_parameter(f"{norm}.weight") != 1).any()):
+                        raise FPTQuantError(
+                            f"{name}.{norm}: a model with residual scale has its norms' gains in the weights, "
+                            "this gain isn't 1: quantize the model again"
+                        )
+        return loaded

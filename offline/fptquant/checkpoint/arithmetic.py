@@ -35,7 +35,7 @@ def quantize(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     Clamping `round(x / s)` to [qmin - z, qmax - z] equals clamping `round(x / s) + z` to [qmin, qmax], then
     taking z off again: all are integers that float32 holds exactly.
     """
-    return torch.clamp(torch.round(x.float() / scale), low, high)
+    return torch.div(x.float(), scale).round_().clamp_(low, high)
 
 
 def quantize_per_tensor(x: Tensor, scale: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
             if config.transforms.residual_scale and role in (Role.OUTPUT, Role.DOWN):
                 norm = layer.get_submodule(architecture.norm_before(role))
                 tap = ResidualScaleTap(eps=model.config.rms_norm_eps)
-                norm.register_forward_pre_hook(tap)
+                norm.register_forward_hook(tap)
             linear = layer.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             simulated = SimulatedLinear.from_linear(

@@ -24,16 +24,18 @@ from fptquant.errors import FPTQuantError
 
 
 class ResidualScaleTap:
-    """Forward pre-hook of a norm that keeps S = 1 / RMS of the residual for the layers of its sub-block."""
+    """Forward hook of a norm: keeps S = 1 / RMS of its input for its sub-block, and normalizes with that same S."""
 
     def __init__(self, eps: float) -> None:
         """Args: eps is the norm's."""
         self.eps = eps
         self.scale: Tensor | None = None
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        """Reads the norm's input (..., hidden)."""
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Replaces the norm's output by what serving computes from its input (..., hidden)."""
         self.scale = residual_scale(args[0], self.eps)
+        normed: Tensor = args[0] * self.scale
+        return normed.to(output.dtype) * norm.get_parameter("weight")
 
 
 class SimulatedLinear(nn.Module):
