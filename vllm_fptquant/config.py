@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,12 +77,12 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         return []
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuses a model class that would leave out residual scaling, or apply it unasked.
+        """Refuses a model class that would leave out residual scaling or the sink, or apply them unasked.
 
         Raises:
-            FPTQuantError: `residual_scale` and the checkpoint's architecture contradict each other.
+            FPTQuantError: `residual_scale`, `sink` and the checkpoint's architecture contradict each other.
         """
-        expected = self.checkpoint.transforms.residual_scale
+        expected = self.checkpoint.own_model_class
         prefix = residual_scaled_architecture("")
         for architecture in getattr(hf_config, "architectures", None) or []:
             if architecture.startswith(prefix) == expected:
@@ -91,9 +92,17 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             else:
                 fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
             raise FPTQuantError(
-                f"config.json of {model_name}: transforms.residual_scale is {str(expected).lower()}, which "
+                f"config.json of {model_name}: residual scale and sink are {'on' if expected else 'off'}, which "
                 f"architecture '{architecture}' does not implement: {fix}"
             )
+
+    @staticmethod
+    def get_cache_scale_mapper() -> WeightsMapper:
+        """VLLM's names for tensors of the KV cache, the constants of a sink among them."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        constants = {re.compile(r"(?<!\.attn)\.([kv]_sink|sink_steady)$"): r".attn.\1"}
+        return QuantizationConfig.get_cache_scale_mapper() | WeightsMapper(orig_to_new_regex=constants)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Renames the modules that `ignore` and `overrides` list from Hugging Face's names to vLLM's.
@@ -154,7 +163,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if self.checkpoint.kv_cache.bits == 16:
                 return None
             require_decoder_attention(layer, prefix)
-            return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, exact=options.exact)
+            sink = self.checkpoint.sink is not None
+            return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, sink=sink, exact=options.exact)
         if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
             raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet")
         return None

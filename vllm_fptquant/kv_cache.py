@@ -49,6 +49,7 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
         value: Tensor,
         output_shape: torch.Size | None = None,
         output_dtype: torch.dtype | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attention over codes.
 
@@ -58,10 +59,13 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
             value: (T, kv_heads * head_dim).
             output_shape: as in `Attention.forward`.
             output_dtype: as in `Attention.forward`.
+            sink: bool (T, 1), the tokens whose keys and values are the checkpoint's constants.
         """
         # Flat, and keys and values in one go: every operator costs as much as its arithmetic when decoding.
         states = torch.cat((key.flatten(1), value.flatten(1)), -1)  # (T, kv_heads * (head_size + head_size_v))
         codes = quantize(states, self.fptquant_kv_scale, self.fptquant_kv_low, self.fptquant_kv_high)
+        if sink is not None:
+            codes = torch.where(sink, self.fptquant_sink_codes, codes)
         keys, values = codes.to(key.dtype).tensor_split((self.num_kv_heads * self.head_size,), -1)
         queries = (query.flatten(1) * self.fptquant_query_scale).to(query.dtype)
         output: Tensor = super().forward(queries, keys, values, output_shape, output_dtype)
@@ -73,9 +77,17 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
 
     supports_pre_processed_weights = False
 
-    def __init__(self, quant_config: Any, scheme: KVCacheScheme, *, exact: bool = False) -> None:
-        """Takes the checkpoint's scheme, of less than 16 bits; `exact` as in `vllm_fptquant.exact`."""
+    def __init__(self, quant_config: Any, scheme: KVCacheScheme, *, sink: bool = False, exact: bool = False) -> None:
+        """Takes the checkpoint's scheme, of less than 16 bits.
+
+        Args:
+            quant_config: of the checkpoint.
+            scheme: of the cache.
+            sink: whether the checkpoint has constant keys and values (`fptquant.simulation.sink`).
+            exact: as in `vllm_fptquant.exact`.
+        """
         super().__init__(quant_config)
+        self.sink = sink
         self.scheme = scheme
         self.exact = exact
 
@@ -96,6 +108,12 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             if not self.scheme.symmetric:
                 missing = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
                 self._add_parameter(layer, name, f"{side}_zero_point", missing, per_head)
+        if self.sink:
+            for side in ("k", "v"):
+                size = layer.head_size if side == "k" else layer.head_size_v
+                constant = torch.full((layer.num_kv_heads, size), float("nan"))
+                self._add_parameter(layer, name, f"{side}_sink", constant, per_head=True)
+            self._add_parameter(layer, name, "sink_steady", torch.tensor([-1], dtype=torch.int32), per_head=False)
         layer.__class__ = StaticKVAttention
         if get_current_vllm_config().compilation_config.mode == CompilationMode.NONE:
             layer.use_direct_call = True  # eager: without the custom operators' way through the dispatcher
@@ -141,17 +159,34 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         for suffix, pair in zip(("scale", "low", "high"), zip(*bounds, strict=True), strict=True):
             flat = [spread(values, layer.num_kv_heads, sizes[side]) for side, values in zip("kv", pair, strict=True)]
             layer.register_buffer(f"fptquant_kv_{suffix}", torch.cat(flat), persistent=False)
+        if self.sink:
+            flat = [
+                self._take_constant(layer, name, side) / spread(scales[side], layer.num_kv_heads, sizes[side])
+                for side in ("k", "v")
+            ]
+            layer.register_buffer("fptquant_sink_codes", torch.cat(flat), persistent=False)
+            layer.fptquant_sink_steady = bool(layer.get_parameter("sink_steady").item() == 1)
+            delattr(layer, "sink_steady")
         for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
             flat_scale = spread(scales[side], layer.num_heads, sizes[side])
             layer.register_buffer(f"fptquant_{buffer}", flat_scale, persistent=False)
+
+    @staticmethod
+    def _take_constant(layer: Attention, name: str, side: str) -> Tensor:
+        """The constant keys or values (kv_heads * head_dim), off the layer."""
+        constant: Tensor = layer.get_parameter(f"{side}_sink").data
+        if not bool(torch.isfinite(constant).all()):
+            raise FPTQuantError(f"{name}.{side}_sink is missing or not finite: quantize the model again")
+        delattr(layer, f"{side}_sink")
+        return constant.flatten()
 
     def _add_parameter(self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
         def load(parameter: Tensor, loaded: Tensor) -> None:
-            loaded = loaded.reshape(-1)
             if per_head:
-                loaded = local_heads(f"{module}.{tensor}", loaded, parameter.numel())
+                loaded = local_heads(f"{module}.{tensor}", loaded, len(parameter))
+            loaded = loaded.reshape(parameter.shape) if loaded.numel() == parameter.numel() else loaded
             if loaded.numel() != parameter.numel():
                 raise FPTQuantError(f"{module}.{tensor}: {loaded.numel()} values, but strategy 'tensor' needs one")
             parameter.data.copy_(loaded)
@@ -166,13 +201,13 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
 
 
 def local_heads(name: str, values: Tensor, count: int) -> Tensor:
-    """The KV heads of this tensor-parallel rank, out of (all heads,); ranks beyond that share heads.
+    """The KV heads of this tensor-parallel rank, out of (all heads, ...); ranks beyond that share heads.
 
     Raises:
         FPTQuantError: the checkpoint has another number of heads than the model.
     """
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    total = values.numel()
+    total = len(values)
     if total != count * ranks and not (count == 1 and ranks % total == 0):
         raise FPTQuantError(f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks")
     first = rank * total // ranks

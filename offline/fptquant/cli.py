@@ -96,6 +96,9 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace an existing output when the new one is complete")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over, whatever an unfinished run has left to continue from")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
@@ -131,7 +134,7 @@ def quantize(
     if dry_run:
         _out.print("dry run: nothing was written")
         return
-    summary = pipeline.quantize(job, output, overwrite=overwrite, stages=RichStages())
+    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=RichStages())
     table = Table(title=f"{output}", show_header=False)
     for name, seconds in summary.seconds.items():
         table.add_row(name, f"{seconds:.1f} s")
@@ -280,7 +283,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
-            _err.print("interrupted: nothing was written")
+            _err.print("interrupted: run the same command again to continue")
         raise
 
 

@@ -56,7 +56,7 @@ def quantize(
     source = job.source.path.resolve()
     if publication.target == source or publication.target in source.parents:
         raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
-    publication.require_space(job.output_bytes)
+    publication.require_space(2 * job.output_bytes)  # finished layers are kept beside it until the end
     state = RunState(publication.target.with_name(f".{publication.target.name}.state"), job.signature(), fresh=fresh)
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None

@@ -1,53 +1,70 @@
-"""Llama with residual scaling S_n (FPTQuant, arXiv 2506.04985, section 3.1.3), in its local form.
+"""Llama with what a checkpoint needs beyond vLLM's layers: residual scaling S_n, and a constant first token.
 
-The residual stream stays as it is. Each block's last projection gets its input multiplied by S, the inverse
-RMS of the token's residual, and its output divided by S again, so that its static quantizer sees the scale of
-a normalized stream:
+Residual scaling (FPTQuant, arXiv 2506.04985, section 3.1.3) is used in its local form. The residual stream stays as
+it is. Each block's last projection gets its input multiplied by S, the inverse RMS of the token's residual, and its
+output divided by S again, so that its static quantizer sees the scale of a normalized stream:
 
     o_proj(S * attention) / S          down_proj(S * act(gate) * up) / S
+
+The sink (`fptquant.simulation.sink`) replaces keys, values and the final hidden state at position 0 by constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from vllm.model_executor.models.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+)
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.sequence import IntermediateTensors
 
 from fptquant.checkpoint import residual_scale
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
 
-def project(projection: LinearBase, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`projection(scale * x)`, for `x` (T, K) and S (T, 1).
+class SinkMasks(NamedTuple):
+    """Tokens that are first in their sequence, each bool (T, 1)."""
+
+    at_start: Tensor  # whatever they are
+    at_token: Tensor  # those that the constants were made for
+
+
+def project(projection: LinearBase, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`projection(scale * x)`, for `x` (T, K) and S (T, 1), or `projection(x)` without S.
 
     Returns:
         (T, N) of the type of `x`, and the bias where the projection was built to skip it.
     """
-    if getattr(projection, "fptquant_plain", False) and not torch.compiler.is_compiling():
+    if scale is not None and getattr(projection, "fptquant_plain", False) and not torch.compiler.is_compiling():
         return FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
-    output: tuple[Tensor, Tensor | None] = projection((x * scale).to(x.dtype))
+    output: tuple[Tensor, Tensor | None] = projection(x if scale is None else (x * scale).to(x.dtype))
     return output
 
 
-def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor) -> Tensor:
-    """`projection(scale * x) / scale`, with the bias added after the division.
+def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
+    """`projection(scale * x) / scale`, with the bias added after the division; or `projection(x)` without S.
 
     Args:
         projection: built with `skip_bias_add`.
         x: (T, K).
-        scale: float32 (T, 1).
+        scale: float32 (T, 1) or None.
 
     Returns:
         (T, N) of the type of `x`.
     """
-    if not isinstance(projection.quant_method, FPTQuantLinearMethod):
-        output, bias = projection(x)  # kept in floating point: the scale would cancel
+    if scale is None or not isinstance(projection.quant_method, FPTQuantLinearMethod):
+        output, bias = projection(x)  # in floating point the scale would cancel
     else:
         output, bias = project(projection, x, scale)
         output = output.div_(scale)
@@ -65,19 +82,31 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         super().__init__(**arguments)
         self.o_proj.skip_bias_add = True
 
-    def forward(self, positions: Tensor, hidden_states: Tensor, scale: Tensor) -> Tensor:
-        """As `LlamaAttention.forward`, with S (T, 1), by which `hidden_states` is yet to be multiplied."""
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
+    ) -> Tensor:
+        """As `LlamaAttention.forward`.
+
+        Args:
+            positions: (T,).
+            hidden_states: (T, hidden); with S, still to be multiplied by it.
+            scale: S (T, 1) or None.
+            sink: where the first token is.
+        """
         qkv, _ = project(self.qkv_proj, hidden_states, scale)
         q, k, v = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), -1)
         q, k = self.rotary_emb(positions, q, k)
-        return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
+        if sink is None:
+            return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
+        where = sink.at_start if self.attn.fptquant_sink_steady else sink.at_token
+        return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
 
 
 class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
     """MLP whose down projection is scaled."""
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """As `LlamaMLP.forward`, with S (T, 1), by which `x` is yet to be multiplied."""
+    def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
         gate_up, _ = project(self.gate_up_proj, x, scale)
         if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
             gate, up = gate_up.chunk(2, -1)
@@ -88,7 +117,10 @@ class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
 
 
 class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """Decoder layer whose norms are a product with S: their gains were folded into the weights."""
+    """Decoder layer whose norms are a product with S: their gains were folded into the weights.
+
+    A checkpoint that has a sink but no residual scale gets vLLM's own norms.
+    """
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
@@ -96,21 +128,72 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
         self.mlp.__class__ = ResidualScaledMLP
         self.mlp.down_proj.skip_bias_add = True
+        self.residual_scaled = vllm_config.quant_config.checkpoint.transforms.residual_scale
         eps = torch.tensor(self.input_layernorm.variance_epsilon, dtype=torch.float32)  # of both norms
         self.register_buffer("fptquant_eps", eps, persistent=False)
 
-    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `LlamaDecoderLayer.forward`."""
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, sink: SinkMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `LlamaDecoderLayer.forward`, with where the first token is."""
+        if not self.residual_scaled:
+            if residual is None:
+                residual = hidden_states
+                hidden_states = self.input_layernorm(hidden_states)
+            else:
+                hidden_states, residual = self.input_layernorm(hidden_states, residual)
+            hidden_states = self.self_attn(positions, hidden_states, None, sink)
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            return self.mlp(hidden_states, None), residual
         eps = self.fptquant_eps
         residual = hidden_states if residual is None else hidden_states.add_(residual)
         scale = residual_scale(residual, eps)
-        residual = self.self_attn(positions, residual, scale).add_(residual)
+        residual = self.self_attn(positions, residual, scale, sink).add_(residual)
         scale = residual_scale(residual, eps)
         return self.mlp(residual, scale), residual
 
 
+class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
+    """`LlamaModel` that tells its layers where the first token is."""
+
+    def __init__(self, *, vllm_config: Any, **arguments: Any) -> None:
+        """Takes `LlamaModel`'s arguments; adds the constant final hidden state."""
+        super().__init__(vllm_config=vllm_config, **arguments)
+        sink = vllm_config.quant_config.checkpoint.sink
+        self.sink_token: int | None = None if sink is None else sink.token
+        if sink is not None and not isinstance(self.norm, PPMissingLayer):
+            missing = torch.full((self.config.hidden_size,), float("nan"), dtype=torch.float32)
+            self.norm.register_parameter("sink_output", torch.nn.Parameter(missing, requires_grad=False))
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
+        """As `LlamaModel.forward`."""
+        if self.sink_token is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        at_start = (positions == 0)[:, None]
+        # Eager, most steps decode and hold no first token; a compiled graph has no branches on data.
+        if not torch.compiler.is_compiling() and positions.is_cpu and not bool(at_start.any()):
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        # embeddings in place of tokens: nothing is known of the first
+        at_token = torch.zeros_like(at_start)
+        if input_ids is not None:
+            at_token = at_start & (input_ids == self.sink_token)[:, None]
+        sink = SinkMasks(at_start, at_token)
+        output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, sink=sink)
+        if isinstance(output, IntermediateTensors):
+            return output
+        hidden, *auxiliary = output if isinstance(output, tuple) else (output,)
+        hidden = torch.where(at_token, self.norm.sink_output.to(hidden.dtype), hidden)
+        return (hidden, *auxiliary) if auxiliary else hidden
+
+
 class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """`LlamaForCausalLM` made of residual-scaled layers."""
+    """`LlamaForCausalLM` made of these layers."""
 
     def __init__(
         self,
@@ -122,19 +205,26 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Takes `LlamaForCausalLM`'s arguments."""
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
+    def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
+        return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As `LlamaForCausalLM.load_weights`.
 
         Raises:
-            FPTQuantError: a norm before a scaled block has a gain, which our layers leave out.
+            FPTQuantError: a norm before a scaled block has a gain, which our layers leave out; or the constant of a
+                sink is missing.
         """
         loaded: set[str] = super().load_weights(weights)
         for name, module in self.named_modules():
-            if isinstance(module, ResidualScaledDecoderLayer):
+            if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
                 for norm in ("input_layernorm", "post_attention_layernorm"):
                     if bool((module.get_parameter(f"{norm}.weight") != 1).any()):
                         raise FPTQuantError(
                             f"{name}.{norm}: a model with residual scale has its norms' gains in the weights, "
                             "this gain isn't 1: quantize the model again"
                         )
+        constant = getattr(getattr(self.model, "norm", None), "sink_output", None)
+        if constant is not None and not bool(torch.isfinite(constant).all()):
+            raise FPTQuantError("model.norm.sink_output is missing or not finite: quantize the model again")
         return loaded

@@ -68,7 +68,7 @@ class KVQuantizer:
         if sink is None:
             return codes
         sink = sink[:, None]  # (kv_heads, 1, head_dim)
-        is_sink = (states == sink).all(-1, keepdim=True).all(1, keepdim=True)  # (batch, 1, tokens, 1)
+        is_sink = (states == sink.to(states.dtype)).all(-1, keepdim=True).all(1, keepdim=True)  # (batch, 1, tokens, 1)
         return torch.where(is_sink, (sink / scale).to(codes.dtype), codes)
 
 

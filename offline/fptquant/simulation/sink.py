@@ -71,11 +71,11 @@ def install_sink(model: PreTrainedModel, architecture: Architecture, token: int)
         attention = layer.get_submodule(architecture.attention)
         attention.register_buffer(STEADY, torch.zeros((), dtype=torch.int32))
         for name, role in ((KEY, Role.KEY), (VALUE, Role.VALUE)):
-            attention.register_buffer(name, torch.zeros(shape.kv_heads, shape.head_dim))
+            attention.register_buffer(name, torch.zeros(shape.kv_heads, shape.head_dim, dtype=torch.float32))
             # RoPE leaves position 0 as it is, so the key may be replaced before it
             layer.get_submodule(architecture.projections[role]).register_forward_hook(state.constant(attention, name))
     norm = model.get_submodule(architecture.final_norm)
-    norm.register_buffer(OUTPUT, torch.zeros(shape.hidden))
+    norm.register_buffer(OUTPUT, torch.zeros(shape.hidden, dtype=torch.float32))
     norm.register_forward_hook(state.constant(norm, OUTPUT))
     model.fptquant_sink = state  # a plain attribute, not a module
 

@@ -74,6 +74,7 @@ def make_teacher(job: Plan, state: RunState, stages: Stages) -> Teacher:
     cache = state.directory / "teacher" if options.teacher == "cached" else None
     teacher = Teacher(load_model(job.source), job.source.architecture, job.training_windows, cache)
     if cache is not None:
+        state.start()
         for sequence in stages.track(range(len(teacher.windows)), len(teacher.windows)):
             teacher.hidden(sequence)
         teacher.release()

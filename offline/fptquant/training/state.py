@@ -24,7 +24,7 @@ class RunState:
     """A directory of named states that belong to one model, recipe and data."""
 
     def __init__(self, directory: Path, signature: Mapping[str, str], *, fresh: bool = False) -> None:
-        """Opens or starts the state; nothing is written before `save`.
+        """Opens or prepares the state; nothing is written before `start`.
 
         Args:
             directory: hidden, beside the output.
@@ -50,20 +50,19 @@ class RunState:
                     "finish that run with the same command, or pass --fresh to start over"
                 )
 
-    @property
-    def resumed(self) -> bool:
-        """Whether there is something to continue from."""
-        return (self.directory / _SIGNATURE).is_file()
+    def start(self) -> None:
+        """Makes the directory and signs it; before anything is written there."""
+        if parallel.ranks()[0] == 0 and not (self.directory / _SIGNATURE).is_file():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Writes a state under `name`; the one before is kept as a reserve."""
         if parallel.ranks()[0] != 0:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
-            _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
+        self.start()
         partial, file = self._file(name, ".partial"), self._file(name)
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
+        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial)
         note = {**(facts or {}), _DIGEST: _sha256(partial)}
         if file.is_file():
             self._note(name).replace(self._note(name, ".before"))

@@ -274,7 +274,7 @@ def transform_student(
                 online = SimulatedLinear.from_linear(linear, None, hadamard_block=example.hadamard_block)
                 if example.tap is not None:
                     online.tap = ResidualScaleTap(example.tap.eps)
-                    layer.get_submodule(architecture.norm_before(role)).register_forward_pre_hook(online.tap)
+                    layer.get_submodule(architecture.norm_before(role)).register_forward_hook(online.tap)
                 scale = None
                 if example.scheme is not None:
                     quantizer = quantizer or _input_quantizer(example, estimator)
