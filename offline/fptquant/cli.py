@@ -105,6 +105,7 @@ def quantize(
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
     from fptquant.planning import plan
+    from fptquant.training import parallel
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
     fields: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -125,6 +126,7 @@ def quantize(
         kept["kv_cache"]["strategy"] = kv_strategy
         chosen = chosen.changed("--kv-strategy", precision=kept)
 
+    parallel.start()
     publication = Publication(output, overwrite=overwrite)
     _quiet_transformers()
     with _err.status("checking model, recipe and calibration text"):

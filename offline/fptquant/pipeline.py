@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fptquant.progress import Stages, peak_memory
 from fptquant.report.training import write_metrics
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
+from fptquant.training import parallel
 from fptquant.training.stages import MetricsFile, make_teacher, train_scales, train_transforms
 from fptquant.training.state import RunState
 
@@ -60,7 +62,7 @@ def quantize(
     state = RunState(publication.target.with_name(f".{publication.target.name}.state"), job.signature(), fresh=fresh)
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
-    with publication as staging:
+    with publication if parallel.is_main() else nullcontext(Path()) as staging:
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher"):
                 teacher = make_teacher(job, state, stages)
@@ -80,6 +82,8 @@ def quantize(
             assert teacher is not None
             with stages.stage("train scales and ranges"):
                 train_scales(job, model, teacher, state, stages, metrics)
+        if not parallel.is_main():  # the others only helped to train
+            return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
             probe = job.windows[:1, :64]

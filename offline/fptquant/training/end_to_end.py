@@ -111,7 +111,7 @@ def train_end_to_end(
                         "lower the learning rates"
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss)
+                total += float(loss.detach())
         total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()
         yield {

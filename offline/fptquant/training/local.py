@@ -66,12 +66,12 @@ def train_local(
                     weight, _ = transforms.merge(role, index, layer.get_submodule(path).get_parameter("weight"), None)
                     loss = loss + weight_norm(weight, options.p)
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss)
+                total += float(loss.detach())
             if "T_r" in transforms.names and options.rotation_rate > 0:
                 for role, path in ((Role.EMBEDDING, architecture.embedding), (Role.HEAD, architecture.head)):
                     weight = model.get_submodule(path).get_parameter("weight")
                     loss = weight_norm(transforms.merge(role, -1, weight, None)[0], options.p)
                     loss.backward()  # type: ignore[no-untyped-call]
-                    total += float(loss)
+                    total += float(loss.detach())
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}

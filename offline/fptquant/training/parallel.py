@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -10,6 +11,17 @@ import torch.distributed as dist
 from torch import nn
 
 Item = TypeVar("Item")
+
+
+def start() -> None:
+    """Joins the processes that `torchrun` or `accelerate launch` started; does nothing without them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def is_main() -> bool:
+    """Whether this process writes the files."""
+    return ranks()[0] == 0
 
 
 def ranks() -> tuple[int, int]:

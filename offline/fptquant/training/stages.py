@@ -48,7 +48,7 @@ class MetricsFile:
 
     def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Appends one line."""
-        if parallel.ranks()[0] != 0:
+        if not parallel.is_main():
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:

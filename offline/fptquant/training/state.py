@@ -52,19 +52,19 @@ class RunState:
 
     def start(self) -> None:
         """Makes the directory and signs it; before anything is written there."""
-        if parallel.ranks()[0] == 0 and not (self.directory / _SIGNATURE).is_file():
+        if parallel.is_main() and not (self.directory / _SIGNATURE).is_file():
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Writes a state under `name`; the one before is kept as a reserve."""
-        if parallel.ranks()[0] != 0:
+        if not parallel.is_main():
             return
         self.start()
         partial, file = self._file(name, ".partial"), self._file(name)
         save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial)
         note = {**(facts or {}), _DIGEST: _sha256(partial)}
-        if file.is_file():
+        if file.is_file() and self._note(name).is_file():
             self._note(name).replace(self._note(name, ".before"))
             file.replace(self._file(name, ".before"))
         partial.replace(file)

@@ -18,6 +18,7 @@ class ValueOptions(TransformOptions):
     """Where T_v starts, and how far from orthogonal it may go."""
 
     start: Literal["identity", "hadamard"] = "hadamard"
+    orthogonal: bool = Field(False, description="only rotate: lambda stays one (SpinQuant's R2)")
     max_condition: float = Field(100.0, gt=1)
 
 
@@ -37,7 +38,10 @@ class ValueTransform(Transform):
         square = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
         self.left = nn.Parameter(torch.zeros(square))
         self.right = nn.Parameter(torch.zeros(square))
-        self.log_scale = nn.Parameter(torch.zeros(square[:-1]))
+        if options.orthogonal:
+            self.register_buffer("log_scale", torch.zeros(square[:-1]), persistent=False)
+        else:
+            self.log_scale = nn.Parameter(torch.zeros(square[:-1]))
         start = torch.eye(shape.head_dim, dtype=torch.float64)
         if options.start == "hadamard":
             start = starting_rotation(shape.head_dim, generator)
