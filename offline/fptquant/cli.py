@@ -26,6 +26,7 @@ import fptquant
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.progress import Stages
 from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+from fptquant.rounding import ROUNDERS
 from fptquant.transforms import TRANSFORMS
 
 app = typer.Typer(
@@ -86,7 +87,7 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
     without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
-    rounding: Annotated[str | None, typer.Option(help="weight rounding: gptq or nearest")] = None,
+    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
     kv_strategy: Annotated[
         str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
     ] = None,
