@@ -189,6 +189,58 @@ def test_evaluate(run: Run, quantized: Path, model_dir: Path, calibration: Path,
     assert json.loads(file.read_text())["perplexity"] != one["perplexity"]
 
 
+# -- sensitivity --
+
+
+def test_sensitivity(run: Run, model_dir: Path, calibration: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    options = ("--calibration", calibration, "--sequences", 4, "--windows", 2, "--length", 24, *files)
+    result = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--kinds", "down_input, keys")
+    assert result.code == 0, result.err
+    assert "down_input" in result.out and "in floating point: perplexity" in result.out
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [(row["kind"], row["layer"]) for row in rows] == [("down_input", None), ("keys", None)]
+    result = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--by", "layer", "--top", 3)
+    assert result.code == 0 and len(json.loads((tmp_path / "s.json").read_text())["rows"]) == 2 + 10 * 2
+    lines = [line for line in result.out.splitlines() if "input" in line or "weights" in line or "keys" in line]
+    assert len(lines) == 3
+    again = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--by", "layer", "--top", 3)
+    assert again.out == result.out and "measure" not in again.err  # all of it was there
+    other = run("sensitivity", model_dir, *options, "--precision", "w4a4kv4")
+    assert "s.json' holds measurements with recipe " in one_error(other)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--kinds", "down"], "unknown site kind 'down': did you mean 'down_input'?"),
+        (["--precision", "w4a8", "--kinds", "keys"], "quantizes none of these sites"),
+        (["--windows", "5"], "was cut into 4 sequences of 512 tokens: lower --windows or --length"),
+        (["--length", "600"], "was cut into 4 sequences of 512 tokens"),
+        (["--text", "missing.txt"], "missing.txt' can't be read"),
+        (["--json", "no/such/x.json"], "--json: "),
+        (["--plot", "no/such/x.png"], "--plot: "),
+        (["--plot", "x.xyz"], "--plot: 'x.xyz' has no known image type"),
+        (["--rounding", "up"], "rounding.method"),
+        (["--recipe", "none"], "unknown recipe 'none'"),
+    ],
+)
+def test_sensitivity_bad_input(
+    options: list[object],
+    message: str,
+    run: Run,
+    model_dir: Path,
+    calibration: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert message in one_error(run("sensitivity", model_dir, "--calibration", calibration, "--sequences", 4, *options))
+    assert os.listdir(tmp_path) == []
+
+
 # -- verify --
 
 

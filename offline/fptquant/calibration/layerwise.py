@@ -118,10 +118,20 @@ def _quantize_group(
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
         seen = linears[0].quantized_input(seen)
+    _round_weights(linears, scheme, second_moment(seen, importance), recipe)
+
+
+def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The Hessian of a layer's error: mean of x x^T, (K, K).
+
+    Args:
+        seen: (sequences * tokens, K) inputs.
+        importance: (sequences, tokens or more) weights; of more tokens than were seen, the last ones count.
+    """
     if importance is not None:
-        counted = seen.shape[0] // importance.shape[0]  # the last tokens of each sequence
+        counted = seen.shape[0] // importance.shape[0]
         seen = seen * importance[:, -counted:].reshape(-1, 1).sqrt()
-    _round_weights(linears, scheme, seen.T @ seen / seen.shape[0], recipe)
+    return seen.T @ seen / seen.shape[0]
 
 
 def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:
