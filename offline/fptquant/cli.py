@@ -91,6 +91,10 @@ def quantize(
     kv_strategy: Annotated[
         str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="more bits where measurements say they help most: sites=N, extra_bytes=N or target_kl=X"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="of what stays in floating point: auto, float32, bfloat16, float16")
     ] = None,
@@ -117,6 +121,8 @@ def quantize(
     fields["calibration"] = {key: value for key, value in options.items() if value is not None}
     if rounding is not None:
         fields["rounding"] = {"method": rounding}
+    if budget is not None:
+        fields["budget"] = dict([budget.partition("=")[::2]])
     chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
     if kv_strategy is not None:
         kept = chosen.precision.model_dump(mode="json")
@@ -407,6 +413,8 @@ def _print_plan(job: Any, output: Path) -> None:
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
     table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
+    if job.recipe.budget is not None:
+        table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan
 from fptquant.progress import Stages, peak_memory
+from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
 
 
@@ -45,6 +47,14 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
         raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
     publication.require_space(job.output_bytes)
     with publication as staging:
+        spending = None
+        if job.recipe.budget is not None:
+            with stages.stage("load for the budget"):
+                model = load_model(job.source)
+                transform(job, model)
+            job, spending = spend(job, model, stages)
+            publication.require_space(job.output_bytes)
+            del model
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms"):
@@ -68,8 +78,14 @@ def quantize(job: Plan, output: Path, *, overwrite: bool = False, stages: Stages
             source_bytes=weight_bytes(job.source.path),
             output_bytes=weight_bytes(staging),
         )
-        (staging / EXTRAS / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        _write_json(staging / EXTRAS / "summary.json", asdict(summary))
+        if spending is not None:
+            _write_json(staging / EXTRAS / "budget.json", spending.to_dict())
     return summary
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> None:

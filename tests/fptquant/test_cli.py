@@ -241,6 +241,15 @@ def test_sensitivity_bad_input(
     assert os.listdir(tmp_path) == []
 
 
+def test_quantize_with_a_budget(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--calibration", calibration, *SMALL, "--precision", "w4a4kv4", "--budget", "sites=2")
+    result = run("quantize", model, "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    assert "sites 2" in result.out and "measure sites" in result.out
+    assert len(json.loads((tmp_path / "out" / "fptquant" / "budget.json").read_text())["choices"]) == 2
+    assert verify(run, tmp_path / "out", model).code == 0
+
+
 # -- verify --
 
 
@@ -423,6 +432,9 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "precision": (["--precision", "w4a8kv9"], "unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
     "transform": (["--without", "T_q"], "unknown transform 'T_q': did you mean 'T_"),
     "rounding": (["--rounding", "up"], "rounding.method"),
+    "budget": (["--budget", "4"], "unknown field 'budget.4'"),
+    "budget without a number": (["--budget", "sites="], "budget.sites: "),
+    "two budgets": (["--budget", "sites=2,target_kl=1"], "budget.sites: "),
     "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
     "dtype": (["--dtype", "int8"], "dtype"),
     "seed": (["--seed", "-3"], "seed"),
