@@ -26,6 +26,7 @@ import fptquant
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.progress import Stages
 from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+from fptquant.rounding import ROUNDERS
 from fptquant.transforms import TRANSFORMS
 
 app = typer.Typer(
@@ -86,9 +87,13 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
     without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
-    rounding: Annotated[str | None, typer.Option(help="weight rounding: gptq or nearest")] = None,
+    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
     kv_strategy: Annotated[
         str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="more bits where measurements say they help most: sites=N, extra_bytes=N or target_kl=X"),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="of what stays in floating point: auto, float32, bfloat16, float16")
@@ -120,6 +125,8 @@ def quantize(
     fields["calibration"] = {key: value for key, value in options.items() if value is not None}
     if rounding is not None:
         fields["rounding"] = {"method": rounding}
+    if budget is not None:
+        fields["budget"] = dict([budget.partition("=")[::2]])
     chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
     if kv_strategy is not None:
         kept = chosen.precision.model_dump(mode="json")
@@ -250,6 +257,104 @@ def evaluate(
         json_file.write_text(content + "\n", encoding="utf-8")
 
 
+class Granularity(str, Enum):
+    """What is quantized together in one measurement."""
+
+    kind = "kind"
+    layer = "layer"
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant-light",
+    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    by: Annotated[
+        Granularity, typer.Option(help="kind: each kind of site in all layers; layer: in each layer by itself")
+    ] = Granularity.kind,
+    kinds: Annotated[str, typer.Option(help="which kinds of site, e.g. down_input,keys (default: all)")] = "",
+    text: Annotated[Path | None, typer.Option(help="text to measure on (default: the calibration windows)")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="windows to measure on")] = 4,
+    length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 256,
+    calibration: Annotated[
+        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
+    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
+    top: Annotated[int, typer.Option(min=1, help="rows to print, the worst first")] = 40,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="keep the results here as they come; run again to go on")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="draw them (.png, .svg, .pdf)")] = None,
+) -> None:
+    """Measure which parts of MODEL quantization hurts most: one is quantized, all else stays in floating point."""
+    from fptquant import pipeline
+    from fptquant.calibration.text import fingerprint
+    from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.loading import load_model
+    from fptquant.planning import plan
+    from fptquant.sensitivity import KINDS, Probe, sites_of
+    from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
+    from fptquant.simulation.sink import record_sink
+
+    options = {"source": calibration, "sequences": sequences}
+    fields: dict[str, Any] = {"calibration": {key: value for key, value in options.items() if value is not None}}
+    if precision is not None:
+        fields["precision"] = precision
+    if rounding is not None:
+        fields["rounding"] = {"method": rounding}
+    if plot_file:
+        check_plot(plot_file)
+    _quiet_transformers()
+    job = plan(model, Recipe.load(recipe).changed("options", **fields))
+    sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
+    if not sites:
+        raise FPTQuantError(f"recipe '{job.recipe.name}' quantizes none of these sites")
+    if text:
+        special_tokens = job.recipe.calibration.special_tokens
+        tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens)
+    else:
+        tokens = job.windows[:windows, :length]
+        if tokens.shape != (windows, length):
+            raise FPTQuantError(
+                f"the calibration text was cut into {job.windows.shape[0]} sequences of {job.windows.shape[1]} tokens: "
+                "lower --windows or --length, or give a --text"
+            )
+    settings = {
+        "model": model,
+        "recipe": job.recipe.digest(),
+        "calibration": fingerprint(job.windows),
+        "measured on": fingerprint(tokens),
+    }
+    results = Results(settings, json_file)
+    stages, per_layer = RichStages(), by is Granularity.layer
+    groups = missing(sites, results, per_layer=per_layer)
+    if groups:
+        with stages.stage("load and transform"):
+            network = load_model(job.source)
+            pipeline.transform(job, network, stages)
+            record_sink(network, job.source.architecture, job.first_tokens)
+        probe = Probe(job, network, tokens)
+        with stages.stage("fit sites"):
+            for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
+                pass
+        with stages.stage("measure"):
+            for _ in stages.track(measure_all(probe, groups, results), len(groups)):
+                pass
+    assert results.unquantized is not None
+    reference = results.unquantized.perplexity
+    table = Table("site", "layer", "KL (nats per token)", "perplexity", "change")
+    for row in results.worst_first(per_layer=per_layer)[:top]:
+        layer = "all" if row.layer is None else str(row.layer)
+        found = row.effect
+        change = f"{found.perplexity - reference:+.3f}"
+        table.add_row(row.kind, layer, f"{found.kl:.5f}", f"{found.perplexity:.3f}", change)
+    _out.print(table)
+    _out.print(f"in floating point: perplexity {reference:.3f} on {windows} windows of {length} tokens")
+    if plot_file:
+        plot(results, plot_file)
+
+
 @app.command()
 def recipes() -> None:
     """List the shipped recipes, the precisions and the transforms."""
@@ -315,11 +420,18 @@ def _print_plan(job: Any, output: Path) -> None:
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
     table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
+    if job.recipe.budget is not None:
+        table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape
     table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
+    if job.training_windows.numel():
+        count, length = job.training_windows.shape
+        table.add_row("training", f"{count} sequences of {length} tokens")
+    if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
+        table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", _size(job.output_bytes))
     _out.print(table)

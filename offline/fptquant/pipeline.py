@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan
 from fptquant.progress import Stages, peak_memory
 from fptquant.report.training import write_metrics
+from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
@@ -68,6 +70,15 @@ def quantize(
                 teacher = make_teacher(job, state, stages)
         if recipe.local.steps or recipe.end_to_end.steps:
             train_transforms(job, teacher, state, stages, metrics)
+        spending = None
+        if recipe.budget is not None:
+            with stages.stage("load for the budget"):
+                model = load_model(job.source)
+                transform(job, model)
+                record_sink(model, job.source.architecture, job.first_tokens)
+            job, spending = spend(job, model, stages)
+            publication.require_space(2 * job.output_bytes)
+            del model
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms"):
@@ -99,9 +110,15 @@ def quantize(
             source_bytes=weight_bytes(job.source.path),
             output_bytes=weight_bytes(staging),
         )
-        (staging / EXTRAS / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        _write_json(staging / EXTRAS / "summary.json", asdict(summary))
+        if spending is not None:
+            _write_json(staging / EXTRAS / "budget.json", spending.to_dict())
     state.remove()
     return summary
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,7 +82,8 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )
-        training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, sink.token if sink else None)
+        token = sink.token if sink else None
+        training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
     return _plan(source, recipe, windows, training)
 
 
@@ -194,12 +195,17 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
             )
 
 
-def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
-    """Expected size of the checkpoint's weights."""
+def replanned(job: Plan, recipe: Recipe) -> Plan:
+    """The same job with another recipe; calibration text and transforms stay as they are."""
+    return replace(_plan(job.source, recipe, job.windows, job.training_windows), transforms=job.transforms)
+
+
+def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
+    """(out, in) of every projection, by full name, in the order of the layers."""
     architecture = source.architecture
     shape = architecture.shape(source.config)
     queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {  # (out, in)
+    sizes = {
         Role.QUERY: (queries, shape.hidden),
         Role.KEY: (values, shape.hidden),
         Role.VALUE: (values, shape.hidden),
@@ -208,14 +214,17 @@ def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype
         Role.UP: (shape.intermediate, shape.hidden),
         Role.DOWN: (shape.hidden, shape.intermediate),
     }
-    vocabulary = (source.config.vocab_size, shape.hidden)
-    linears = [
-        (architecture.projection_name(layer, role), size)
-        for layer in range(shape.layers)
-        for role, size in sizes.items()
-    ]
+    return {
+        architecture.projection_name(layer, role): size for layer in range(shape.layers) for role, size in sizes.items()
+    }
+
+
+def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+    """Expected size of the checkpoint's weights."""
+    architecture = source.architecture
+    vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    for name, (rows, columns) in (*linears, (architecture.head, vocabulary)):
+    for name, (rows, columns) in {**linear_sizes(source), architecture.head: vocabulary}.items():
         scheme = config.scheme_for(name)
         words = packed_words(columns, scheme.weights.bits) if scheme else 0
         total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize

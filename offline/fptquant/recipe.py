@@ -72,9 +72,39 @@ class TrainingData(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sequences: PositiveInt = 128
+    sequences: PositiveInt = Field(128, description="at most; fewer where the text is shorter")
     length: int = Field(512, ge=8)
     save_every: PositiveInt = Field(10, description="steps")
+
+
+class BudgetOptions(BaseModel):
+    """More bits for the sites that need them most: exactly one of the first three is given.
+
+    A site is what the linear layers of one layer read (qkv, o, gate/up or down input), which gets 8-bit activations,
+    or their weights. Weights get 7 bits unless `weight_bits` says 8: with 8-bit activations, 8-bit weights saturate
+    FBGEMM's sums on CPUs without VNNI, and are served by a slower kernel.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sites: PositiveInt | None = Field(None, description="how many sites")
+    extra_bytes: PositiveInt | None = Field(None, description="how much larger the checkpoint may be (weights only)")
+    target_kl: float | None = Field(
+        None, gt=0, description="nats per token from the unquantized model, reached at the lowest cost in products"
+    )
+    inputs: bool = True
+    weights: bool = True
+    weight_bits: Literal[7, 8] = 7
+    windows: PositiveInt = Field(2, description="calibration sequences to measure on")
+    length: int = Field(256, ge=8, description="tokens of each")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BudgetOptions:
+        if sum(limit is not None for limit in (self.sites, self.extra_bytes, self.target_kl)) != 1:
+            raise ValueError("give one of sites, extra_bytes, target_kl")
+        if not self.weights and (self.extra_bytes is not None or not self.inputs):
+            raise ValueError("nothing to spend it on: extra_bytes needs weights, the others inputs or weights")
+        return self
 
 
 class Recipe(BaseModel):
@@ -105,6 +135,7 @@ class Recipe(BaseModel):
         "'none', or a token",
     )
     overrides: tuple[Override, ...] = ()
+    budget: BudgetOptions | None = Field(None, description="adds overrides where measurements say they help most")
     ignore: tuple[ModulePattern, ...] = ()
     head_bits: Literal[4, 7, 8, 16] = Field(
         7, description="of lm_head's weights, on 8-bit activations; 16 leaves it in floating point"
@@ -184,7 +215,7 @@ class Recipe(BaseModel):
         """Copy with top-level fields replaced (mappings are merged into what stands), validated again."""
         data = self.to_dict()
         for key, value in fields.items():
-            merge = isinstance(value, dict) and key not in ("transforms", "precision")
+            merge = isinstance(value, dict) and key not in ("transforms", "precision", "budget")
             data[key] = {**data[key], **value} if merge else value
         return Recipe.parse(data, source)
 

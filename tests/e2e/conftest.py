@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fetch_smollm2 import fetch
 from fptquant.evaluation.perplexity import evaluation_windows
@@ -38,16 +39,19 @@ def source() -> Source:
 
 @pytest.fixture(scope="session")
 def default_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default: w4a8kv8, all transforms, GPTQ."""
-    return quantize(source.path, tmp_path_factory.mktemp("models") / "smollm2-w4a8kv8")
+    """w4a8kv8, all transforms, GPTQ, the first token constant; what can be done without training end to end."""
+    output = tmp_path_factory.mktemp("models") / "smollm2-w4a8kv8"
+    return quantize(source.path, output, "--recipe", "fptquant-light")
 
 
 @pytest.fixture(scope="session")
 def unscaled_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """w4a4kv4 without S_n (the in-tree model class), rounded quickly: its accuracy isn't looked at."""
-    output = tmp_path_factory.mktemp("models") / "smollm2-w4a4kv4"
-    options = ["--without", "S_n", "--kv-strategy", "head", "--rounding", "nearest", "--sequences", "4"]
-    return quantize(source.path, output, "--precision", "w4a4kv4", *options)
+    """w4a4kv4 without S_n and sink (the in-tree model class), rounded quickly: its accuracy isn't looked at."""
+    folder = tmp_path_factory.mktemp("models")
+    recipe = {"transforms": ["T_k", "T_v", "T_u", "T_r", "T_d"], "sink": "none", "rounding": {"method": "nearest"}}
+    (folder / "quick.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--recipe", str(folder / "quick.yaml"), "--kv-strategy", "head", "--sequences", "4"]
+    return quantize(source.path, folder / "smollm2-w4a4kv4", "--precision", "w4a4kv4", *options)
 
 
 @pytest.fixture(scope="session")

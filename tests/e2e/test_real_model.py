@@ -25,9 +25,9 @@ def test_random_transforms_preserve_the_function(source: Source, windows: torch.
     assert after == pytest.approx(before, abs=0.01)
 
 
-def test_accuracy_of_the_default_recipe(default_checkpoint: Path, windows: torch.Tensor) -> None:
-    """Static w4a8kv8 at or below 30 on 20 windows of wiki.test, where float32 has 22.17."""
+def test_accuracy_without_end_to_end_training(default_checkpoint: Path, windows: torch.Tensor) -> None:
+    """Static w4a8kv8 at or below 26.5 on 20 windows of wiki.test, where float32 has 22.17."""
     model = load_model(open_source(default_checkpoint))
     result = measure(transformers_scorer(model), windows, 512)
     assert result.predicted_tokens == 20 * 511
-    assert 22 < result.perplexity <= 30
+    assert 22 < result.perplexity <= 26.5

@@ -42,9 +42,11 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("quantize", ...)`: the command's entry point in this process."""
+    """`run("quantize", ...)`: the command's entry point in this process, with a quick recipe."""
 
     def call(*arguments: object) -> Result:
+        if arguments[:1] == ("quantize",) and "--recipe" not in arguments:
+            arguments = (*arguments, "--recipe", "fptquant-light")
         monkeypatch.setattr(sys, "argv", ["fptquant", *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -187,6 +189,67 @@ def test_evaluate(run: Run, quantized: Path, model_dir: Path, calibration: Path,
     )
     assert json.loads(file.read_text())["predicted_tokens"] == 117
     assert json.loads(file.read_text())["perplexity"] != one["perplexity"]
+
+
+# -- sensitivity --
+
+
+def test_sensitivity(run: Run, model_dir: Path, calibration: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    options = ("--calibration", calibration, "--sequences", 4, "--windows", 2, "--length", 24, *files)
+    result = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--kinds", "down_input, keys")
+    assert result.code == 0, result.err
+    assert "down_input" in result.out and "in floating point: perplexity" in result.out
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [(row["kind"], row["layer"]) for row in rows] == [("down_input", None), ("keys", None)]
+    result = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--by", "layer", "--top", 3)
+    assert result.code == 0 and len(json.loads((tmp_path / "s.json").read_text())["rows"]) == 2 + 10 * 2
+    lines = [line for line in result.out.splitlines() if "input" in line or "weights" in line or "keys" in line]
+    assert len(lines) == 3
+    again = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--by", "layer", "--top", 3)
+    assert again.out == result.out and "measure" not in again.err  # all of it was there
+    other = run("sensitivity", model_dir, *options, "--precision", "w4a4kv4")
+    assert "s.json' holds measurements with recipe " in one_error(other)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--kinds", "down"], "unknown site kind 'down': did you mean 'down_input'?"),
+        (["--precision", "w4a8", "--kinds", "keys"], "quantizes none of these sites"),
+        (["--windows", "5"], "was cut into 4 sequences of 512 tokens: lower --windows or --length"),
+        (["--length", "600"], "was cut into 4 sequences of 512 tokens"),
+        (["--text", "missing.txt"], "missing.txt' can't be read"),
+        (["--json", "no/such/x.json"], "--json: "),
+        (["--plot", "no/such/x.png"], "--plot: "),
+        (["--plot", "x.xyz"], "--plot: 'x.xyz' has no known image type"),
+        (["--rounding", "up"], "rounding.method"),
+        (["--recipe", "none"], "unknown recipe 'none'"),
+    ],
+)
+def test_sensitivity_bad_input(
+    options: list[object],
+    message: str,
+    run: Run,
+    model_dir: Path,
+    calibration: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert message in one_error(run("sensitivity", model_dir, "--calibration", calibration, "--sequences", 4, *options))
+    assert os.listdir(tmp_path) == []
+
+
+def test_quantize_with_a_budget(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--calibration", calibration, *SMALL, "--precision", "w4a4kv4", "--budget", "sites=2")
+    result = run("quantize", model, "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    assert "sites 2" in result.out and "measure sites" in result.out
+    assert len(json.loads((tmp_path / "out" / "fptquant" / "budget.json").read_text())["choices"]) == 2
+    assert verify(run, tmp_path / "out", model).code == 0
 
 
 # -- verify --
@@ -371,6 +434,9 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "precision": (["--precision", "w4a8kv9"], "unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
     "transform": (["--without", "T_q"], "unknown transform 'T_q': did you mean 'T_"),
     "rounding": (["--rounding", "up"], "rounding.method"),
+    "budget": (["--budget", "4"], "unknown field 'budget.4'"),
+    "budget without a number": (["--budget", "sites="], "budget.sites: "),
+    "two budgets": (["--budget", "sites=2,target_kl=1"], "budget.sites: "),
     "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
     "dtype": (["--dtype", "int8"], "dtype"),
     "seed": (["--seed", "-3"], "seed"),
@@ -497,6 +563,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
 ) -> None:
     long = ("--sequences", "60", "--length", "64", "--calibration", TEXT)
     command = [sys.executable, "-m", "fptquant.cli", "quantize", model, "-o", tmp_path / "out", *long]
+    command += ["--recipe", "fptquant-light"]
     process = subprocess.Popen(
         list(map(str, command)),
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture
 from fptquant.architectures.base import INPUT_GROUPS, Role
+from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import LinearScheme
 from fptquant.errors import FPTQuantError
 from fptquant.quantizers import search_range, weight_scales
@@ -77,15 +78,17 @@ def calibrate_and_round(
         The index of each finished layer.
     """
     layers = architecture.layer_modules(model)
+    importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
     inputs = _first_inputs(model, layers[0], windows)
     for index, layer in enumerate(layers):
         stored = store.load(f"layer-{index}") if store else None
         if stored is not None:
             _restore_layer(layer, stored[0])
         for group in INPUT_GROUPS if stored is None else ():
-            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+            modules = [layer.get_submodule(architecture.projections[role]) for role in group]
+            linears = [x for x in modules if isinstance(x, SimulatedLinear)]
             name = architecture.projection_name(index, group[0])
-            _quantize_group([x for x in linears if isinstance(x, SimulatedLinear)], name, inputs, layer, recipe)
+            _quantize_group(linears, name, inputs, layer, recipe, importance.get(name))
             if Role.VALUE in group:
                 _set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
         if store is not None and stored is None:
@@ -96,7 +99,7 @@ def calibrate_and_round(
     if isinstance(head, SimulatedLinear):
         inputs.arguments = {}
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
-        _quantize_group([head], architecture.head, inputs, final, recipe)
+        _quantize_group([head], architecture.head, inputs, final, recipe, importance.get(architecture.head))
 
 
 def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -127,8 +130,14 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> 
 
 
 def _quantize_group(
-    linears: list[SimulatedLinear], name: str, inputs: _LayerInputs, layer: nn.Module, recipe: Recipe
+    linears: list[SimulatedLinear],
+    name: str,
+    inputs: _LayerInputs,
+    layer: nn.Module,
+    recipe: Recipe,
+    importance: Tensor | None = None,
 ) -> None:
+    """Fixes the input range and rounds the weights; `importance` (sequences, tokens) weighs the Hessian's tokens."""
     scheme = linears[0].scheme
     if scheme is None:
         return
@@ -141,7 +150,20 @@ def _quantize_group(
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
         seen = linears[0].quantized_input(seen)
-    _round_weights(linears, scheme, seen.T @ seen / seen.shape[0], recipe)
+    _round_weights(linears, scheme, second_moment(seen, importance), recipe)
+
+
+def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The Hessian of a layer's error: mean of x x^T, (K, K).
+
+    Args:
+        seen: (sequences * tokens, K) inputs.
+        importance: (sequences, tokens or more) weights; of more tokens than were seen, the last ones count.
+    """
+    if importance is not None:
+        counted = seen.shape[0] // importance.shape[0]
+        seen = seen * importance[:, -counted:].reshape(-1, 1).sqrt()
+    return seen.T @ seen / seen.shape[0]
 
 
 def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:

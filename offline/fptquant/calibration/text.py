@@ -24,6 +24,8 @@ def calibration_windows(
     vocabulary: int,
     seed: int,
     sink: int | None = None,
+    *,
+    at_most: bool = False,
 ) -> Tensor:
     """Token windows drawn at random, without overlap, from the calibration text.
 
@@ -33,6 +35,7 @@ def calibration_windows(
         vocabulary: size of the model's embedding; tokens beyond it are an error.
         seed: which windows are drawn.
         sink: token that every sequence has to start with, whatever the options say.
+        at_most: take fewer sequences where the text is too short for all.
 
     Returns:
         (sequences, length) int64.
@@ -50,7 +53,7 @@ def calibration_windows(
         tokens += encode(tokenizer, text)
         if len(tokens) >= 4 * needed:  # enough to draw from
             break
-    if len(tokens) < needed:
+    if len(tokens) < (body if at_most else needed):
         raise FPTQuantError(
             f"calibration text '{options.source}' has {len(tokens)} tokens, but {options.sequences} sequences of "
             f"{options.length} need {needed}: give a longer text or lower --sequences or --length"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fptquant.rounding.gptq import round_gptq
 from fptquant.rounding.nearest import round_nearest
+from fptquant.rounding.quantease import round_quantease
 
 
 class RoundingOptions(BaseModel):
@@ -16,9 +17,13 @@ class RoundingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["nearest", "gptq"] = "gptq"
-    damping: float = Field(0.01, gt=0, description="gptq: share of the mean diagonal added to the Hessian")
-    block: int = Field(128, ge=1, description="gptq: columns updated lazily together")
+    method: Literal["nearest", "gptq", "quantease"] = "gptq"
+    hessian: Literal["input", "output"] = Field(
+        "input", description="output: each token counts by the loss's gradient at the layer's output (OAC)"
+    )
+    damping: float = Field(0.01, gt=0, description="share of the mean diagonal added to the Hessian")
+    block: int = Field(128, ge=1, description="columns updated lazily together")
+    passes: int = Field(8, ge=1, description="quantease: visits to each column, fewer once nothing changes")
 
 
 class Rounder(Protocol):
@@ -37,6 +42,6 @@ class Rounder(Protocol):
         ...
 
 
-ROUNDERS: dict[str, Rounder] = {"nearest": round_nearest, "gptq": round_gptq}
+ROUNDERS: dict[str, Rounder] = {"nearest": round_nearest, "gptq": round_gptq, "quantease": round_quantease}
 
 __all__ = ["ROUNDERS", "Rounder", "RoundingOptions"]

@@ -40,15 +40,18 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
 
     Damping is raised until the factorization succeeds; inputs that are always zero leave a zero diagonal.
     """
-    hessian = hessian.double()
-    mean = hessian.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(hessian.shape[0], dtype=torch.float64)
     for attempt in range(8):
-        damped = hessian + identity * (mean * damping * 10.0**attempt)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping * 10.0**attempt))
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return torch.as_tensor(upper, dtype=torch.float32)
     raise ArithmeticError("the Hessian of the calibration inputs has no Cholesky factor even when damped heavily")
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian in float64 with the given share of its mean diagonal added to the diagonal."""
+    hessian = hessian.double()
+    mean = hessian.diagonal().mean().clamp_min(1e-12)
+    return hessian + torch.eye(hessian.shape[0], dtype=torch.float64) * (mean * damping)

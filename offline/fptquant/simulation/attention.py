@@ -28,6 +28,7 @@ class KVQuantizer:
         """Registers `k_scale`, `v_scale` (and zero points) on `attention`, empty until set or loaded."""
         self.scheme = scheme
         self.ready = False
+        self.sides = {"k", "v"}  # what is quantized once ready; one alone to measure its effect
         self.exact = False  # see `fptquant.simulation.install.set_exact`
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         size = kv_heads if scheme.strategy == "head" else 1
@@ -52,6 +53,8 @@ class KVQuantizer:
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes of `states` (batch, kv_heads, tokens, head_dim), and the scale (heads, 1, 1)."""
+        if key not in self.sides:
+            return states, torch.ones(1, 1, 1)
         scale = attention.get_buffer(f"{key}_scale").view(-1, 1, 1)
         zero_point = torch.zeros_like(scale)
         if not self.scheme.symmetric:

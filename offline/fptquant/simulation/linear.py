@@ -170,6 +170,8 @@ class SimulatedLinear(nn.Module):
             y = quantized_linear(x.float(), self.codes, output_scale)
         else:
             assert self.weight is not None, "the layer has neither weights nor codes"
+            if self.low is not None:
+                x = self.quantized_input(x)
             y = nn.functional.linear(x.to(self.weight.dtype), self.weight)
         if self.tap is not None:
             assert self.tap.scale is not None

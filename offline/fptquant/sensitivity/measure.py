@@ -1,0 +1,224 @@
+"""Quantizes chosen sites of an otherwise unquantized model and measures what that does to its predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant.calibration.layerwise import (
+    _first_inputs,
+    _LayerInputs,
+    _observe_inputs,
+    _set_kv_ranges,
+    second_moment,
+)
+from fptquant.calibration.output_gradients import token_weights
+from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
+from fptquant.planning import Plan
+from fptquant.quantizers import search_range, weight_scales
+from fptquant.quantizers.weights import round_to_nearest
+from fptquant.rounding import ROUNDERS
+from fptquant.sensitivity.sites import CACHES, GROUPS, Site
+from fptquant.simulation import KVQuantizer, SimulatedLinear
+
+WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
+WIDE_WEIGHTS = WeightScheme(bits=7)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What quantizing something does."""
+
+    kl: float  # mean KL divergence from the unquantized model's predictions, in nats per token
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A static input quantizer."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Rounded weights, one byte each."""
+
+    codes: Tensor  # (N, K) int8
+    scale: Tensor  # (N, 1)
+
+
+class Probe:
+    """A transformed model in which single sites are quantized for the time of a measurement.
+
+    Ranges and weights are fitted to the model in floating point. A site is applied at the precision of the job's
+    recipe ("narrow") or at `WIDE_INPUT` and `wide_weights`.
+    """
+
+    def __init__(
+        self, job: Plan, model: PreTrainedModel, tokens: Tensor, wide_weights: WeightScheme = WIDE_WEIGHTS
+    ) -> None:
+        """Takes a model; `calibrate` has to run before anything is measured.
+
+        Args:
+            job: recipe, configuration and calibration windows.
+            model: with merged weights and the simulation installed, nothing quantized.
+            tokens: (windows, length) to measure on.
+            wide_weights: precision of weights where they are wide.
+        """
+        self.job, self.model, self.tokens, self.wide_weights = job, model, tokens, wide_weights
+        architecture = job.source.architecture
+        self.layers = architecture.layer_modules(model)
+        self.tail = nn.Sequential(model.get_submodule(architecture.final_norm), model.get_submodule(architecture.head))
+        self._ranges: dict[tuple[Site, bool], _Range] = {}
+        self._codes: dict[Site, _Codes] = {}
+        self._importance: dict[str, Tensor] = {}  # of tokens, by name of a group's first layer
+        self._float: dict[Site, list[Tensor]] = {}  # weights that are out while their rounded form is in
+
+    @torch.no_grad()
+    def calibrate(self, sites: Iterable[Site]) -> Iterator[int]:
+        """Fits the quantizers of `sites`, then records the unquantized model's predictions.
+
+        Yields:
+            The index of each finished layer.
+        """
+        wanted = set(sites)
+        adaptive = self.job.recipe.rounding.hessian == "output" and any(site.is_weights for site in wanted)
+        if adaptive:
+            self._importance = token_weights(self.model, self.job.source.architecture, self.job.windows)
+        inputs = _first_inputs(self.model, self.layers[0], self.job.windows)
+        for index, layer in enumerate(self.layers):
+            for name in GROUPS:
+                self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
+            if any(Site(kind, index) in wanted for kind in CACHES):
+                attention = layer.get_submodule(self.job.source.architecture.attention)
+                _set_kv_ranges(attention, inputs, layer, self.job.recipe)
+                quantizer = _quantizer(attention)
+                quantizer.ready, quantizer.sides = False, set()
+            inputs.hidden = list(inputs.run(layer))
+            yield index
+        self._record_reference()
+
+    @torch.no_grad()
+    def measure(self, sites: Mapping[Site, bool]) -> Effect:
+        """Quantizes `sites` (True: wide, False: as the recipe says) and nothing else."""
+        start = min((site.layer for site in sites), default=0)
+        inputs = replace(self._inputs, hidden=self._entries[start])
+        with self._applied(sites):
+            for layer in self.layers[start:]:
+                inputs.hidden = list(inputs.run(layer))
+        kl = loss = 0.0
+        for hidden, tokens, (expected, entropy) in zip(
+            torch.cat(inputs.hidden), self.tokens, self._reference, strict=True
+        ):
+            logits = self.tail(hidden[None])[0].float()  # (length, vocabulary)
+            normalizer = logits.logsumexp(-1)
+            kl += float((normalizer - (expected * logits).sum(-1) - entropy).double().sum())
+            loss += float((normalizer[:-1] - logits[:-1].gather(-1, tokens[1:, None])[:, 0]).double().sum())
+        windows, length = self.tokens.shape
+        return Effect(max(0.0, kl / (windows * length)), math.exp(loss / (windows * (length - 1))))
+
+    def _fit_group(self, source: Site, weights: Site, wanted: set[Site], inputs: _LayerInputs) -> None:
+        """Ranges of an input and codes of the weights that read it."""
+        if source not in wanted and weights not in wanted:
+            return
+        linears, recipe = self._linears(source), self.job.recipe
+        scheme = linears[0].scheme
+        assert scheme is not None
+        seen = _observe_inputs(linears[0], inputs, self.layers[source.layer])  # (tokens, K)
+        if source in wanted:
+            for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
+                scale, zero_point = search_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
+                self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
+        if weights in wanted:
+            hessian = second_moment(seen, self._importance.get(weights.modules(self.job)[0]))
+            importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
+            rounder, bits = ROUNDERS[recipe.rounding.method], scheme.weights.bits
+            weight = torch.cat([linear.float_weight() for linear in linears])
+            scale = weight_scales(weight, bits, recipe.weight_range, importance)
+            codes = rounder(weight, scale, bits, hessian, recipe.rounding)
+            self._codes[weights] = _Codes(codes.to(torch.int8), scale)
+
+    def _record_reference(self) -> None:
+        """Hidden states at the entry of every layer, and the predictions of the model as it is."""
+        self._inputs = _first_inputs(self.model, self.layers[0], self.tokens)
+        self._entries = [self._inputs.hidden]
+        for layer in self.layers:
+            self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))
+        self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
+        for hidden in torch.cat(self._entries.pop()):
+            logs = torch.log_softmax(self.tail(hidden[None])[0].float(), -1)
+            expected = logs.exp()
+            self._reference.append((expected, -(expected * logs).sum(-1)))
+        self.unquantized = self.measure({})
+
+    @contextmanager
+    def _applied(self, sites: Mapping[Site, bool]) -> Iterator[None]:
+        try:
+            for site, wide in sites.items():
+                self._apply(site, wide)
+            yield
+        finally:
+            for site in sites:
+                self._remove(site)
+
+    def _apply(self, site: Site, wide: bool) -> None:
+        if site.kind in CACHES:
+            quantizer = _quantizer(self._attention(site))
+            quantizer.sides.add(CACHES[site.kind])
+            quantizer.ready = True
+        linears = self._linears(site)
+        if site.is_input:
+            found = self._ranges[site, wide]
+            for linear in linears:
+                linear.input_scale, linear.low, linear.high = found.scale, found.low, found.high
+        elif site.is_weights:
+            self._float[site] = [linear.float_weight() for linear in linears]
+            sizes = [len(weight) for weight in self._float[site]]
+            _set_weights(linears, torch.split(self._rounded(site, wide), sizes))
+
+    def _rounded(self, site: Site, wide: bool) -> Tensor:
+        if wide:
+            weight = torch.cat(self._float[site])
+            scale = weight_scales(weight, self.wide_weights.bits, self.job.recipe.weight_range)
+            return round_to_nearest(weight, scale, self.wide_weights.bits) * scale
+        found = self._codes[site]
+        return found.codes.float() * found.scale
+
+    def _remove(self, site: Site) -> None:
+        if site.kind in CACHES:
+            quantizer = _quantizer(self._attention(site))
+            quantizer.sides.discard(CACHES[site.kind])
+            quantizer.ready = bool(quantizer.sides)
+        elif site.is_input:
+            for linear in self._linears(site):
+                linear.low = linear.high = None
+        elif site in self._float:
+            _set_weights(self._linears(site), self._float.pop(site))
+
+    def _attention(self, site: Site) -> nn.Module:
+        return self.layers[site.layer].get_submodule(self.job.source.architecture.attention)
+
+    def _linears(self, site: Site) -> list[SimulatedLinear]:
+        projections, layer = self.job.source.architecture.projections, self.layers[site.layer]
+        modules = [layer.get_submodule(projections[role]) for role in site.roles]
+        return [module for module in modules if isinstance(module, SimulatedLinear)]
+
+
+def _set_weights(linears: list[SimulatedLinear], weights: Iterable[Tensor]) -> None:
+    for linear, weight in zip(linears, weights, strict=True):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _quantizer(attention: nn.Module) -> KVQuantizer:
+    quantizer = attention.kv_quantizer
+    assert isinstance(quantizer, KVQuantizer)
+    return quantizer

@@ -1,0 +1,50 @@
+"""A tiny model whose sites are ready to be measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fptquant import pipeline, planning
+from fptquant.loading import load_model
+from fptquant.planning import Plan
+from fptquant.recipe import Recipe
+from fptquant.sensitivity import KINDS, Probe, sites_of
+from tests.conftest import TEXT
+
+MakeProbe = Callable[..., Probe]
+
+
+@pytest.fixture(scope="module")
+def make_job(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Plan]:
+    text = tmp_path_factory.mktemp("text") / "calibration.txt"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+
+    def make(**fields: Any) -> Plan:
+        calibration = {"source": str(text), "sequences": 4, "length": 32}
+        return planning.plan(
+            model_dir, Recipe.parse({"precision": "w4a4kv4", "sink": "none", "calibration": calibration, **fields})
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_probe(make_job: Callable[..., Plan]) -> MakeProbe:
+    """`make_probe(kinds=..., **recipe)`: calibrated, measuring on three windows of 24 tokens."""
+
+    def make(kinds: tuple[str, ...] = KINDS, **fields: Any) -> Probe:
+        job = make_job(**fields)
+        model = load_model(job.source)
+        pipeline.transform(job, model)
+        probe = Probe(job, model, job.windows[:3, :24])
+        assert list(probe.calibrate(sites_of(job, kinds))) == [0, 1]
+        return probe
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def probe(make_probe: MakeProbe) -> Probe:
+    return make_probe()

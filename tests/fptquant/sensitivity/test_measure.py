@@ -1,0 +1,177 @@
+"""One site quantized at a time, against hooks on the plain model."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fptquant.checkpoint import code_bounds
+from fptquant.checkpoint import quantize as quantize_codes
+from fptquant.errors import FPTQuantError
+from fptquant.evaluation.perplexity import measure, transformers_scorer
+from fptquant.loading import load_model
+from fptquant.planning import Plan
+from fptquant.quantizers import RangeOptions, WeightRangeOptions, search_range, weight_scales
+from fptquant.recipe import Recipe
+from fptquant.rounding import RoundingOptions
+from fptquant.rounding.gptq import round_gptq
+from fptquant.sensitivity import KINDS, Effect, Probe, Site, sites_of
+from fptquant.simulation import KVQuantizer
+from fptquant.simulation.attention import quantized_attention
+
+MakeProbe = Callable[..., Probe]
+
+
+def reference_effect(expected: Tensor, logits: Tensor, tokens: Tensor) -> Effect:
+    p, q = (torch.log_softmax(x.double(), -1) for x in (expected, logits))
+    loss = -q[:, :-1].gather(-1, tokens[:, 1:, None]).mean().item()
+    return Effect((p.exp() * (p - q)).sum(-1).mean().item(), math.exp(loss))
+
+
+def close(first: Effect, second: Effect) -> bool:
+    return first.kl == pytest.approx(second.kl, rel=1e-3, abs=1e-6) and first.perplexity == pytest.approx(
+        second.perplexity, rel=1e-4
+    )
+
+
+def test_sites_are_what_the_recipe_quantizes(make_job: Callable[..., Plan]) -> None:
+    assert sites_of(make_job()) == [Site(kind, layer) for kind in KINDS for layer in range(2)]
+    assert {site.kind for site in sites_of(make_job(precision="w4a8"))} == set(KINDS) - {"keys", "values"}
+    assert {s.kind for s in sites_of(make_job(precision="w4a16"))} == {k for k in KINDS if k.endswith("weights")}
+    kept = make_job(ignore=["model.layers.0.self_attn.o_proj"])
+    assert sites_of(kept, ["o_input", "o_weights"]) == [Site("o_input", 1), Site("o_weights", 1)]
+    assert Site("qkv_weights", 1).modules(kept) == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    with pytest.raises(FPTQuantError, match="unknown site kind 'down_inputs': did you mean 'down_input'"):
+        sites_of(kept, ["down_inputs"])
+
+
+# -- one site, against the plain model with that one thing quantized by a hook --
+
+
+def test_unquantized(probe: Probe) -> None:
+    assert probe.unquantized.kl < 1e-6
+    plain = measure(transformers_scorer(load_model(probe.job.source)), probe.tokens, 24)
+    assert probe.unquantized.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    "kind, modules, norm",
+    [
+        ("qkv_input", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "input_layernorm"),
+        ("o_input", ["self_attn.o_proj"], None),
+        ("gate_up_input", ["mlp.gate_proj", "mlp.up_proj"], "post_attention_layernorm"),
+        ("down_input", ["mlp.down_proj"], None),
+    ],
+)
+def test_an_input(kind: str, modules: list[str], norm: str | None, wide: bool, make_probe: MakeProbe) -> None:
+    probe = make_probe((kind,), transforms=[])
+    for index in range(2):
+        model = load_model(probe.job.source)
+        expected = model(probe.tokens).logits
+        seen: list[Tensor] = []
+        layers = [model.get_submodule(f"model.layers.{index}.{name}") for name in modules]
+        handle = layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))  # noqa: B023
+        model(probe.job.windows)
+        handle.remove()
+        # the norm's gain is folded into the weights, so what is quantized is the input without it
+        gain = model.get_submodule(f"model.layers.{index}.{norm}").weight if norm else torch.ones(())
+        bits, symmetric = (8, True) if wide else (4, False)
+        scale, zero_point = search_range(seen[0] / gain, bits, symmetric, RangeOptions())
+        bounds = code_bounds(zero_point, bits)
+        for layer in layers:
+            layer.register_forward_pre_hook(
+                lambda m, args: (quantize_codes(args[0] / gain, scale, *bounds) * scale * gain,)  # noqa: B023
+            )
+        found = probe.measure({Site(kind, index): wide})
+        assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
+        assert found.kl > 1e-6
+
+
+def test_weights(make_probe: MakeProbe) -> None:
+    probe = make_probe(("gate_up_weights",), transforms=[])
+    model = load_model(probe.job.source)
+    expected = model(probe.tokens).logits
+    mlp, norm = model.model.layers[1].mlp, model.model.layers[1].post_attention_layernorm
+    seen: list[Tensor] = []
+    mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    model(probe.job.windows)
+    # the gain is folded into the weights before they are rounded
+    x = seen[0] / norm.weight
+    hessian = x.T @ x / len(x)
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        weight = layer.weight * norm.weight
+        scale = weight_scales(weight, 4, WeightRangeOptions(), hessian.diagonal())
+        layer.weight.copy_(round_gptq(weight, scale, 4, hessian, RoundingOptions()) * scale / norm.weight)
+    found = probe.measure({Site("gate_up_weights", 1): False})
+    assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
+
+
+def test_values(make_probe: MakeProbe) -> None:
+    probe = make_probe(("values",), transforms=[])
+    model = load_model(probe.job.source)
+    expected = model(probe.tokens).logits
+    layer, seen = model.model.layers[0].self_attn.v_proj, []
+    handle = layer.register_forward_hook(lambda m, args, y: seen.append(y))
+    model(probe.job.windows)
+    handle.remove()
+    scale, zero_point = search_range(seen[0], 4, False, RangeOptions())
+    bounds = code_bounds(zero_point, 4)
+    layer.register_forward_hook(lambda m, args, y: quantize_codes(y, scale, *bounds) * scale)
+    found = probe.measure({Site("values", 0): False})
+    assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
+
+
+def test_keys_alone() -> None:
+    """Attention with one of keys and values quantized, against what it makes of dequantized ones."""
+    attention = torch.nn.Module()
+    attention.num_key_value_groups, attention.is_causal = 2, True  # type: ignore[assignment]
+    scheme = PRECISION.kv_cache
+    quantizer = KVQuantizer(attention, scheme, 2)
+    attention.kv_quantizer = quantizer  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
+    arguments: dict[str, Any] = {"attention_mask": None, "scaling": 0.3}
+    rounded = {}
+    for name, states in (("k", key), ("v", value)):
+        scale, zero_point = search_range(states, 4, False, RangeOptions())
+        quantizer.set_range(attention, name, scale, zero_point)
+        rounded[name] = quantize_codes(states, scale, *code_bounds(zero_point, 4)) * scale
+    for sides in ({"k"}, {"v"}, {"k", "v"}):
+        quantizer.ready = False
+        inputs = [rounded[name] if name in sides else states for name, states in (("k", key), ("v", value))]
+        expected, _ = quantized_attention(attention, query, *inputs, **arguments)
+        quantizer.ready, quantizer.sides = True, sides
+        found, _ = quantized_attention(attention, query, key, value, **arguments)
+        torch.testing.assert_close(found, expected)
+
+
+PRECISION = Recipe.parse({"precision": "w4a4kv4"}).precision
+
+
+def test_a_measurement_leaves_the_model_as_it_was(probe: Probe) -> None:
+    before = probe.model(probe.tokens).logits
+    sites = sites_of(probe.job)
+    for site in sites:
+        effect = probe.measure({site: False})
+        assert effect.kl > 1e-7, site
+        assert torch.equal(probe.model(probe.tokens).logits, before), site
+        assert probe.measure({site: False}) == effect
+    assert probe.measure(dict.fromkeys(sites, False)).kl > max(probe.measure({site: False}).kl for site in sites)
+    assert torch.equal(probe.model(probe.tokens).logits, before)
+
+
+def test_wide_is_closer(probe: Probe) -> None:
+    for site in sites_of(probe.job):
+        if site.roles:
+            assert probe.measure({site: True}).kl < 0.2 * probe.measure({site: False}).kl, site
+
+
+def test_the_recipe_s_rounding_is_used(probe: Probe, make_probe: MakeProbe) -> None:
+    sites = {Site("qkv_weights", 0): False}
+    others = [{"method": "nearest"}, {"method": "quantease"}, {"method": "gptq", "hessian": "output"}]
+    found = {make_probe(("qkv_weights",), rounding=options).measure(sites).kl for options in others}
+    assert len(found | {probe.measure(sites).kl}) == 4
