@@ -18,7 +18,7 @@ from fptquant.checkpoint.writer import EXTRAS, write_checkpoint
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
-from fptquant.planning import Plan
+from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
 from fptquant.report.training import write_metrics
 from fptquant.sensitivity import spend
@@ -72,13 +72,8 @@ def quantize(
             train_transforms(job, teacher, state, stages, metrics)
         spending = None
         if recipe.budget is not None:
-            with stages.stage("load for the budget"):
-                model = load_model(job.source)
-                transform(job, model)
-                record_sink(model, job.source.architecture, job.first_tokens)
-            job, spending = spend(job, model, stages)
+            job, spending = spend_budget(job, state, stages)
             publication.require_space(2 * job.output_bytes)
-            del model
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms"):
@@ -112,9 +107,25 @@ def quantize(
         )
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:
-            _write_json(staging / EXTRAS / "budget.json", spending.to_dict())
+            _write_json(staging / EXTRAS / "budget.json", spending)
     state.remove()
     return summary
+
+
+def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict[str, Any]]:
+    """The job with overrides in place of its budget, and the record of how they were chosen."""
+    stored = state.load("budget")
+    if stored is not None:
+        facts = stored[1]
+        return replanned(job, job.recipe.changed("budget", budget=None, overrides=facts["overrides"])), facts["record"]
+    with stages.stage("load for the budget"):
+        model = load_model(job.source)
+        transform(job, model)
+        record_sink(model, job.source.architecture, job.first_tokens)
+    changed, spending = spend(job, model, stages)
+    facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
+    state.save("budget", {}, facts)
+    return changed, spending.to_dict()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
