@@ -15,7 +15,7 @@ YAML_FILES  := docker/compose.yaml $(wildcard offline/fptquant/recipes/*.yaml)
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint typecheck format clean
+.PHONY: help setup demo test bench results lint typecheck format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,9 @@ test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
 	$(BIN)/python benchmarks/bench.py
+
+results: $(STAMP)  ## measure all methods and recipes against each other (hours, resumable)
+	$(BIN)/python benchmarks/results.py
 
 lint: $(STAMP)  ## ruff, shellcheck, yamllint, hadolint
 	$(BIN)/ruff check $(CODE)

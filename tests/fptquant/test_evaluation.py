@@ -8,10 +8,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fptquant.architectures.llama import LLAMA
+from fptquant.checkpoint import LinearScheme
 from fptquant.errors import FPTQuantError
+from fptquant.evaluation.comparison import compare
+from fptquant.evaluation.dynamic import use_dynamic_ranges
 from fptquant.evaluation.equivalence import _largest_difference, check_served
 from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
-from tests.conftest import TEXT, VOCABULARY
+from fptquant.quantizers import RangeOptions, search_range
+from fptquant.simulation import SimulatedLinear
+from fptquant.training.teacher import Teacher
+from tests.conftest import TEXT, VOCABULARY, build_model
 
 
 def test_windows_start_at_the_beginning_and_do_not_overlap(
@@ -68,3 +75,35 @@ def test_served_check_limits_the_perplexity(offset: float, passed: bool) -> None
     windows = torch.zeros(2, 5)
     check = check_served(lambda w: torch.full((4,), -1.0), lambda w: torch.full((4,), -1.0 - offset), windows)
     assert check.passed is passed
+
+
+def test_dynamic_ranges_follow_each_token() -> None:
+    """Bits that a static range wastes on one large token are not wasted: each token's error is relative to itself."""
+    model = build_model("gqa")
+    linear = SimulatedLinear.from_linear(model.lm_head, LinearScheme(weights={"bits": 8}, activations={"bits": 8}))
+    x = torch.randn(1, 6, 32) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0])[:, None]
+    expected = linear(x)
+    linear.set_input_quantizer(*search_range(x, 8, True, RangeOptions(method="minmax")))
+    scale = linear.weight.abs().amax(1, keepdim=True) / 127
+    linear.set_weight_codes(torch.round(linear.weight / scale), scale)
+    static = (linear(x) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    model.lm_head = linear
+    use_dynamic_ranges(model)
+    dynamic = (linear(x) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert static[0, 0] == 1 and bool((dynamic < 0.02).all())
+
+
+def test_comparison_with_the_original(tmp_path: Path) -> None:
+    model, other = build_model("gqa"), build_model("gqa", seed=1)
+    windows = torch.arange(2, 42).view(2, 20)
+    teacher = Teacher(model, LLAMA, windows, tmp_path / "teacher")
+    same = compare(model, teacher, range(2))
+    assert abs(same.kl) < 1e-6 and same.agreement == 1
+    assert same.perplexity == pytest.approx(measure(transformers_scorer(model), windows, 20).perplexity)
+    found = compare(other, teacher, range(2))
+    p, q = (m(windows).logits[:, :-1].log_softmax(-1) for m in (model, other))
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert found.perplexity == pytest.approx(measure(transformers_scorer(other), windows, 20).perplexity)
+    teacher.release()
+    assert compare(model, teacher, range(2)) == same  # from the cache

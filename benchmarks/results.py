@@ -1,0 +1,239 @@
+"""The table that tells methods apart: what each part of FPTQuant brings, and all recipes, on one real model.
+
+Model: SmolLM2-135M-Instruct, a dequantized GGUF. Texts: the first windows of tests/data/wiki.test.txt and
+moby.test.txt, without special tokens. Calibrated and trained on the shipped text only. Everything is simulated; what is
+served equals the simulation (benchmarks/accuracy.py). Results are written to `--work` as they come and aren't measured
+again, so this takes hours once and can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+TEXTS = ("wiki", "moby")
+PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
+ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
+STAGE_2 = {"steps": 90, "weights": "float", "transform_rate": 3e-3, "rotation_rate": 1e-3}
+SCALES = {"steps": 100}
+
+# Each rung adds to the one before.
+LADDER: dict[str, dict[str, Any]] = {
+    "nearest, min-max": {
+        "transforms": [],
+        "sink": "none",
+        "rounding": {"method": "nearest"},
+        **{key: {"method": "minmax"} for key in ("weight_range", "activation_range", "kv_range")},
+    },
+    "+ L_p ranges": {
+        "weight_range": {"method": "lp"},
+        "activation_range": {"method": "lp"},
+        "kv_range": {"method": "lp"},
+    },
+    "+ T_r, T_d": {"transforms": ["T_r", "T_d"]},
+    "+ T_k, T_v, T_u": {"transforms": ALL[:5]},
+    "+ S_n": {"transforms": ALL},
+    "+ GPTQ": {"rounding": {"method": "gptq"}},
+    "+ first token constant": {"sink": "auto"},
+    "+ scales and ranges trained": {"scales": SCALES},
+    "+ stage 1": {"local": {"steps": 40}},
+    "+ stage 2": {"end_to_end": STAGE_2},
+}
+DYNAMIC = "+ first token constant, dynamic per token"
+RECIPES = ("rtn", "gptq", "quarot", "spinquant", "fptquant-light", "fptquant")
+# "fptquant" without one of its parts.
+LEFT_OUT = {f"without {name}": {"transforms": [other for other in ALL if other != name]} for name in ALL}
+LEFT_OUT["without the constant first token"] = {"sink": "none"}
+
+
+INTRODUCTION = """# Results
+
+    make results
+
+SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serves equals the simulation, see
+accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
+only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
+and 8-bit activations. KL: of the original's next-token distribution from the model's, nats per token. Agreement:
+share of tokens with the same most likely successor. Several seeds: each figure. Time and peak memory of `fptquant
+quantize` on two virtual cores, beside other jobs.
+
+"""
+
+
+def main() -> None:
+    """Measures what is missing and writes docs/results.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "results")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained rows run with each")
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--parts", nargs="*", choices=["ladder", "recipes", "left-out"], default=["ladder", "recipes"])
+    parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
+    parser.add_argument("--keep", action="store_true", help="keep every checkpoint, not only its results")
+    parser.add_argument("--report", action="store_true", help="write the page from what was measured, measure nothing")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results = Results(arguments.work / "results.json")
+    if not arguments.report:
+        for name, fields in rows(arguments):
+            if name not in results.rows or results.rows[name]["windows"] != arguments.windows:
+                results.add(name, measure(name, fields, arguments))
+    page = report(results.rows, arguments.windows)
+    (ROOT / "docs" / "results.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+class Results:
+    """Rows measured so far, in a JSON file."""
+
+    def __init__(self, file: Path) -> None:
+        """Reads what is there."""
+        self.file = file
+        self.rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keeps a row."""
+        self.rows[name] = row
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.rows, indent=2) + "\n")
+        partial.replace(self.file)
+        print(name, row, file=sys.stderr, flush=True)
+
+
+def rungs() -> dict[str, dict[str, Any]]:
+    """The ladder's recipes, each with what came before."""
+    fields: dict[str, Any] = {}
+    found = {}
+    for name, change in LADDER.items():
+        fields = {**fields, **change}
+        found[name] = fields
+    return found
+
+
+def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
+    from fptquant.recipe import Recipe
+
+    found: list[tuple[str, dict[str, Any]]] = [("float32", {})]
+    for precision in arguments.precisions:
+        parts: dict[str, dict[str, dict[str, Any]]] = {
+            "ladder": rungs(),
+            "recipes": {name: {"recipe": name} for name in RECIPES},
+            "left-out": {name: {"recipe": "fptquant", **change} for name, change in LEFT_OUT.items()},
+        }
+        parts["ladder"][DYNAMIC] = parts["ladder"]["+ first token constant"]
+        for part in arguments.parts:
+            for name, fields in parts[part].items():
+                recipe = Recipe.load(fields["recipe"]) if "recipe" in fields else Recipe.parse(fields)
+                trained = recipe.local.steps or recipe.end_to_end.steps or recipe.scales.steps
+                for seed in arguments.seeds if trained else arguments.seeds[:1]:
+                    key = f"{precision} | {part} | {name} | {seed}"
+                    if not arguments.only or any(word in key for word in arguments.only):
+                        found.append((key, {**fields, "precision": precision, "seed": seed}))
+
+    def cost(row: tuple[str, dict[str, Any]]) -> int:
+        fields = row[1]
+        return 1 + ("scales" in fields) + ("local" in fields) + ("end_to_end" in fields) + ("recipe" in fields)
+
+    return sorted(found, key=cost)
+
+
+def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quantizes (or finds the checkpoint) and compares with the original on both texts."""
+    from fetch_smollm2 import fetch
+    from fptquant.evaluation.comparison import compare
+    from fptquant.evaluation.dynamic import use_dynamic_ranges
+    from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.loading import load_model, open_source
+    from fptquant.training.teacher import Teacher
+
+    source = open_source(fetch())
+    row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None}
+    path = source.path
+    if fields:
+        path = checkpoint(source.path, fields, arguments.work)
+        summary = json.loads((path / "fptquant" / "summary.json").read_text())
+        row |= {"seconds": sum(summary["seconds"].values()), "memory": summary["peak_memory_bytes"]}
+    model, original = load_model(open_source(path)), load_model(source)
+    if DYNAMIC in name:
+        use_dynamic_ranges(model)
+    for text in TEXTS:
+        file = ROOT / "tests" / "data" / f"{text}.test.txt"
+        windows = evaluation_windows(source.tokenizer, file, arguments.windows, 512)
+        teacher = Teacher(original, source.architecture, windows, arguments.work / f"teacher-{text}")
+        row[text] = asdict(compare(model, teacher, range(arguments.windows)))
+    if fields and not arguments.keep and DYNAMIC not in name:
+        for file in path.glob("*.safetensors"):
+            file.unlink()
+    return row
+
+
+def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
+    """The checkpoint of a row, made if it isn't there."""
+    from fptquant.recipe import Recipe
+
+    rest = dict(fields)
+    recipe = Recipe.load(rest.pop("recipe")) if "recipe" in rest else Recipe.parse({})
+    recipe = recipe.changed("row", **rest)
+    output = work / recipe.digest()
+    if not list(output.glob("*.safetensors")):
+        file = work / f"{recipe.digest()}.yaml"
+        file.write_text(yaml.safe_dump(recipe.to_dict()))
+        command = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
+        subprocess.run([*command, "--recipe", file, "--overwrite"], check=True)
+    return output
+
+
+def report(rows: dict[str, dict[str, Any]], windows: int) -> str:
+    """The page."""
+    lines = INTRODUCTION.format(windows=windows).splitlines()
+    if "float32" in rows:
+        wiki, moby = (rows["float32"][text]["perplexity"] for text in TEXTS)
+        lines += [f"float32: wiki {wiki:.2f}, moby {moby:.2f}.", ""]
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for key, row in rows.items():
+        if key != "float32":
+            precision, part, name, _ = key.split(" | ")
+            groups.setdefault((precision, part), {}).setdefault(name, []).append(row)
+    for precision in PRECISIONS:
+        for part in ("ladder", "recipes", "left-out"):
+            found = groups.get((precision, part))
+            if not found:
+                continue
+            lines += [f"## {precision}, {part}", "", "| | wiki | moby | KL wiki | agreement | minutes | GB |"]
+            lines.append("|---|---|---|---|---|---|---|")
+            order = [*LADDER, DYNAMIC, *RECIPES, *LEFT_OUT]
+            lines += [table_row(name, found[name]) for name in order if name in found]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def table_row(name: str, measured: list[dict[str, Any]]) -> str:
+    """One line of a table; several seeds are separated by slashes."""
+
+    def cell(values: list[float], digits: int) -> str:
+        return " / ".join(f"{value:.{digits}f}" for value in values)
+
+    cells = [
+        name,
+        cell([row["wiki"]["perplexity"] for row in measured], 2),
+        cell([row["moby"]["perplexity"] for row in measured], 2),
+        cell([row["wiki"]["kl"] for row in measured], 3),
+        cell([100 * row["wiki"]["agreement"] for row in measured], 1),
+        cell([row["seconds"] / 60 for row in measured], 1),
+        cell([row["memory"] / 1e9 for row in measured], 1),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
