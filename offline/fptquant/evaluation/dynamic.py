@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.checkpoint import code_bounds, quantize
+from fptquant.quantizers import affine
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 
 
@@ -28,13 +28,7 @@ def use_dynamic_ranges(model: PreTrainedModel) -> None:
 def token_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point (..., 1) that hold the last dimension of `x`."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
-    half = 2.0 ** (bits - 1)
-    tiny = torch.finfo(torch.float32).tiny * 1e6
-    if symmetric:
-        scale = torch.maximum(-low / half, high / (half - 1)).clamp_min(tiny)
-        return scale, torch.zeros_like(scale)
-    scale = ((high - low) / (2 * half - 1)).clamp_min(tiny)
-    return scale, torch.round(-half - low / scale).clamp(-half, half - 1)
+    return affine(low, high, bits, symmetric)
 
 
 def _follow(linear: SimulatedLinear) -> Callable[[Tensor], None]:
@@ -59,7 +53,7 @@ class DynamicKV(KVQuantizer):
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> tuple[Tensor, Tensor]:
         """Fake-quantized `states`, and a scale of one."""
-        one = torch.ones(1, 1, 1)
+        one = states.new_ones(1, 1, 1)
         if key not in self.sides:
             return states, one
         scale, zero_point = token_range(states, self.scheme.bits, self.scheme.symmetric)

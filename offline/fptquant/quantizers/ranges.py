@@ -44,11 +44,11 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
         high = -_order_statistic(-values, share).clamp(max=0.0)
     elif options.method == "lp":
         low, high = _search_lp(values, low, high, bits, symmetric, options)
-    scale, zero_point = _affine(low, high, bits, symmetric)
+    scale, zero_point = affine(low, high, bits, symmetric)
     return scale, zero_point.to(torch.int32)
 
 
-def _affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and (float) zero point that map [low, high] onto the code range; arguments broadcast."""
     half = 2.0 ** (bits - 1)
     tiny = torch.finfo(torch.float32).tiny * 1e6
@@ -76,7 +76,7 @@ def _search_lp(
     shrink = torch.logspace(0, -3, options.grid * 2, base=10.0)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero = _affine(lows, highs, bits, symmetric)
+        scale, zero = affine(lows, highs, bits, symmetric)
         half, total = 2.0 ** (bits - 1), []
         for s, z in zip(scale, zero, strict=True):  # one candidate at a time keeps the temporaries in cache
             codes = torch.clamp(torch.round(points / s), -half - z, half - 1 - z)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 from fptquant import pipeline, planning
 from fptquant.architectures.llama import LLAMA
+from fptquant.calibration import calibrate_and_round
 from fptquant.errors import FPTQuantError
+from fptquant.loading import load_model
 from fptquant.merging import merge_transforms
 from fptquant.recipe import Recipe
-from fptquant.simulation.sink import record_sink
+from fptquant.simulation.sink import record_sink, sink_state
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.training.optimization import Optimization
@@ -56,18 +58,25 @@ def make_job(kind: str, path: Path, **fields: Any) -> planning.Plan:
     )
 
 
+def quantized(job: planning.Plan) -> Any:
+    """The job's simulation, in memory; its second layer is steady."""
+    simulation = load_model(job.source)
+    pipeline.transform(job, simulation)
+    record_sink(simulation, LLAMA, job.first_tokens)
+    if sink_state(simulation) is not None:
+        simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
+    for _ in calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
+        pass
+    return simulation
+
+
 @pytest.mark.parametrize("kind", ["gqa", "bias", "tied"])
 @pytest.mark.parametrize("names", [NAMES, ["T_k", "T_v", "T_u"]], ids=["all", "no T_r, T_d, S_n"])
 def test_transform_student_is_the_quantized_model(kind: str, names: list[str], tmp_path: Path) -> None:
     """Weights through the transforms in every step give what merging them gives, the sink included."""
     job = make_job(kind, tmp_path, precision="w4a8kv8", transforms=names, head_bits=16, rounding={"method": "nearest"})
     job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
-    simulation = build_model(kind)
-    pipeline.transform(job, simulation)
-    record_sink(simulation, LLAMA, job.first_tokens)
-    simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
-    for _ in stages.calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
-        pass
+    simulation = quantized(job)
     student = transform_student(folded(kind), LLAMA, job.transforms, simulation, estimator="ste", float_weights=False)
     for first in (0, 7):  # the sink's token, and another
         tokens = torch.cat((torch.tensor([[first]]), TOKENS), 1)
@@ -80,11 +89,7 @@ def test_transform_student_is_the_quantized_model(kind: str, names: list[str], t
 @pytest.mark.parametrize("precision", ["w4a8kv8", "w4a4kv4", "w4a16"])
 def test_integer_student_is_the_quantized_model(precision: str, tmp_path: Path) -> None:
     job = make_job("bias", tmp_path, precision=precision)
-    simulation = build_model("bias")
-    pipeline.transform(job, simulation)
-    record_sink(simulation, LLAMA, job.first_tokens)
-    for _ in stages.calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
-        pass
+    simulation = quantized(job)
     expected = simulation(TOKENS).logits
     student = integer_student(simulation, LLAMA, "ste")
     assert (student.model(TOKENS).logits - expected).norm() < 0.03 * expected.norm()
@@ -114,11 +119,7 @@ def test_every_parameter_learns(tmp_path: Path) -> None:
     assert {name.split("/")[1] for name in seen} == trained and min(seen.values()) > 0
 
     seen.clear()
-    simulation = build_model("bias")
-    pipeline.transform(job, simulation)
-    record_sink(simulation, LLAMA, job.first_tokens)
-    for _ in stages.calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
-        pass
+    simulation = quantized(job)
     student = transform_student(base, LLAMA, transforms, simulation, estimator="ste", float_weights=False)
     options = TransformTrainingOptions(steps=1, batch=6)
     groups = range_groups(student, options) | stages._transform_groups(transforms, 1e-3, 1e-3)
@@ -153,11 +154,7 @@ def test_training_brings_the_student_closer(objective: str, tmp_path: Path) -> N
     scales = {"steps": 60, "batch": 2, "objective": objective, "top": 20, "teacher": "online"}
     job = make_job("gqa", tmp_path, precision="w4a4kv4", transforms=NAMES, scales=scales)
     rows: list[dict[str, float]] = []
-    simulation = build_model("gqa")
-    pipeline.transform(job, simulation)
-    record_sink(simulation, LLAMA, job.first_tokens)
-    for _ in stages.calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
-        pass
+    simulation = quantized(job)
     student = integer_student(simulation, LLAMA, "trust" if objective == "kl" else "ste")
     options = job.recipe.scales
     teacher = Teacher(build_model("gqa"), LLAMA, job.training_windows, None)
@@ -175,10 +172,7 @@ def test_every_sequence_is_seen_once_in_each_pass() -> None:
 
 def test_loss_that_is_not_finite_names_step_and_layer(tmp_path: Path) -> None:
     job = make_job("gqa", tmp_path, scales={"steps": 3})
-    simulation = build_model("gqa")
-    pipeline.transform(job, simulation)
-    for _ in stages.calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
-        pass
+    simulation = quantized(job)
     student = integer_student(simulation, LLAMA, "ste")
     student.weight_parameters()["model.layers.1.mlp.up_proj.log_scale"].data[3] = torch.nan
     teacher = Teacher(build_model("gqa"), LLAMA, job.training_windows, None)
