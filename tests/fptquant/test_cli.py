@@ -195,7 +195,6 @@ def test_evaluate(run: Run, quantized: Path, model_dir: Path, calibration: Path,
 
 
 def test_sensitivity(run: Run, model_dir: Path, calibration: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     files = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
     options = ("--calibration", calibration, "--sequences", 4, "--windows", 2, "--length", 24, *files)
     result = run("sensitivity", model_dir, *options, "--precision", "w4a4kv8", "--kinds", "down_input, keys")
@@ -237,7 +236,6 @@ def test_sensitivity_bad_input(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     assert message in one_error(run("sensitivity", model_dir, "--calibration", calibration, "--sequences", 4, *options))
     assert os.listdir(tmp_path) == []

@@ -122,7 +122,7 @@ def plot(results: Results, file: Path) -> None:
     """Draws the KL divergences: a heat map of kinds and layers where single layers were measured, else bars.
 
     Raises:
-        FPTQuantError: matplotlib is missing, or can't write such a file.
+        FPTQuantError: can't write such a file.
     """
     check_plot(file)
     import numpy as np
@@ -156,12 +156,10 @@ def check_plot(file: Path) -> None:
     """Finds out before a long measurement whether its plot can be drawn.
 
     Raises:
-        FPTQuantError: matplotlib is missing, no such directory, or an unknown file type.
+        FPTQuantError: no such directory, or an unknown file type.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise FPTQuantError("--plot needs matplotlib: pip install 'vllm-fptquant[plot]'") from None
+    from matplotlib.backend_bases import FigureCanvasBase
+
     if not file.absolute().parent.is_dir():
         raise FPTQuantError(f"--plot: '{file.absolute().parent}' is not a directory")
     known = sorted(FigureCanvasBase.get_supported_filetypes())

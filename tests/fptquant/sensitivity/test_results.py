@@ -57,7 +57,6 @@ def test_a_file_of_something_else(content: str, message: str, tmp_path: Path) ->
 
 
 def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     results = Results(SETTINGS)
     for row in (Row("keys", None, Effect(0.2, 9)), Row("down_input", None, Effect(0.0, 8))):
         results.add(row)
