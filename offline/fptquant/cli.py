@@ -53,13 +53,22 @@ class RichStages(Stages):
     def begin(self, name: str) -> None:
         """Starts a bar; the total is known with the first step."""
         columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err)
+        note = TextColumn("{task.fields[note]}")
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), note, console=_err)
         self._bar.start()
-        self._task = self._bar.add_task(name, total=None)
+        self._task = self._bar.add_task(name, total=None, note="")
 
     def advance(self, total: int) -> None:
         """Moves the bar."""
         self._bar.update(self._task, total=total, advance=1)
+
+    def resume(self, done: int) -> None:
+        """Starts the bar where an earlier run stopped."""
+        self._bar.update(self._task, completed=done)
+
+    def note(self, text: str) -> None:
+        """Shows the loss."""
+        self._bar.update(self._task, note=text)
 
     def end(self, name: str) -> None:
         """Completes the bar and leaves it on the screen."""
