@@ -432,6 +432,9 @@ def _print_plan(job: Any, output: Path) -> None:
     if job.recipe.budget is not None:
         table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
+    if config.sink:
+        first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
+        table.add_row("first token", f"constant where it is {first}")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape
