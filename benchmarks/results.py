@@ -24,7 +24,7 @@ TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
 ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
 STAGE_2 = {"steps": 90, "weights": "float", "transform_rate": 3e-3, "rotation_rate": 1e-3}
-SCALES = {"steps": 100}
+SCALES = {"steps": 150}
 
 # Each rung adds to the one before.
 LADDER: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
@@ -72,8 +73,14 @@ class MergedWeight(nn.Module):
                 self.log_clip = nn.Parameter(log_clip_of(scale, self.merged()[0], bits))
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias after the transforms, not quantized."""
-        return self.transforms[0].merge(self.role, self.layer, self.weight, self.bias)
+        """Weight and bias after the transforms, not quantized; merged again when differentiating, to save memory."""
+        merge, arguments = self.transforms[0].merge, (self.role, self.layer, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return merge(*arguments)
+        merged: tuple[Tensor, Tensor | None] = checkpoint(
+            merge, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return merged
 
     def quantized(self, weight: Tensor) -> Tensor:
         """The merged weight, fake-quantized."""
