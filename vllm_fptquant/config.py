@@ -83,6 +83,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             FPTQuantError: `residual_scale`, `sink` and the checkpoint's architecture contradict each other.
         """
         expected = self.checkpoint.own_model_class
+        scaled, sink = self.checkpoint.transforms.residual_scale, self.checkpoint.sink is not None
         prefix = residual_scaled_architecture("")
         for architecture in getattr(hf_config, "architectures", None) or []:
             if architecture.startswith(prefix) == expected:
@@ -92,7 +93,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             else:
                 fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
             raise FPTQuantError(
-                f"config.json of {model_name}: residual scale and sink are {'on' if expected else 'off'}, which "
+                f"config.json of {model_name}: transforms.residual_scale is {str(scaled).lower()} and there is "
+                f"{'a' if sink else 'no'} sink, which "
                 f"architecture '{architecture}' does not implement: {fix}"
             )
 

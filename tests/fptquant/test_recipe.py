@@ -18,10 +18,13 @@ def test_shipped_recipes_parse(name: str) -> None:
     assert Recipe.parse(recipe.to_dict()) == recipe
 
 
-def test_the_default_is_the_shipped_recipe_and_has_everything() -> None:
-    assert {"fptquant", "gptq", "rtn"} <= set(shipped_recipes())
-    recipe = Recipe.load("fptquant")
-    assert recipe.changed(description="") == Recipe()
+def test_the_default_recipe_has_everything() -> None:
+    assert {"fptquant", "fptquant-light", "gptq", "quarot", "rtn", "spinquant"} <= set(shipped_recipes())
+    recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
+    assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
+    assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
+    untrained = {"description": "", "name": "fptquant", "local": {"steps": 0}}
+    assert light.changed(**untrained) == Recipe()  # a recipe without fields trains nothing
     assert list(recipe.transforms) == list(TRANSFORMS) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")
     methods = {baseline.weight_range.method, baseline.activation_range.method, baseline.kv_range.method}
