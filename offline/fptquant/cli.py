@@ -300,11 +300,9 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
-    from fptquant.loading import load_model
     from fptquant.planning import plan
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
-    from fptquant.simulation.sink import record_sink
 
     options = {"source": calibration, "sequences": sequences}
     fields: dict[str, Any] = {"calibration": {key: value for key, value in options.items() if value is not None}}
@@ -340,9 +338,7 @@ def sensitivity(
     groups = missing(sites, results, per_layer=per_layer)
     if groups:
         with stages.stage("load and transform"):
-            network = load_model(job.source)
-            pipeline.transform(job, network, stages)
-            record_sink(network, job.source.architecture, job.first_tokens)
+            network = pipeline.transformed(job, stages)
         probe = Probe(job, network, tokens)
         with stages.stage("fit sites"):
             for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):

@@ -119,9 +119,7 @@ def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict
         facts = stored[1]
         return replanned(job, job.recipe.changed("budget", budget=None, overrides=facts["overrides"])), facts["record"]
     with stages.stage("load for the budget"):
-        model = load_model(job.source)
-        transform(job, model)
-        record_sink(model, job.source.architecture, job.first_tokens)
+        model = transformed(job)
     changed, spending = spend(job, model, stages)
     facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
     state.save("budget", {}, facts)
@@ -138,6 +136,14 @@ def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -
     for _ in (stages or Stages()).track(merging, job.layers):
         pass
     install_simulation(model, job.source.architecture, job.config)
+
+
+def transformed(job: Plan, stages: Stages | None = None) -> PreTrainedModel:
+    """The source with its transforms merged and a constant first token computed, nothing quantized."""
+    model = load_model(job.source)
+    transform(job, model, stages)
+    record_sink(model, job.source.architecture, job.first_tokens)
+    return model
 
 
 @torch.no_grad()

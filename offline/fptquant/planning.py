@@ -72,17 +72,14 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
         FPTQuantError: whatever the user has to mend.
     """
     source = open_source(model)
-    sink = _sink(source, recipe)
-    vocabulary = source.config.vocab_size
-    windows = calibration_windows(
-        source.tokenizer, recipe.calibration, vocabulary, recipe.seed, sink.token if sink else None
-    )
+    sink, vocabulary = _sink(source, recipe), source.config.vocab_size
+    token = sink.token if sink else None
+    windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
     training = torch.empty(0, 0, dtype=torch.int64)
     if recipe.end_to_end.steps or recipe.scales.steps:
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )
-        token = sink.token if sink else None
         training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
     return _plan(source, recipe, windows, training)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+import fptquant.rounding
 from fptquant.architectures.llama import LLAMA
 from fptquant.calibration import calibrate_and_round
 from fptquant.checkpoint import CheckpointConfig, DownHadamard, TransformRecord
@@ -23,6 +24,20 @@ from tests.conftest import VOCABULARY
 def windows() -> Tensor:
     """Four calibration sequences: one batch."""
     return torch.randint(0, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.fixture
+def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every Hessian that GPTQ is handed during the test, in order."""
+    seen: list[Tensor] = []
+    original = fptquant.rounding.ROUNDERS["gptq"]
+
+    def spy(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: object) -> Tensor:
+        seen.append(hessian.clone())
+        return original(weight, scale, bits, hessian, options)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(fptquant.rounding.ROUNDERS, "gptq", spy)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -173,23 +173,27 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
     ) -> Any:
         """As `LlamaModel.forward`."""
-        if self.sink_token is None:
+        sink = self._first_tokens(input_ids, positions)
+        if sink is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        at_start = (positions == 0)[:, None]
-        # Eager, most steps decode and hold no first token; a compiled graph has no branches on data.
-        if not torch.compiler.is_compiling() and positions.is_cpu and not bool(at_start.any()):
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        # embeddings in place of tokens: nothing is known of the first
-        at_token = torch.zeros_like(at_start)
-        if input_ids is not None:
-            at_token = at_start & (input_ids == self.sink_token)[:, None]
-        sink = SinkMasks(at_start, at_token)
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, sink=sink)
         if isinstance(output, IntermediateTensors):
             return output
         hidden, *auxiliary = output if isinstance(output, tuple) else (output,)
-        hidden = torch.where(at_token, self.norm.sink_output.to(hidden.dtype), hidden)
+        hidden = torch.where(sink.at_token, self.norm.sink_output.to(hidden.dtype), hidden)
         return (hidden, *auxiliary) if auxiliary else hidden
+
+    def _first_tokens(self, input_ids: Tensor | None, positions: Tensor) -> SinkMasks | None:
+        """Where sequences start; None when it need not be looked at."""
+        if self.sink_token is None:
+            return None
+        at_start = (positions == 0)[:, None]
+        # Eager, most steps decode and hold no first token; a compiled graph has no branches on data.
+        if not torch.compiler.is_compiling() and positions.is_cpu and not bool(at_start.any()):
+            return None
+        if input_ids is None:  # embeddings in place of tokens: nothing is known of the first
+            return SinkMasks(at_start, torch.zeros_like(at_start))
+        return SinkMasks(at_start, at_start & (input_ids == self.sink_token)[:, None])
 
 
 class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]

@@ -41,7 +41,7 @@ class _Stop(Exception):
 
 
 @dataclass
-class _LayerInputs:
+class LayerInputs:
     """Hidden states that enter a layer, and the other arguments of its forward."""
 
     hidden: list[Tensor]  # each (batch, tokens, hidden)
@@ -49,6 +49,7 @@ class _LayerInputs:
     first: int  # tokens before this one are constants and do not count
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
+        """Outputs of `layer`, batch by batch."""
         for hidden in self.hidden:
             output = layer(hidden, **self.arguments)
             yield output[0] if isinstance(output, tuple) else output
@@ -79,7 +80,7 @@ def calibrate_and_round(
     """
     layers = architecture.layer_modules(model)
     importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
-    inputs = _first_inputs(model, layers[0], windows)
+    inputs = first_inputs(model, layers[0], windows)
     for index, layer in enumerate(layers):
         stored = store.load(f"layer-{index}") if store else None
         if stored is not None:
@@ -90,7 +91,7 @@ def calibrate_and_round(
             name = architecture.projection_name(index, group[0])
             _quantize_group(linears, name, inputs, layer, recipe, importance.get(name))
             if Role.VALUE in group:
-                _set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
+                set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
         if store is not None and stored is None:
             store.save(f"layer-{index}", layer.state_dict())
         inputs.hidden = list(inputs.run(layer))
@@ -111,9 +112,9 @@ def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
     finish_loading(layer)
 
 
-def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> _LayerInputs:
+def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
     """Runs the model up to its first layer."""
-    inputs = _LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
+    inputs = LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.hidden.append(args[0])
@@ -132,7 +133,7 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> 
 def _quantize_group(
     linears: list[SimulatedLinear],
     name: str,
-    inputs: _LayerInputs,
+    inputs: LayerInputs,
     layer: nn.Module,
     recipe: Recipe,
     importance: Tensor | None = None,
@@ -141,7 +142,7 @@ def _quantize_group(
     scheme = linears[0].scheme
     if scheme is None:
         return
-    seen = _observe_inputs(linears[0], inputs, layer)  # (tokens, in)
+    seen = observe_inputs(linears[0], inputs, layer)  # (tokens, in)
     if not bool(torch.isfinite(seen).all()):
         raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
     if scheme.activations.bits < 16:
@@ -166,18 +167,25 @@ def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
     return seen.T @ seen / seen.shape[0]
 
 
-def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:
-    weights = [linear.float_weight() for linear in linears]
-    stacked = torch.cat(weights).float()  # (sum of N, K): one pass for all that share the input
+def rounded_weights(
+    linears: list[SimulatedLinear], bits: int, hessian: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass."""
+    stacked = torch.cat([linear.float_weight() for linear in linears]).float()
     importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
-    scales = weight_scales(stacked, scheme.weights.bits, recipe.weight_range, importance)
-    codes = ROUNDERS[recipe.rounding.method](stacked, scales, scheme.weights.bits, hessian, recipe.rounding)
-    sizes = [weight.shape[0] for weight in weights]
+    scales = weight_scales(stacked, bits, recipe.weight_range, importance)
+    return ROUNDERS[recipe.rounding.method](stacked, scales, bits, hessian, recipe.rounding), scales
+
+
+def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:
+    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
+    sizes = [linear.out_features for linear in linears]
     for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
         linear.set_weight_codes(part, scale)
 
 
-def _observe_inputs(linear: SimulatedLinear, inputs: _LayerInputs, layer: nn.Module) -> Tensor:
+def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
+    """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
     seen: list[Tensor] = []
 
     def observe(x: Tensor) -> None:
@@ -190,7 +198,8 @@ def _observe_inputs(linear: SimulatedLinear, inputs: _LayerInputs, layer: nn.Mod
     return torch.cat(seen)
 
 
-def _set_kv_ranges(attention: nn.Module, inputs: _LayerInputs, layer: nn.Module, recipe: Recipe) -> None:
+def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, recipe: Recipe) -> None:
+    """Fixes the ranges of keys and values and turns their quantization on; nothing without a quantized cache."""
     quantizer = getattr(attention, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):
         return
@@ -214,7 +223,7 @@ def _set_kv_ranges(attention: nn.Module, inputs: _LayerInputs, layer: nn.Module,
     quantizer.ready = True
 
 
-def _run_until_stopped(inputs: _LayerInputs, layer: nn.Module) -> None:
+def _run_until_stopped(inputs: LayerInputs, layer: nn.Module) -> None:
     for hidden in inputs.hidden:
         try:
             layer(hidden, **inputs.arguments)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.calibration.layerwise import (
-    _first_inputs,
-    _LayerInputs,
-    _observe_inputs,
-    _set_kv_ranges,
+    LayerInputs,
+    first_inputs,
+    observe_inputs,
+    rounded_weights,
     second_moment,
+    set_kv_ranges,
 )
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
 from fptquant.planning import Plan
 from fptquant.quantizers import search_range, weight_scales
 from fptquant.quantizers.weights import round_to_nearest
-from fptquant.rounding import ROUNDERS
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 
@@ -94,13 +94,13 @@ class Probe:
         adaptive = self.job.recipe.rounding.hessian == "output" and any(site.is_weights for site in wanted)
         if adaptive:
             self._importance = token_weights(self.model, self.job.source.architecture, self.job.windows)
-        inputs = _first_inputs(self.model, self.layers[0], self.job.windows)
+        inputs = first_inputs(self.model, self.layers[0], self.job.windows)
         for index, layer in enumerate(self.layers):
             for name in GROUPS:
                 self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
             if any(Site(kind, index) in wanted for kind in CACHES):
                 attention = layer.get_submodule(self.job.source.architecture.attention)
-                _set_kv_ranges(attention, inputs, layer, self.job.recipe)
+                set_kv_ranges(attention, inputs, layer, self.job.recipe)
                 quantizer = _quantizer(attention)
                 quantizer.ready, quantizer.sides = False, set()
             inputs.hidden = list(inputs.run(layer))
@@ -126,30 +126,26 @@ class Probe:
         windows, length = self.tokens.shape
         return Effect(max(0.0, kl / (windows * length)), math.exp(loss / (windows * (length - 1))))
 
-    def _fit_group(self, source: Site, weights: Site, wanted: set[Site], inputs: _LayerInputs) -> None:
+    def _fit_group(self, source: Site, weights: Site, wanted: set[Site], inputs: LayerInputs) -> None:
         """Ranges of an input and codes of the weights that read it."""
         if source not in wanted and weights not in wanted:
             return
         linears, recipe = self._linears(source), self.job.recipe
         scheme = linears[0].scheme
         assert scheme is not None
-        seen = _observe_inputs(linears[0], inputs, self.layers[source.layer])  # (tokens, K)
+        seen = observe_inputs(linears[0], inputs, self.layers[source.layer])  # (tokens, K)
         if source in wanted:
             for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
                 scale, zero_point = search_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
                 self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
         if weights in wanted:
             hessian = second_moment(seen, self._importance.get(weights.modules(self.job)[0]))
-            importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
-            rounder, bits = ROUNDERS[recipe.rounding.method], scheme.weights.bits
-            weight = torch.cat([linear.float_weight() for linear in linears])
-            scale = weight_scales(weight, bits, recipe.weight_range, importance)
-            codes = rounder(weight, scale, bits, hessian, recipe.rounding)
+            codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
             self._codes[weights] = _Codes(codes.to(torch.int8), scale)
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
-        self._inputs = _first_inputs(self.model, self.layers[0], self.tokens)
+        self._inputs = first_inputs(self.model, self.layers[0], self.tokens)
         self._entries = [self._inputs.hidden]
         for layer in self.layers:
             self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))

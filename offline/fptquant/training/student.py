@@ -165,7 +165,6 @@ class Student:
 
     model: PreTrainedModel
     architecture: Architecture
-    replaced: dict[str, SimulatedLinear] = field(default_factory=dict)
     caches: list[tuple[nn.Module, KVQuantizer, TrainedKV]] = field(default_factory=list)
 
     def linears(self) -> Iterator[tuple[str, TrainedLinear]]:
@@ -199,7 +198,7 @@ class Student:
     def finish(self) -> None:
         """Puts the simulation's layers back, with the trained ranges, and the trained scales of integer weights."""
         for name, trained in list(self.linears()):
-            linear = self.replaced[name]
+            linear = trained.linear[0]
             if trained.quantizer is not None:
                 linear.set_input_quantizer(*trained.quantizer.values())
             if isinstance(trained.weight, IntegerWeight):
@@ -351,7 +350,6 @@ def _replace(
     weight: IntegerWeight | MergedWeight,
     quantizer: StaticQuantizer | None,
 ) -> None:
-    student.replaced[name] = linear
     trained = TrainedLinear(linear, weight, quantizer)
     # hooks (the constants of a sink) belong to the place, not to the layer
     trained._forward_hooks = linear._forward_hooks

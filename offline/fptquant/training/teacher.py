@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class Teacher:
         states: Tensor = self._model.base_model(self.windows[sequence][None], use_cache=False).last_hidden_state[0]
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may compute the same
             save_file({"hidden": states.contiguous()}, partial)
             partial.rename(file)
         return states
