@@ -11,7 +11,7 @@ STAMP := $(VENV)/.setup-done
 
 CODE        := offline vllm_fptquant scripts benchmarks tests
 SHELL_FILES := scripts/install.sh .ci/run
-YAML_FILES  := docker/compose.yaml $(wildcard offline/fptquant/recipes/*.yaml)
+YAML_FILES  := docker/compose.yaml benchmarks/quick.yaml $(wildcard offline/fptquant/recipes/*.yaml)
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help

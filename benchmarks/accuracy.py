@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+RECIPE = ["--recipe", "fptquant-light"]  # of rows that name none
 ROWS = {
     "w4a16": ["--precision", "w4a16"],
     "w4a8": ["--precision", "w4a8"],
@@ -67,7 +68,7 @@ def quantize(source: Path, work: Path, name: str) -> Path:
     output = work / name.replace(",", "").replace(" ", "-")
     if not output.is_dir():
         fptquant = Path(sys.executable).parent / "fptquant"
-        subprocess.run([fptquant, "quantize", source, "-o", output, *ROWS[name]], check=True)
+        subprocess.run([fptquant, "quantize", source, "-o", output, *RECIPE, *ROWS[name]], check=True)
     return output
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-QUICK = ["--rounding", "nearest", "--sequences", "4"]
+QUICK = ["--recipe", str(Path(__file__).with_name("quick.yaml"))]
 ALL_TRANSFORMS = "T_k,T_v,T_u,T_r,T_d,S_n"
 CHECKPOINTS = {
     "fptquant w4a8kv8": ["--precision", "w4a8kv8"],

@@ -84,6 +84,8 @@ def make_teacher(job: Plan, state: RunState, stages: Stages) -> Teacher:
 def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics) -> None:
     """Stages 1 and 2: leaves `job.transforms` trained."""
     recipe, architecture, transforms = job.recipe, job.source.architecture, job.transforms
+    if not list(transforms.parameters()):
+        return  # none is on that has any
     finished = state.load(END_TO_END)
     if finished and finished[1]["step"] == recipe.end_to_end.steps > 0:
         _restore_transforms(transforms, finished[0])

@@ -191,6 +191,14 @@ TRAINED = {
 }
 
 
+@pytest.mark.parametrize("names", [[], ["T_d", "S_n"]])
+def test_without_trainable_transforms_only_scales_are_trained(names: list[str], tmp_path: Path) -> None:
+    job = make_job("gqa", tmp_path, **{**TRAINED, "transforms": names})
+    pipeline.quantize(job, tmp_path / "out")
+    rows = (tmp_path / "out" / "fptquant" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["stage"] for row in rows] == ["scales"] * 7
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
