@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fptquant.recipe import Recipe
+from fptquant.transforms import FPTQUANT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
-ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
+ALL = list(FPTQUANT)
 STAGE_2 = {"steps": 90, "weights": "float", "transform_rate": 3e-3, "rotation_rate": 1e-3}
 SCALES = {"steps": 150}
 
@@ -49,7 +51,18 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ stage 2": {"end_to_end": STAGE_2},
 }
 DYNAMIC = "+ first token constant, dynamic per token"
-RECIPES = ("rtn", "gptq", "quarot", "spinquant", "fptquant-light", "fptquant")
+RECIPES = (
+    "rtn",
+    "gptq",
+    "smoothquant",
+    "quarot",
+    "omniquant",
+    "spinquant",
+    "ostquant",
+    "fptquant-light",
+    "fptquant",
+    "fptquant-best",
+)
 # "fptquant" without one of its parts.
 LEFT_OUT = {f"without {name}": {"transforms": [other for other in ALL if other != name]} for name in ALL}
 LEFT_OUT["without the constant first token"] = {"sink": "none"}
@@ -121,9 +134,7 @@ def rungs() -> dict[str, dict[str, Any]]:
 
 def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
-    from fptquant.recipe import Recipe
-
-    found: list[tuple[str, dict[str, Any]]] = [("float32", {})]
+    found: list[tuple[float, str, dict[str, Any]]] = [(0.0, "float32", {})]
     for precision in arguments.precisions:
         parts: dict[str, dict[str, dict[str, Any]]] = {
             "ladder": rungs(),
@@ -134,17 +145,18 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         for part in arguments.parts:
             for name, fields in parts[part].items():
                 recipe = Recipe.load(fields["recipe"]) if "recipe" in fields else Recipe.parse(fields)
-                trained = recipe.local.steps or recipe.end_to_end.steps or recipe.scales.steps
-                for seed in arguments.seeds if trained else arguments.seeds[:1]:
+                seconds = training_seconds(recipe)
+                for seed in arguments.seeds if seconds else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
                     if not arguments.only or any(word in key for word in arguments.only):
-                        found.append((key, {**fields, "precision": precision, "seed": seed}))
+                        found.append((seconds, key, {**fields, "precision": precision, "seed": seed}))
+    return [(key, fields) for _, key, fields in sorted(found, key=lambda row: row[0])]
 
-    def cost(row: tuple[str, dict[str, Any]]) -> int:
-        fields = row[1]
-        return 1 + ("scales" in fields) + ("local" in fields) + ("end_to_end" in fields) + ("recipe" in fields)
 
-    return sorted(found, key=cost)
+def training_seconds(recipe: Recipe) -> float:
+    """What the steps of a recipe take on two cores, roughly."""
+    local, layers, whole = recipe.local.steps, recipe.block_wise.steps, recipe.end_to_end.steps
+    return 4.3 * local + 9 * layers + 9 * whole + 5 * recipe.scales.steps
 
 
 def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -179,8 +191,6 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
 
 def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
     """The checkpoint of a row, made if it isn't there."""
-    from fptquant.recipe import Recipe
-
     rest = dict(fields)
     recipe = Recipe.load(rest.pop("recipe")) if "recipe" in rest else Recipe.parse({})
     recipe = recipe.changed("row", **rest)
