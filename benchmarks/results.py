@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from fptquant.recipe import Recipe
 from fptquant.transforms import FPTQUANT
 
@@ -99,7 +100,7 @@ def main() -> None:
     if not arguments.report:
         for name, fields in rows(arguments):
             if name not in results.rows or results.rows[name]["windows"] != arguments.windows:
-                results.add(name, measure(name, fields, arguments))
+                results.add(name, results.twin(name, fields, arguments.windows) or measure(name, fields, arguments))
     page = report(results.rows, arguments.windows)
     (ROOT / "docs" / "results.md").write_text(page, encoding="utf-8")
     print(page)
@@ -112,6 +113,13 @@ class Results:
         """Reads what is there."""
         self.file = file
         self.rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def twin(self, name: str, fields: dict[str, Any], windows: int) -> dict[str, Any] | None:
+        """A row with the same recipe under another name."""
+        digest = row_recipe(fields).digest()
+        same = (row for key, row in self.rows.items() if row.get("recipe") == digest and DYNAMIC not in key)
+        found = None if DYNAMIC in name else next(same, None)
+        return found if found and found["windows"] == windows else None
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keeps a row."""
@@ -144,8 +152,7 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         parts["ladder"][DYNAMIC] = parts["ladder"]["+ first token constant"]
         for part in arguments.parts:
             for name, fields in parts[part].items():
-                recipe = Recipe.load(fields["recipe"]) if "recipe" in fields else Recipe.parse(fields)
-                seconds = training_seconds(recipe)
+                seconds = training_seconds(row_recipe(fields))
                 for seed in arguments.seeds if seconds else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
                     if not arguments.only or any(word in key for word in arguments.only):
@@ -170,6 +177,7 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
 
     source = open_source(fetch())
     row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None}
+    row["recipe"] = row_recipe(fields).digest() if fields else None
     path = source.path
     if fields:
         path = checkpoint(source.path, fields, arguments.work)
@@ -189,11 +197,16 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
     return row
 
 
-def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
-    """The checkpoint of a row, made if it isn't there."""
+def row_recipe(fields: dict[str, Any]) -> Recipe:
+    """The recipe of a row, without its name."""
     rest = dict(fields)
     recipe = Recipe.load(rest.pop("recipe")) if "recipe" in rest else Recipe.parse({})
-    recipe = recipe.changed("row", **rest)
+    return recipe.changed("row", **rest, name="row", description="")
+
+
+def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
+    """The checkpoint of a row, made if it isn't there."""
+    recipe = row_recipe(fields)
     output = work / recipe.digest()
     if not list(output.glob("*.safetensors")):
         file = work / f"{recipe.digest()}.yaml"
