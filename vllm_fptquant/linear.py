@@ -24,7 +24,8 @@ from vllm.platforms import current_platform
 from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.checks import require_positive
-from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
 from vllm_fptquant.kernels.select import select_kernel
 
@@ -99,7 +100,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._check_partition(in_features, input_size)
         self.output_partition_sizes = output_partition_sizes
         self.in_features = input_size
-        spec = LinearSpec(self.scheme, in_features, out_features, params_dtype, current_platform.device_type)
+        spec = LinearSpec(
+            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, device_capability()
+        )
         self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"w{weights.bits}a{activations.bits}"
@@ -107,6 +110,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
+        layer.fptquant_takes_scale = issubclass(self.kernel_class, GpuKernel)
         loader = extra_weight_attrs["weight_loader"]
 
         def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
@@ -173,13 +177,26 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         rotation = None
         if self.hadamard_block is not None:
             rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
-        prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
+        kernel_class = self.kernel_class
+        if issubclass(kernel_class, GpuKernel):
+            kernel = kernel_class(weights, layer.params_dtype)
+            layer.fptquant_gpu = GpuLinear(kernel, weights, rotation)
+            return
+        assert issubclass(kernel_class, CpuKernel)
+        prepared = PreparedLinear(kernel_class(weights), weights, rotation)
         layer.fptquant_prepared = prepared
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
-    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`."""
+    def apply(self, layer: LinearBase, x: Tensor | ScaledInput, bias: Tensor | None = None) -> Tensor:
+        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`.
+
+        `ScaledInput` is for layers that are `fptquant_takes_scale`.
+        """
+        if layer.fptquant_takes_scale:
+            on_gpu: Tensor = layer.fptquant_gpu(x, bias)
+            return on_gpu
+        assert isinstance(x, Tensor)
         if torch.compiler.is_compiling():
             return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
         prepared: PreparedLinear = layer.fptquant_prepared  # eager: without the operator's way through the dispatcher
@@ -224,6 +241,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
             )
         return values[0].clone()
+
+
+def device_capability() -> int | None:
+    """Of the GPU that this process serves on, 86 for 8.6; None on CPUs."""
+    capability = current_platform.get_device_capability()
+    return None if capability is None else capability.to_int()
 
 
 def recording(loader: Callable[..., None], seen: set[Any]) -> Callable[..., None]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from fptquant.errors import FPTQuantError, unknown
-from vllm_fptquant.kernels.base import LinearKernel, LinearSpec
+from vllm_fptquant.kernels.base import Kernel, LinearSpec
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 
 # Fastest first; the first that can compute a layer exactly gets it.
-KERNELS: tuple[type[LinearKernel], ...] = (FbgemmKernel, ReferenceKernel)
+KERNELS: tuple[type[Kernel], ...] = (FbgemmKernel, ReferenceKernel)
 
 
-def select_kernel(spec: LinearSpec, override: str | None, layer: str) -> tuple[type[LinearKernel], str]:
+def select_kernel(spec: LinearSpec, override: str | None, layer: str) -> tuple[type[Kernel], str]:
     """Chooses a kernel and says why.
 
     Args:
