@@ -25,7 +25,7 @@ from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, un
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.checks import require_positive
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
-from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
 from vllm_fptquant.kernels.select import select_kernel
 
@@ -59,6 +59,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         hadamard_block: int | None = None,
         kernel: str | None = None,
         exact: bool = False,
+        fast_hadamard: bool = False,
     ) -> None:
         """Describes the layer.
 
@@ -68,12 +69,14 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             hadamard_block: size of T_d's blocks at the input, None where there is no T_d.
             kernel: name of the kernel the user asked for, None to choose.
             exact: compute T_d in float64, see `vllm_fptquant.exact`.
+            fast_hadamard: compute T_d in 16 bits, on GPUs.
         """
         self.scheme = scheme
         self.shards = shards
         self.hadamard_block = hadamard_block
         self.kernel = kernel
         self.hadamard_dtype = torch.float64 if exact else torch.float32
+        self.fast_hadamard = fast_hadamard
         self.loaded: dict[str, set[Any]] = {}
 
     def create_weights(
@@ -100,13 +103,16 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._check_partition(in_features, input_size)
         self.output_partition_sizes = output_partition_sizes
         self.in_features = input_size
+        capability = device_capability()
         spec = LinearSpec(
-            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, device_capability()
+            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, capability
         )
         self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"w{weights.bits}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
+        if self.fast_hadamard and self.hadamard_block is not None:
+            require_hadacore(self.shards[0], self.hadamard_block, capability)
 
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
@@ -127,11 +133,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             packed_dim=1,
             packed_factor=WORD // weights.bits,
         )
-        nan = float("nan")
-        add("weight_scale", ChannelQuantScaleParameter, torch.full((out_features, 1), nan), output_dim=0)
+        # Not in the default type, which vLLM sets to the model's.
+        missing = torch.full((out_features, 1), float("nan"), dtype=torch.float32)
+        add("weight_scale", ChannelQuantScaleParameter, missing, output_dim=0)
         add("weight_shape", ShapeParameter, torch.zeros(shards, 2, dtype=torch.int64))
         if activations.bits < 16:
-            add("input_scale", PerTensorScaleParameter, torch.full((shards,), nan))
+            add("input_scale", PerTensorScaleParameter, missing.new_full((shards,), float("nan")))
             if not activations.symmetric:
                 add("input_zero_point", PerTensorScaleParameter, torch.zeros(shards, dtype=torch.int32))
         for parameter in layer.parameters(recurse=False):
@@ -171,19 +178,20 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight_scale=layer.weight_scale.data.flatten(),
             input_scale=input_scale,
             input_zero_point=zero_point,
+            name=" / ".join(self.shards),
         )
         for name in self.loaded:
             delattr(layer, name)
+        if issubclass(self.kernel_class, GpuKernel):
+            kernel = self.kernel_class(weights, layer.params_dtype)
+            rotation_on_gpu = make_rotation(self.hadamard_block, self.fast_hadamard, weights.codes.device)
+            layer.fptquant_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
+            return
+        assert issubclass(self.kernel_class, CpuKernel)
         rotation = None
         if self.hadamard_block is not None:
             rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
-        kernel_class = self.kernel_class
-        if issubclass(kernel_class, GpuKernel):
-            kernel = kernel_class(weights, layer.params_dtype)
-            layer.fptquant_gpu = GpuLinear(kernel, weights, rotation)
-            return
-        assert issubclass(kernel_class, CpuKernel)
-        prepared = PreparedLinear(kernel_class(weights), weights, rotation)
+        prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
         layer.fptquant_prepared = prepared
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)

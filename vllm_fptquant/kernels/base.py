@@ -43,6 +43,7 @@ class LinearWeights:
         weight_scale: float32 (N,).
         input_scale: float32 (), None when activations are not quantized.
         input_zero_point: int32 (), None when activations are symmetric or not quantized.
+        name: of the layer, for messages.
     """
 
     scheme: LinearScheme
@@ -50,6 +51,7 @@ class LinearWeights:
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    name: str = "layer"
 
     @property
     def output_scale(self) -> Tensor:
@@ -78,6 +80,7 @@ class Kernel(ABC):
     """The product of one layer: its weights in the kernel's own layout, packed on construction."""
 
     name: ClassVar[str]
+    device: ClassVar[str]  # torch's device type
 
     @classmethod
     @abstractmethod
@@ -87,6 +90,8 @@ class Kernel(ABC):
 
 class CpuKernel(Kernel):
     """A kernel behind the operator `fptquant::linear`: its packed weights are no tensors."""
+
+    device = "cpu"
 
     @abstractmethod
     def __init__(self, weights: LinearWeights) -> None:
@@ -113,11 +118,10 @@ class GpuKernel(torch.nn.Module, Kernel):
         dtype: of the output, float16 or bfloat16.
     """
 
-    dtype: torch.dtype
+    device = "cuda"
 
-    @abstractmethod
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
-        """Packs the weights on the device they are on; keeps no reference to `weights.codes`.
+        """Packs the weights on the device they are on.
 
         Args:
             weights: of the layer.
@@ -126,6 +130,22 @@ class GpuKernel(torch.nn.Module, Kernel):
         Raises:
             FPTQuantError: a weight scale that this kernel cannot hold exactly.
         """
+        super().__init__()
+        self.dtype = dtype
+
+    @classmethod
+    def can_implement(cls, spec: LinearSpec) -> str | None:
+        """See `Kernel.can_implement`."""
+        if spec.device != "cuda" or spec.capability is None:
+            return f"runs on NVIDIA GPUs, not on '{spec.device}'"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes in 16 bits, not in {str(spec.dtype).removeprefix('torch.')}: serve with --dtype auto"
+        return cls.refusal(spec, spec.capability)
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
+        """`can_implement` for a layer on a GPU of this capability, in 16 bits."""
 
     @abstractmethod
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
