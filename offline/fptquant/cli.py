@@ -1,4 +1,4 @@
-"""The `fptquant` command."""
+"""The `fptquant` command; each subcommand imports what it needs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,9 +25,9 @@ from rich.table import Table
 import fptquant
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.progress import Stages
-from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
-from fptquant.rounding import ROUNDERS
-from fptquant.transforms import TRANSFORMS
+
+if TYPE_CHECKING:
+    from fptquant.recipe import Recipe
 
 app = typer.Typer(
     name="fptquant",
@@ -78,6 +78,11 @@ class RichStages(Stages):
 
 
 Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name")]
+# the names are spelt out here, because the registries that know them import torch (a test compares)
+Precision = Annotated[
+    str | None, typer.Option(help="one of: w4a8kv8, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric")
+]
+Rounding = Annotated[str | None, typer.Option(help="weight rounding: nearest, gptq, quantease")]
 
 
 @app.command()
@@ -85,7 +90,7 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the quantized checkpoint to")],
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
-    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    precision: Precision = None,
     calibration: Annotated[
         str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
     ] = None,
@@ -96,7 +101,7 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
     without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
-    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
+    rounding: Rounding = None,
     kv_strategy: Annotated[
         str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
     ] = None,
@@ -119,6 +124,7 @@ def quantize(
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
     from fptquant.planning import plan
+    from fptquant.recipe import Recipe
     from fptquant.training import parallel
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
@@ -277,7 +283,7 @@ class Granularity(str, Enum):
 def sensitivity(
     model: Model,
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant-light",
-    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    precision: Precision = None,
     by: Annotated[
         Granularity, typer.Option(help="kind: each kind of site in all layers; layer: in each layer by itself")
     ] = Granularity.kind,
@@ -289,7 +295,7 @@ def sensitivity(
         str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
-    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
+    rounding: Rounding = None,
     top: Annotated[int, typer.Option(min=1, help="rows to print, the worst first")] = 40,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="keep the results here as they come; run again to go on")
@@ -301,6 +307,7 @@ def sensitivity(
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.planning import plan
+    from fptquant.recipe import Recipe
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 
@@ -363,6 +370,9 @@ def sensitivity(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes, the precisions and the transforms."""
+    from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+    from fptquant.transforms import TRANSFORMS
+
     table = Table("recipe", "description")
     for name in shipped_recipes():
         table.add_row(name, Recipe.load(name).description)
@@ -400,6 +410,8 @@ def main() -> None:
 
 
 def _without(recipe: Recipe, names: str) -> Recipe:
+    from fptquant.transforms import TRANSFORMS
+
     kept: dict[str, Any] = recipe.to_dict()["transforms"]
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in TRANSFORMS:

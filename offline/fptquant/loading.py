@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.architectures import Architecture, architecture_of, check_model_type
 from fptquant.errors import FPTQuantError
 
