@@ -421,6 +421,8 @@ def _without(recipe: Recipe, names: str) -> Recipe:
 
 
 def _print_plan(job: Any, output: Path) -> None:
+    from fptquant.planning import sink_obstacle
+
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
 
@@ -443,6 +445,8 @@ def _print_plan(job: Any, output: Path) -> None:
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
         table.add_row("first token", f"constant where it is {first}")
+    elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
+        table.add_row("first token", f"not constant: {obstacle}")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape

@@ -10,6 +10,7 @@ from compressed_tensors.utils.match import match_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import fptquant
 from fptquant.architectures.base import INPUT_GROUPS, Role
@@ -116,11 +117,23 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     return Plan(source, recipe, config, windows, training_windows, transforms, dtype, size)
 
 
-def _sink(source: Source, recipe: Recipe) -> Sink | None:
-    """The token that becomes a constant; never without a quantized KV cache, whose attention class writes it."""
+def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
+    """Why no first token can be constant, whatever the recipe asks for; None when it can."""
     if recipe.precision.kv_cache.bits == 16:
+        return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
+    kind = source.config.rope_parameters["rope_type"]
+    scaling = 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](source.config, torch.device("cpu"))[1]
+    if scaling != 1:  # the constant is put before RoPE, and recognised behind it
+        return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
+    return None
+
+
+def _sink(source: Source, recipe: Recipe) -> Sink | None:
+    """The token that becomes a constant."""
+    obstacle = sink_obstacle(source, recipe)
+    if obstacle is not None:
         if recipe.sink not in ("auto", "none"):
-            raise FPTQuantError(f"sink: '{recipe.sink}' needs a quantized KV cache; choose another precision")
+            raise FPTQuantError(f"sink: '{recipe.sink}' can't be constant, {obstacle}; choose 'none'")
         return None
     token = sink_token(source.tokenizer, recipe.sink)
     return None if token is None else Sink(token=token)
