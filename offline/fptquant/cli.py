@@ -198,7 +198,8 @@ def verify(
     from fptquant.simulation.install import set_exact
 
     _quiet_transformers()
-    open_source(checkpoint)
+    vllm = vllm and vllm_installed()
+    open_source(checkpoint).require_length("--length", length, generated=int(vllm))
     job = plan_of(checkpoint, against)
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
@@ -210,7 +211,7 @@ def verify(
     with _err.status("simulated model and checkpoint read back"):
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
         checks.append(check)
-    if vllm and vllm_installed():
+    if vllm:
         with _err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
@@ -226,7 +227,7 @@ def verify(
     for check in checks:
         table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
     _out.print(table)
-    if not (vllm and vllm_installed()):
+    if not vllm:
         _out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
@@ -254,6 +255,7 @@ def evaluate(
     if json_file and not json_file.absolute().parent.is_dir():
         raise FPTQuantError(f"--json: '{json_file.absolute().parent}' is not a directory")
     source = open_source(model)
+    source.require_length("--length", length, generated=int(backend is Backend.vllm))
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
     score = engine.score if engine else transformers_scorer(load_model(source))
@@ -325,6 +327,7 @@ def sensitivity(
     if not sites:
         raise FPTQuantError(f"recipe '{job.recipe.name}' quantizes none of these sites")
     if text:
+        job.source.require_length("--length", length)
         special_tokens = job.recipe.calibration.special_tokens
         tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens)
     else:

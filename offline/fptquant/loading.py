@@ -42,6 +42,20 @@ class Source:
         """Whether this is a checkpoint that we wrote."""
         return getattr(self.config, "quantization_config", None) is not None
 
+    def require_length(self, setting: str, length: int, generated: int = 0) -> None:
+        """Refuses sequences of `length` tokens, `generated` ones apart, that the model has no positions for.
+
+        Raises:
+            FPTQuantError: names the setting and the limit.
+        """
+        limit = self.config.max_position_embeddings - generated
+        if length > limit:
+            reserved = f", less {generated} that vLLM generates" if generated else ""
+            raise FPTQuantError(
+                f"{setting}: {length} tokens are more than the {limit} that the model has positions for "
+                f"(max_position_embeddings in its config.json{reserved}): lower it to {limit} or less"
+            )
+
 
 def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Checks a model directory (or fetches it from the hub) without loading its weights.

@@ -75,9 +75,11 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
     source = open_source(model)
     sink, vocabulary = _sink(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
+    source.require_length("calibration.length", recipe.calibration.length)
     windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
     training = torch.empty(0, 0, dtype=torch.int64)
     if recipe.end_to_end.steps or recipe.scales.steps:
+        source.require_length("training.length", recipe.training.length)
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )

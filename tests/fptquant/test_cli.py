@@ -591,6 +591,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
     [
         (["--text", "missing.txt"], "missing.txt' can't be read"),
         (["--text", SHORT, "--windows", "9999"], "need 5119488: lower --windows or --length"),
+        (["--text", SHORT, "--length", "1025"], "--length: 1025 tokens are more than the 1024 that the model has"),
         (["--text", SHORT, "--json", "no/such/folder/x.json"], "--json: "),
     ],
 )

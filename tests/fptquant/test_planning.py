@@ -74,3 +74,20 @@ def test_rope_that_scales_keys_has_no_constant(make_plan: MakePlan) -> None:
     with pytest.raises(FPTQuantError, match="'<s>' can't be constant, RoPE of type yarn scales the keys by 1.139"):
         make_plan({"sink": "<s>"}, **YARN)
     assert make_plan({"sink": "none"}, **YARN).config.sink is None
+
+
+# -- lengths --
+
+
+@pytest.mark.parametrize("setting", ["calibration", "training"])
+def test_more_tokens_than_positions(setting: str, make_plan: MakePlan) -> None:
+    message = rf"^{setting}\.length: {LIMIT + 1} tokens are more than the {LIMIT} that the model has positions for"
+    fields = {"scales": {"steps": 1}, "training": {"sequences": 1, "length": LIMIT}}
+    with pytest.raises(FPTQuantError, match=message):
+        make_plan({**fields, setting: {"sequences": 1, "length": LIMIT + 1}})
+    job = make_plan({**fields, setting: {"sequences": 1, "length": LIMIT}})
+    assert (job.windows if setting == "calibration" else job.training_windows).shape == (1, LIMIT)
+
+
+def test_training_length_counts_only_where_text_is_trained_on(make_plan: MakePlan) -> None:
+    make_plan({"local": {"steps": 1}, "training": {"length": LIMIT + 1}})
