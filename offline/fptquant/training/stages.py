@@ -86,8 +86,9 @@ def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages
     recipe, architecture, transforms = job.recipe, job.source.architecture, job.transforms
     if not list(transforms.parameters()):
         return  # none is on that has any
-    finished = state.load(END_TO_END)
-    if finished and finished[1]["step"] == recipe.end_to_end.steps > 0:
+    last, end = (END_TO_END, recipe.end_to_end.steps) if recipe.end_to_end.steps else (LOCAL, recipe.local.steps)
+    finished = state.load(last)
+    if finished and finished[1]["step"] == end:
         _restore_transforms(transforms, finished[0])
         return
     model = load_model(job.source)
