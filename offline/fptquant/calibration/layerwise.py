@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from fptquant.recipe import Recipe
 from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.install import finish_loading
-from fptquant.simulation.sink import sink_state
+from fptquant.simulation.sink import SinkState, sink_state
 
 _BATCH = 4  # sequences per forward pass
 
@@ -44,15 +44,27 @@ class _Stop(Exception):
 class LayerInputs:
     """Hidden states that enter a layer, and the other arguments of its forward."""
 
-    hidden: list[Tensor]  # each (batch, tokens, hidden)
+    hidden: list[Tensor]  # each (batch, length, hidden)
     arguments: dict[str, Any]
-    first: int  # tokens before this one are constants and do not count
+    tokens: Sequence[Tensor]  # each (batch, length)
+    sink: SinkState | None
+
+    @property
+    def first(self) -> int:
+        """Tokens before this one are constants and do not count."""
+        return 0 if self.sink is None else 1
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
-        for hidden in self.hidden:
+        for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
+            self.locate(tokens)
             output = layer(hidden, **self.arguments)
             yield output[0] if isinstance(output, tuple) else output
+
+    def locate(self, tokens: Tensor) -> None:
+        """Puts constants where they belong in `tokens` (batch, length), which a part of the model is about to see."""
+        if self.sink is not None:
+            self.sink.locate(tokens, torch.arange(tokens.shape[1]))
 
 
 @torch.no_grad()
@@ -114,7 +126,7 @@ def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
     """Runs the model up to its first layer."""
-    inputs = LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
+    inputs = LayerInputs([], {}, torch.split(windows, _BATCH), sink_state(model))
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.hidden.append(args[0])
@@ -224,8 +236,7 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
 
 
 def _run_until_stopped(inputs: LayerInputs, layer: nn.Module) -> None:
-    for hidden in inputs.hidden:
-        try:
+    for hidden, tokens in zip(inputs.hidden, inputs.tokens, strict=True):
+        inputs.locate(tokens)
+        with suppress(_Stop):
             layer(hidden, **inputs.arguments)
-        except _Stop:
-            continue
