@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 import fptquant
-from fptquant.errors import FPTQuantError, unknown
+from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def evaluate(
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
     score = engine.score if engine else transformers_scorer(load_model(source))
     stages = RichStages()
-    with stages.stage("evaluate"):
+    with stages.stage("evaluate", "lower --length"):
         result = measure(score, stages.track(tokens, windows), length)
     if engine:
         engine.close()
@@ -350,10 +350,10 @@ def sensitivity(
         with stages.stage("load and transform"):
             network = pipeline.transformed(job, stages)
         probe = Probe(job, network, tokens)
-        with stages.stage("fit sites"):
+        with stages.stage("fit sites", "lower --sequences or calibration.length"):
             for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
                 pass
-        with stages.stage("measure"):
+        with stages.stage("measure", "lower --windows or --length"):
             for _ in stages.track(measure_all(probe, groups, results), len(groups)):
                 pass
     assert results.unquantized is not None
@@ -403,13 +403,21 @@ def main() -> None:
     try:
         app()
     except FPTQuantError as error:
-        line = " ".join(str(error).split())
-        _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail("out of memory: free some, or give shorter or fewer sequences")
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
             _err.print("interrupted: run the same command again to continue")
         raise
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _without(recipe: Recipe, names: str) -> Recipe:

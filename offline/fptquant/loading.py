@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.architectures import Architecture, architecture_of, check_model_type
-from fptquant.errors import FPTQuantError
+from fptquant.errors import FPTQuantError, is_out_of_memory
 
 _INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -94,6 +94,8 @@ def load_model(source: Source) -> PreTrainedModel:
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random values

@@ -25,7 +25,7 @@ from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
-from fptquant.training.stages import MetricsFile, make_teacher, train_scales, train_transforms
+from fptquant.training.stages import MetricsFile, make_teacher, spare_memory, train_scales, train_transforms
 from fptquant.training.state import RunState
 
 
@@ -66,7 +66,7 @@ def quantize(
     recipe, teacher = job.recipe, None
     with publication if parallel.is_main() else nullcontext(Path()) as staging:
         if recipe.end_to_end.steps or recipe.scales.steps:
-            with stages.stage("teacher"):
+            with stages.stage("teacher", "lower training.length"):
                 teacher = make_teacher(job, state, stages)
         if recipe.local.steps or recipe.end_to_end.steps:
             train_transforms(job, teacher, state, stages, metrics)
@@ -80,13 +80,13 @@ def quantize(
             transform(job, model, stages)
             record_sink(model, job.source.architecture, job.first_tokens)
             round_floats(model, job.source.architecture, job.config, job.dtype)
-        with stages.stage("calibrate and round"):
+        with stages.stage("calibrate and round", "lower calibration.sequences or calibration.length"):
             rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state)
             for _ in stages.track(rounding, job.layers):
                 pass
         if recipe.scales.steps:
             assert teacher is not None
-            with stages.stage("train scales and ranges"):
+            with stages.stage("train scales and ranges", spare_memory("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
         if not parallel.is_main():  # the others only helped to train
             return Summary(str(output), stages.seconds, peak_memory(), 0, 0)

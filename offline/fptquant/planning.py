@@ -58,10 +58,12 @@ class Plan:
 
     def signature(self) -> dict[str, str]:
         """What a resumed run has to agree on."""
+        checkpointing = {"gradient_checkpointing": False}  # takes memory or time, and leaves the result as it is
+        recipe = self.recipe.changed("signature", end_to_end=checkpointing, scales=checkpointing)
         return {
             "package": f"vllm-fptquant {fptquant.__version__}",
             "model": model_fingerprint(self.source.path),
-            "recipe": self.recipe.digest(),
+            "recipe": recipe.digest(),
             "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
         }
 

@@ -104,7 +104,7 @@ def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages
     if options.steps == 0:
         return
     assert teacher is not None
-    with stages.stage("first ranges"):
+    with stages.stage("first ranges", "lower calibration.sequences or calibration.length"):
         calibrated = copy.deepcopy(model)
         for _ in merge_transforms(calibrated, architecture, transforms):
             pass
@@ -113,7 +113,7 @@ def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, job.windows), job.layers):
             pass
-    with stages.stage("train transforms end to end"):
+    with stages.stage("train transforms end to end", spare_memory("end_to_end", options)):
         student = transform_student(
             model,
             architecture,
@@ -128,6 +128,12 @@ def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages
         optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
         steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
         _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
+
+
+def spare_memory(name: str, options: EndToEndOptions) -> str:
+    """What makes the stage of the recipe's field `name` need less memory."""
+    checkpointing = "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true, "
+    return f"{checkpointing}lower training.length"
 
 
 def train_scales(
