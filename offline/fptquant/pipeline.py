@@ -68,8 +68,7 @@ def quantize(
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", "lower training.length"):
                 teacher = make_teacher(job, state, stages)
-        if recipe.local.steps or recipe.end_to_end.steps:
-            train_transforms(job, teacher, state, stages, metrics)
+        clipping = train_transforms(job, teacher, state, stages, metrics)
         spending = None
         if recipe.budget is not None:
             job, spending = spend_budget(job, state, stages)
@@ -81,7 +80,7 @@ def quantize(
             record_sink(model, job.source.architecture, job.first_tokens)
             round_floats(model, job.source.architecture, job.config, job.dtype)
         with stages.stage("calibrate and round", "lower calibration.sequences or calibration.length"):
-            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state)
+            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
             for _ in stages.track(rounding, job.layers):
                 pass
         if recipe.scales.steps:

@@ -80,7 +80,7 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
     source.require_length("calibration.length", recipe.calibration.length)
     windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
     training = torch.empty(0, 0, dtype=torch.int64)
-    if recipe.end_to_end.steps or recipe.scales.steps:
+    if recipe.block_wise.steps or recipe.end_to_end.steps or recipe.scales.steps:
         source.require_length("training.length", recipe.training.length)
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
@@ -93,6 +93,8 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     if source.quantized:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
+    if {"T_s", "S_n"} <= recipe.transforms.keys():
+        raise FPTQuantError("transforms: T_s is in the norms' gains, which S_n does away with; switch one of them off")
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)

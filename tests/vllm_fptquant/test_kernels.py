@@ -21,7 +21,7 @@ from fptquant.checkpoint import (
     quantize_per_tensor,
     quantized_linear,
 )
-from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.operator import CHUNK, PreparedLinear, _prepared, linear, register_prepared
 from vllm_fptquant.kernels.reference import ReferenceKernel
@@ -65,7 +65,7 @@ def contract(weights: LinearWeights, x: Tensor) -> Tensor:
     return quantized_linear(codes.double(), weights.codes.double(), torch.ones(())).float() * output_scale
 
 
-def computed(kernel: type[LinearKernel], weights: LinearWeights, x: Tensor) -> Tensor:
+def computed(kernel: type[CpuKernel], weights: LinearWeights, x: Tensor) -> Tensor:
     """The result of a layer with this kernel."""
     return PreparedLinear(kernel(weights), weights, rotation=None)(x, None)
 
@@ -93,7 +93,7 @@ def layers(draw: st.DrawFn) -> tuple[LinearWeights, Tensor]:
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(layer=layers())
 @settings(max_examples=60, deadline=None)
-def test_kernel_equals_contract(kernel: type[LinearKernel], layer: tuple[LinearWeights, Tensor]) -> None:
+def test_kernel_equals_contract(kernel: type[CpuKernel], layer: tuple[LinearWeights, Tensor]) -> None:
     weights, x = layer
     assert torch.equal(computed(kernel, weights, x), contract(weights, x))
 
@@ -103,7 +103,7 @@ def test_kernel_equals_contract(kernel: type[LinearKernel], layer: tuple[LinearW
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("shape", [(1, 1536, 64), (65, 576, 96), (3, 40000, 16)])
 def test_largest_possible_sums(
-    kernel: type[LinearKernel], bits: int, zero_point: int | None, sign: int, shape: tuple[int, int, int]
+    kernel: type[CpuKernel], bits: int, zero_point: int | None, sign: int, shape: tuple[int, int, int]
 ) -> None:
     m, k, n = shape
     weights = weights_of(bits, torch.full((n, k), -8), zero_point=zero_point)
@@ -113,7 +113,7 @@ def test_largest_possible_sums(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_input_types(kernel: type[LinearKernel], dtype: torch.dtype) -> None:
+def test_input_types(kernel: type[CpuKernel], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = weights_of(8, torch.randint(-8, 8, (48, 64)))
     x = torch.randn(5, 64).to(dtype)
@@ -152,7 +152,7 @@ def test_quantize_per_tensor_equals_quantize(scale: float, zero_point: int, bits
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_refuses_other_devices(kernel: type[LinearKernel]) -> None:
+def test_refuses_other_devices(kernel: type[CpuKernel]) -> None:
     reason = kernel.can_implement(LinearSpec(scheme(8), 64, 64, torch.bfloat16, "cuda"))
     assert reason is not None and "cuda" in reason
 

@@ -22,6 +22,7 @@ class LinearSpec:
         out_features: N of this rank, all fused shards together.
         dtype: activation type the model runs in.
         device: torch's device type.
+        capability: of the GPU, major and minor version as one number (86), None on CPUs.
     """
 
     scheme: LinearScheme
@@ -29,6 +30,7 @@ class LinearSpec:
     out_features: int
     dtype: torch.dtype
     device: str
+    capability: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class LinearWeights:
         weight_scale: float32 (N,).
         input_scale: float32 (), None when activations are not quantized.
         input_zero_point: int32 (), None when activations are symmetric or not quantized.
+        name: of the layer, for messages.
     """
 
     scheme: LinearScheme
@@ -48,6 +51,7 @@ class LinearWeights:
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    name: str = "layer"
 
     @property
     def output_scale(self) -> Tensor:
@@ -57,24 +61,37 @@ class LinearWeights:
     @property
     def zero_point(self) -> Tensor:
         """int32 (), zero when activations are symmetric."""
-        return torch.zeros((), dtype=torch.int32) if self.input_zero_point is None else self.input_zero_point
+        if self.input_zero_point is None:
+            return torch.zeros((), dtype=torch.int32, device=self.codes.device)
+        return self.input_zero_point
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """Smallest and largest `q - z` of the activations."""
-        low, high = code_bounds(self.zero_point, self.scheme.activations.bits)
-        return low.item(), high.item()
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest `q - z` of the activations, float32 ()."""
+        return code_bounds(self.zero_point, self.scheme.activations.bits)
+
+    @property
+    def codes_hold_zero_point(self) -> bool:
+        """Whether int8 activation codes are `q`, because `q - z` needs more than a byte: asymmetric 8 bits."""
+        return self.scheme.activations.bits == 8 and not self.scheme.activations.symmetric
 
 
-class LinearKernel(ABC):
-    """The integer product of one layer: its weights in the kernel's own layout, packed on construction."""
+class Kernel(ABC):
+    """The product of one layer: its weights in the kernel's own layout, packed on construction."""
 
     name: ClassVar[str]
+    device: ClassVar[str]  # torch's device type
 
     @classmethod
     @abstractmethod
     def can_implement(cls, spec: LinearSpec) -> str | None:
-        """None when the kernel computes such a layer exactly, otherwise why it cannot."""
+        """None when the kernel computes such a layer as the format says, otherwise why it cannot."""
+
+
+class CpuKernel(Kernel):
+    """A kernel behind the operator `fptquant::linear`: its packed weights are no tensors."""
+
+    device = "cpu"
 
     @abstractmethod
     def __init__(self, weights: LinearWeights) -> None:
@@ -89,4 +106,57 @@ class LinearKernel(ABC):
 
         Returns:
             float32 (M, N), without bias.
+        """
+
+
+class GpuKernel(torch.nn.Module, Kernel):
+    """A kernel whose packed weights and scales are buffers, so that compiled graphs and CUDA graphs hold them.
+
+    `forward` is traced: plain torch around one operator, no `.item()`, no branch on data.
+
+    Attributes:
+        dtype: of the output, float16 or bfloat16.
+    """
+
+    device = "cuda"
+
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
+        """Packs the weights on the device they are on.
+
+        Args:
+            weights: of the layer.
+            dtype: float16 or bfloat16, of the output.
+
+        Raises:
+            FPTQuantError: a weight scale that this kernel cannot hold exactly.
+        """
+        super().__init__()
+        self.dtype = dtype
+
+    @classmethod
+    def can_implement(cls, spec: LinearSpec) -> str | None:
+        """See `Kernel.can_implement`."""
+        if spec.device != "cuda" or spec.capability is None:
+            return f"runs on NVIDIA GPUs, not on '{spec.device}'"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes in 16 bits, not in {str(spec.dtype).removeprefix('torch.')}: serve with --dtype auto"
+        return cls.refusal(spec, spec.capability)
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
+        """`can_implement` for a layer on a GPU of this capability, in 16 bits."""
+
+    @abstractmethod
+    def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
+        """Multiplies and scales.
+
+        Args:
+            codes: int8 (M, K), contiguous: `q - z`, or `q` where `LinearWeights.codes_hold_zero_point`: then the
+                kernel takes z off. Where activations are not quantized, the input itself, of type `dtype`.
+            row_scale: float32 (M,), contiguous: input scale of each row, divided by its S_n where there is one.
+                None where activations are not quantized.
+
+        Returns:
+            (M, N) of type `dtype`, without bias.
         """

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 
 ENGINE = "fbgemm"
 OFFSET = 128  # FBGEMM's activations are unsigned bytes
@@ -18,7 +18,7 @@ INT16_MAX = 32767
 MULTIPLY = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
 
 
-class FbgemmKernel(LinearKernel):
+class FbgemmKernel(CpuKernel):
     """Feeds integer codes to torch's quantize-multiply-dequantize operator with an input scale of one.
 
     The operator then only converts code `c` to the byte `c + zero_point`, multiplies in int32, converts the
@@ -57,7 +57,7 @@ class FbgemmKernel(LinearKernel):
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
     def matmul(self, codes: Tensor) -> Tensor:
-        """See `LinearKernel.matmul`."""
+        """See `CpuKernel.matmul`."""
         output: Tensor = MULTIPLY(codes, 1.0, self.zero_point, self.packed)
         return output
 

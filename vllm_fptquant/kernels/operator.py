@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fptquant.checkpoint import block_hadamard, quantize_per_tensor
-from vllm_fptquant.kernels.base import LinearKernel, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, LinearWeights
 
 # Rows that are rotated and quantized at a time: few enough for the cache, and for temporaries whose memory
 # the allocator reuses instead of returning it to the system (fresh pages cost more than the arithmetic).
@@ -25,12 +25,12 @@ CHUNK = 128
 class PreparedLinear:
     """All that one layer does to its input: rotate, quantize, multiply, add the bias."""
 
-    def __init__(self, kernel: LinearKernel, weights: LinearWeights, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, kernel: CpuKernel, weights: LinearWeights, rotation: tuple[Tensor, Tensor] | None) -> None:
         """Takes the input quantizer from `weights` and, for T_d, the factors of `hadamard_factors`."""
         self.kernel = kernel
         self.rotation = rotation
         self.input_scale = weights.input_scale
-        self.low, self.high = weights.bounds
+        self.low, self.high = (bound.item() for bound in weights.bounds)
 
     def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
         """Computes (..., N) of the type of `x` (..., K), multiplied by `scale` (rows, 1) first where there is one."""

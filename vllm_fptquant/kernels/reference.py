@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fptquant.checkpoint import quantized_linear
 from fptquant.checkpoint.arithmetic import accumulator_bound
-from vllm_fptquant.kernels.base import LinearKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 
 EXACT_FLOAT32 = 2**24  # every integer up to here is a float32
 
 
-class ReferenceKernel(LinearKernel):
+class ReferenceKernel(CpuKernel):
     """Integer codes held in floating point; also the weight-only layers (16-bit activations)."""
 
     name = "reference"
@@ -36,5 +36,5 @@ class ReferenceKernel(LinearKernel):
         self.codes = weights.codes.to(dtype)
 
     def matmul(self, codes: Tensor) -> Tensor:
-        """See `LinearKernel.matmul`."""
+        """See `CpuKernel.matmul`."""
         return quantized_linear(codes.to(self.codes.dtype), self.codes, self.output_scale)

@@ -30,6 +30,7 @@ from vllm.sequence import IntermediateTensors
 
 from fptquant.checkpoint import residual_scale
 from fptquant.errors import FPTQuantError
+from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
 
@@ -40,16 +41,28 @@ class SinkMasks(NamedTuple):
     at_token: Tensor  # those that the constants were made for
 
 
-def project(projection: LinearBase, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def project(
+    projection: LinearBase, x: Tensor, scale: Tensor | None, *, undo: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """`projection(scale * x)`, for `x` (T, K) and S (T, 1), or `projection(x)` without S.
+
+    Args:
+        projection: any of vLLM's linear layers.
+        x: (T, K).
+        scale: float32 (T, 1) or None.
+        undo: divide the product by `scale` again.
 
     Returns:
         (T, N) of the type of `x`, and the bias where the projection was built to skip it.
     """
+    if scale is not None and getattr(projection, "fptquant_takes_scale", False):
+        scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale, undo))
+        return scaled
     if scale is not None and getattr(projection, "fptquant_plain", False) and not torch.compiler.is_compiling():
-        return FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
-    output: tuple[Tensor, Tensor | None] = projection(x if scale is None else (x * scale).to(x.dtype))
-    return output
+        output = FPTQuantLinearMethod.apply_scaled(projection, x, scale)
+        return output.div_(scale) if undo else output, None
+    output, bias = projection(x if scale is None else (x * scale).to(x.dtype))
+    return output.div_(scale) if undo else output, bias
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -66,8 +79,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | 
     if scale is None or not isinstance(projection.quant_method, FPTQuantLinearMethod):
         output, bias = projection(x)  # in floating point the scale would cancel
     else:
-        output, bias = project(projection, x, scale)
-        output = output.div_(scale)
+        output, bias = project(projection, x, scale, undo=True)
     if bias is not None:
         output = output + bias
     result: Tensor = output.to(x.dtype)

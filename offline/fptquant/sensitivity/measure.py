@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.calibration.layerwise import (
-    LayerInputs,
-    first_inputs,
-    observe_inputs,
-    rounded_weights,
-    second_moment,
-    set_kv_ranges,
-)
+from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
 from fptquant.planning import Plan
@@ -26,6 +19,7 @@ from fptquant.quantizers import search_range, weight_scales
 from fptquant.quantizers.weights import round_to_nearest
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
 from fptquant.simulation import KVQuantizer, SimulatedLinear
+from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 WIDE_WEIGHTS = WeightScheme(bits=7)

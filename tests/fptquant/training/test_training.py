@@ -46,10 +46,10 @@ def folded(kind: str) -> Any:
     return model
 
 
-def make_job(kind: str, path: Path, **fields: Any) -> planning.Plan:
+def make_job(kind: str, path: Path, sizes: dict[str, int] | None = None, /, **fields: Any) -> planning.Plan:
     model = path / "model"
     if not model.is_dir():
-        build_model(kind).save_pretrained(model)
+        build_model(kind, **(sizes or {})).save_pretrained(model)
         build_tokenizer(bos=True).save_pretrained(model)
         (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
     calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32}
@@ -71,7 +71,11 @@ def quantized(job: planning.Plan) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["gqa", "bias", "tied"])
-@pytest.mark.parametrize("names", [NAMES, ["T_k", "T_v", "T_u"]], ids=["all", "no T_r, T_d, S_n"])
+@pytest.mark.parametrize(
+    "names",
+    [NAMES, ["T_k", "T_v", "T_u"], ["T_v", "T_r", "T_s"]],
+    ids=["all", "no T_r, T_d, S_n", "T_s"],
+)
 def test_transform_student_is_the_quantized_model(kind: str, names: list[str], tmp_path: Path) -> None:
     """Weights through the transforms in every step give what merging them gives, the sink included."""
     job = make_job(kind, tmp_path, precision="w4a8kv8", transforms=names, head_bits=16, rounding={"method": "nearest"})
@@ -300,7 +304,8 @@ def one_of_two(rank: int, path: Path, results: Any) -> None:
     if rank >= 0:
         address = f"file://{path / 'rendezvous'}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    job = make_job("gqa", path, **{**TRAINED, "end_to_end": {"steps": 5, "batch": 4}, "local": {"steps": 0}})
+    end_to_end = {"steps": 5, "batch": 4, "weights": "float"}
+    job = make_job("gqa", path, **{**TRAINED, "end_to_end": end_to_end, "local": {"steps": 0}})
     name = "alone" if rank < 0 else "two"
     pipeline.quantize(job, path / name)
 

@@ -1,0 +1,155 @@
+"""The quantized linear layer on GPUs: plain torch that the compiler fuses with the norm, around one kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+
+from fptquant.checkpoint import block_hadamard, hadamard_factors, quantize
+from fptquant.errors import FPTQuantError
+from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
+
+HADACORE_LARGEST = 2**15
+
+
+class ScaledInput(NamedTuple):
+    """Input of a projection under residual scaling: it goes through vLLM's layers in place of a tensor.
+
+    Attributes:
+        x: (T, K), still to be multiplied by `scale`.
+        scale: S, float32 (T, 1).
+        undo: divide the product by `scale` again.
+    """
+
+    x: Tensor
+    scale: Tensor
+    undo: bool
+
+
+class GpuLinear(torch.nn.Module):
+    """All that one layer does to its input: scale, rotate, quantize, multiply, add the bias.
+
+    Every value of the checkpoint is a buffer: a graph from vLLM's compile cache meets those of the model that runs.
+    """
+
+    input_scale: Tensor
+    low: Tensor
+    high: Tensor
+    zero_point: Tensor
+
+    def __init__(self, kernel: GpuKernel, weights: LinearWeights, rotation: BlockHadamard | Hadacore | None) -> None:
+        """Takes the input quantizer from `weights`; `rotation` is T_d, where the layer has it."""
+        super().__init__()
+        self.kernel = kernel
+        self.rotation = rotation
+        self.quantized = weights.input_scale is not None
+        self.adds_zero_point = weights.codes_hold_zero_point
+        if weights.input_scale is not None:
+            self.register_buffer("input_scale", weights.input_scale, persistent=False)
+            for name, bound in zip(("low", "high"), weights.bounds, strict=True):
+                self.register_buffer(name, bound, persistent=False)
+        if self.adds_zero_point:
+            self.register_buffer("zero_point", weights.zero_point.float(), persistent=False)
+
+    def forward(self, x: Tensor | ScaledInput, bias: Tensor | None) -> Tensor:
+        """(..., K) to (..., N) of the kernel's type."""
+        scale, undo = None, False
+        if isinstance(x, ScaledInput):
+            x, scale, undo = x
+        if undo and not self.quantized:
+            scale = None  # it would cancel
+        rows = x.reshape(-1, x.shape[-1])
+        output = self.kernel(self.codes(rows, scale), self.row_scale(len(rows), scale if undo else None))
+        if bias is not None:
+            output = output + bias
+        result: Tensor = output.view(*x.shape[:-1], -1)
+        return result
+
+    def codes(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """What the kernel multiplies, for `x` (M, K): int8 (M, K), or 16-bit numbers where it is not quantized."""
+        if isinstance(self.rotation, Hadacore):
+            x = self.rotation(x)
+        if scale is not None:
+            x = x * scale  # float32
+        if isinstance(self.rotation, BlockHadamard):
+            x = self.rotation(x)
+        if not self.quantized:
+            return x.to(self.kernel.dtype)
+        codes = quantize(x, self.input_scale, self.low, self.high)
+        if self.adds_zero_point:
+            codes = codes + self.zero_point
+        return codes.to(torch.int8)
+
+    def row_scale(self, rows: int, scale: Tensor | None) -> Tensor | None:
+        """Input scale of every row, float32 (rows,).
+
+        A new tensor and no slice of a larger buffer: Marlin reads as many floats as there are rows without a check.
+        """
+        if not self.quantized:
+            return None
+        return self.input_scale.repeat(rows) if scale is None else self.input_scale / scale.flatten()
+
+
+class BlockHadamard(torch.nn.Module):
+    """T_d as the format defines it: two small float32 products."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, block: int, device: torch.device) -> None:
+        """Makes the factors.
+
+        Raises:
+            FPTQuantError: products of float32 matrices are allowed to round their factors.
+        """
+        super().__init__()
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            raise FPTQuantError(
+                f"float32 products have precision '{precision}', which would change the Hadamard transform at "
+                "down_proj: unset VLLM_FLOAT32_MATMUL_PRECISION"
+            )
+        for name, factor in zip(("left", "right"), hadamard_factors(block), strict=True):
+            self.register_buffer(name, factor.to(device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, K) to float32 (M, K)."""
+        return block_hadamard(x, self.left, self.right)
+
+
+class Hadacore(torch.nn.Module):
+    """T_d by vLLM's kernel in 16 bits: faster, and other codes than the format's; only where the user asks for it."""
+
+    def __init__(self, block: int) -> None:
+        """`block` is a power of two."""
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, K) to (M, K) of the same 16-bit type."""
+        blocks: Tensor = ops.hadacore_transform(x.reshape(-1, self.block), inplace=False)
+        return blocks.view(x.shape)
+
+
+def make_rotation(block: int | None, fast: bool, device: torch.device) -> BlockHadamard | Hadacore | None:
+    """T_d on blocks of this size; None where a layer has none."""
+    if block is None:
+        return None
+    return Hadacore(block) if fast else BlockHadamard(block, device)
+
+
+def require_hadacore(layer: str, block: int, capability: int | None) -> None:
+    """Refuses `fast_hadamard` where vLLM's kernel can't transform blocks of this size.
+
+    Raises:
+        FPTQuantError: names the layer and the limit.
+    """
+    if capability is not None and capability >= 80 and block <= HADACORE_LARGEST:
+        return
+    raise FPTQuantError(
+        f"{layer}: fast_hadamard needs a GPU of compute capability 8.0 and blocks of up to {HADACORE_LARGEST}, "
+        f"these have {block}: leave it out"
+    )
