@@ -20,6 +20,7 @@ from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
+from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
@@ -75,9 +76,11 @@ def quantize(
             publication.require_space(2 * job.output_bytes)
         with stages.stage("load"):
             model = load_model(job.source)
-        with stages.stage("merge transforms"):
+        with stages.stage("merge transforms", "lower calibration.length"):
+            before = observe(job, model)
             transform(job, model, stages)
             record_sink(model, job.source.architecture, job.first_tokens)
+            after = observe(job, model)
             round_floats(model, job.source.architecture, job.config, job.dtype)
         with stages.stage("calibrate and round", "lower calibration.sequences or calibration.length"):
             rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
@@ -91,6 +94,7 @@ def quantize(
             return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
+            write_ranges(job, model, before, after, staging / EXTRAS)
             probe = job.windows[:1, :64]
             expected = logits(model, probe)
             del model
