@@ -113,6 +113,7 @@ class Probe:
         for hidden, tokens, (expected, entropy) in zip(
             torch.cat(inputs.hidden), self.tokens, self._reference, strict=True
         ):
+            inputs.locate(tokens[None])
             logits = self.tail(hidden[None])[0].float()  # (length, vocabulary)
             normalizer = logits.logsumexp(-1)
             kl += float((normalizer - (expected * logits).sum(-1) - entropy).double().sum())
@@ -144,7 +145,8 @@ class Probe:
         for layer in self.layers:
             self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))
         self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
-        for hidden in torch.cat(self._entries.pop()):
+        for hidden, tokens in zip(torch.cat(self._entries.pop()), self.tokens, strict=True):
+            self._inputs.locate(tokens[None])
             logs = torch.log_softmax(self.tail(hidden[None])[0].float(), -1)
             expected = logs.exp()
             self._reference.append((expected, -(expected * logs).sum(-1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.simulation.sink import sink_state
+from fptquant.simulation.sink import SinkState, sink_state
 
 _BATCH = 4  # sequences per forward pass
 
@@ -24,23 +24,38 @@ class Stop(Exception):
 class LayerInputs:
     """Hidden states that enter a layer, and the other arguments of its forward."""
 
-    hidden: list[Tensor]  # each (batch, tokens, hidden)
+    hidden: list[Tensor]  # each (batch, length, hidden)
     arguments: dict[str, Any]
-    first: int  # tokens before this one are constants and do not count
+    tokens: Sequence[Tensor]  # each (batch, length)
+    sink: SinkState | None
+
+    @property
+    def first(self) -> int:
+        """Tokens before this one are constants and do not count."""
+        return 0 if self.sink is None else 1
+
+    def locate(self, tokens: Tensor) -> None:
+        """Puts constants where they belong in `tokens` (batch, length), which a part of the model is about to see."""
+        if self.sink is not None:
+            self.sink.locate(tokens, torch.arange(tokens.shape[1]))
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
-        for hidden in self.hidden:
+        for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
+            self.locate(tokens)
             output = layer(hidden, **self.arguments)
             yield output[0] if isinstance(output, tuple) else output
 
     def sequence(self, index: int) -> Tensor:
-        """Hidden states of one sequence, (1, tokens, hidden)."""
-        return self.hidden[index // _BATCH][index % _BATCH][None]
+        """Hidden states of one sequence, (1, length, hidden), which a layer is about to see."""
+        batch, row = divmod(index, _BATCH)
+        self.locate(self.tokens[batch][row][None])
+        return self.hidden[batch][row][None]
 
     def run_until_stopped(self, layer: nn.Module) -> None:
         """Runs `layer` on every batch, up to where an observer in it raises `Stop`."""
-        for hidden in self.hidden:
+        for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
+            self.locate(tokens)
             with suppress(Stop):
                 layer(hidden, **self.arguments)
 
@@ -48,7 +63,7 @@ class LayerInputs:
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
     """Runs the model up to its first layer."""
-    inputs = LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
+    inputs = LayerInputs([], {}, torch.split(windows, _BATCH), sink_state(model))
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs.hidden.append(args[0])

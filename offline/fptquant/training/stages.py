@@ -111,7 +111,7 @@ def train_transforms(
         pass
     transforms.requires_grad_(False)
     if start_is_measured(transforms):
-        with stages.stage("measure activations"):
+        with stages.stage("measure activations", "lower calibration.length"):
             first = 0 if job.config.sink is None else 1
             start_from_activations(model, architecture, transforms, job.windows, first)
     if recipe.local.steps:
@@ -123,7 +123,7 @@ def train_transforms(
             _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
     if not (recipe.block_wise.steps or recipe.end_to_end.steps):
         return {}
-    with stages.stage("first ranges"):
+    with stages.stage("first ranges", "lower calibration.sequences or calibration.length"):
         calibrated = copy.deepcopy(model)
         for _ in merge_transforms(calibrated, architecture, transforms):
             pass
@@ -144,11 +144,11 @@ def train_transforms(
     del calibrated
     transforms.requires_grad_(False)
     if recipe.block_wise.steps:
-        with stages.stage("train transforms layer by layer"):
+        with stages.stage("train transforms layer by layer", "lower training.sequences or training.length"):
             _run_block_wise(job, student, state, stages, metrics)
     if options.steps:
         assert teacher is not None
-        with stages.stage("train transforms end to end"):
+        with stages.stage("train transforms end to end", spare_memory("end_to_end", options)):
             groups = range_groups(student, options)
             groups |= _transform_groups(transforms, options.transform_rate, options.rotation_rate)
             optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
@@ -161,6 +161,12 @@ def train_transforms(
 def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Clipping by the name of the layer, out of a student's parameters."""
     return {name.removesuffix(".log_clip"): value.detach() for name, value in parameters.items()}
+
+
+def spare_memory(name: str, options: EndToEndOptions) -> str:
+    """What makes the stage of the recipe's field `name` need less memory."""
+    checkpointing = "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true, "
+    return f"{checkpointing}lower training.length"
 
 
 def train_scales(

@@ -16,7 +16,7 @@ from fptquant.architectures.base import INPUT_GROUPS
 from fptquant.checkpoint import code_bounds, round_scale
 from fptquant.quantizers import channel_scale, log_clip_of
 from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.linear import ResidualScaleTap
+from fptquant.simulation.install import simulated_projection
 from fptquant.simulation.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_state
 from fptquant.training.fake_quant import Estimator, StaticQuantizer, fake_quantize
 from fptquant.transforms import TransformSet
@@ -270,11 +270,6 @@ def transform_student(
         assert state is not None
         state.ready = True
         model.get_submodule(architecture.final_norm).get_buffer(OUTPUT).copy_(sink_inputs[-1])
-        for layer, steady in zip(
-            architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True
-        ):
-            attention, other = (part.get_submodule(architecture.attention) for part in (layer, steady))
-            attention.get_buffer(STEADY).copy_(other.get_buffer(STEADY))
     student = Student(model, architecture)
     layers = zip(architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True)
     for index, (layer, quantized) in enumerate(layers):
@@ -287,10 +282,8 @@ def transform_student(
                 path = architecture.projections[role]
                 linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                 assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                online = SimulatedLinear.from_linear(linear, None, hadamard_block=example.hadamard_block)
-                if example.tap is not None:
-                    online.tap = ResidualScaleTap(example.tap.eps)
-                    layer.get_submodule(architecture.norm_before(role)).register_forward_hook(online.tap)
+                eps = None if example.tap is None else example.tap.eps
+                online = simulated_projection(layer, architecture, role, None, example.hadamard_block, eps)
                 scale = None
                 if example.scheme is not None:
                     quantizer = quantizer or _input_quantizer(example, estimator)
