@@ -13,7 +13,6 @@ from fptquant.checkpoint import hadamard_factors
 from fptquant.errors import FPTQuantError
 from fptquant.transforms.base import Transform, TransformOptions
 
-
 PACKED = 8  # 4-bit weights in a packed word, which is never split
 
 
