@@ -12,7 +12,7 @@ the stages of a pipeline only the first is sure to get token ids; it passes on w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         q, k = self.rotary_emb(positions, q, k)
         if sink is None:
             return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
-        where = sink.at_start if self.attn.fptquant_sink_steady else sink.at_token
+        where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)
         return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
 
 
@@ -163,6 +163,8 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
     """`LlamaModel` that tells its layers where the first token is."""
+
+    make_empty_intermediate_tensors: Callable[[int, torch.dtype, torch.device], IntermediateTensors]
 
     def __init__(self, *, vllm_config: Any, **arguments: Any) -> None:
         """Takes `LlamaModel`'s arguments; adds the constant final hidden state."""
