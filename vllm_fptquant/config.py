@@ -47,8 +47,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """Parses the checkpoint's `quantization_config`.
 
         Raises:
-            FPTQuantError: unknown field, impossible value, newer format, a device without kernels, or a vLLM whose extension
-                can't be loaded.
+            FPTQuantError: unknown field, impossible value, newer format, a device without kernels, or a vLLM whose
+                extension can't be loaded.
         """
         checkpoint = CheckpointConfig.parse(config)
         if not current_platform.is_cpu():
