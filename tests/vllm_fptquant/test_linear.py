@@ -213,7 +213,7 @@ class TestTensorParallel:
             for shard, bias in biases.items():
                 layer.bias.weight_loader(layer.bias, bias, shard)
             parts = load(layer, tensors)(x)[0].split(layer.output_partition_sizes, -1)
-            for (shard, bias), part, full in zip(biases.items(), parts, whole, strict=True):
+            for bias, part, full in zip(biases.values(), parts, whole, strict=True):
                 assert torch.equal(part, (full + bias).chunk(2, -1)[rank])
 
     def test_split_hadamard_block_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
