@@ -91,8 +91,8 @@ class Humming(GpuKernel):
         sums = torch.ops.fptquant.humming(
             self.packed(codes), self.weight, self.unit, self.shift, self.config, self.out_features
         )
-        output = sums.float() * self.channel_scale * row_scale.unsqueeze(-1)
-        return output.to(self.dtype)
+        output: Tensor = (sums.float() * self.channel_scale * row_scale.unsqueeze(-1)).to(self.dtype)
+        return output
 
     @staticmethod
     def packed(codes: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ class HummingInt4Kernel(Humming):
     @staticmethod
     def packed(codes: Tensor) -> Tensor:
         """Two codes in a byte, the first in the low half: uint8 (M, K / 2)."""
-        low, high = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-        return (low & 15) | (high << 4)
+        low, high = codes.view(torch.uint8).view(codes.shape[0], -1, 2).unbind(-1)
+        return low & 15 | high << 4
 
 
 class HummingInt8Kernel(Humming):
