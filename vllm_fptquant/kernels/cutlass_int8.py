@@ -43,11 +43,15 @@ class CutlassInt8Kernel(GpuKernel):
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """See `GpuKernel.forward`."""
-        weight = self.weight.t()
+        operands = {
+            "a": codes,
+            "b": self.weight.t(),
+            "scale_a": row_scale,
+            "scale_b": self.weight_scale,
+            "out_dtype": self.dtype,
+        }
         if self.asymmetric:
-            product: Tensor = ops.cutlass_scaled_mm_azp(
-                codes, weight, row_scale, self.weight_scale, self.dtype, azp_adj=self.correction, azp=None
-            )
+            product: Tensor = ops.cutlass_scaled_mm_azp(**operands, azp_adj=self.correction)
         else:
-            product = ops.cutlass_scaled_mm(codes, weight, row_scale, self.weight_scale, self.dtype)
+            product = ops.cutlass_scaled_mm(**operands)
         return product

@@ -34,36 +34,31 @@ class Marlin(GpuKernel):
         bits = 4 if weights.scheme.weights.bits == 4 else 8
         self.weight_type = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
         self.out_features = n
-        self.padded_n, self.padded_k = marlin_padded_nk(n, k)
+        self.padded_n, self.padded_k = marlin_padded_nk(size_n=n, size_k=k)
         codes = pad(weights.codes, (0, self.padded_k - k, 0, self.padded_n - n))
         scale = pad(require_exact(f"{weights.name}.weight_scale", weights.weight_scale, dtype), (0, self.padded_n - n))
         words = pack_codes(codes, bits).t().contiguous()  # GPTQ's layout: (K / codes in a word, N)
-        self.register_buffer(
-            "weight",
-            ops.gptq_marlin_repack(words, self.padded_k, self.padded_n, bits, is_a_8bit=self.int8),
-            persistent=False,
-        )
-        self.register_buffer(
-            "weight_scale",
-            marlin_permute_scales(scale[None], self.padded_k, self.padded_n, -1, is_a_8bit=self.int8),
-            persistent=False,
-        )
+        size = {"size_k": self.padded_k, "size_n": self.padded_n}
+        weight = ops.gptq_marlin_repack(b_q_weight=words, num_bits=bits, is_a_8bit=self.int8, **size)
+        self.register_buffer("weight", weight, persistent=False)
+        permuted = marlin_permute_scales(s=scale[None], group_size=-1, is_a_8bit=self.int8, **size)
+        self.register_buffer("weight_scale", permuted, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """See `GpuKernel.forward`."""
         output: Tensor = torch.ops.vllm.marlin_gemm(
-            pad(codes, (0, self.padded_k - codes.shape[-1])),
-            self.weight,
-            None,  # bias
-            self.weight_scale,
-            row_scale,
-            None,  # global scale
-            None,  # zero points
-            None,  # workspace: vLLM's own
-            self.weight_type.id,
-            codes.shape[0],
-            self.padded_n,
-            self.padded_k,
+            a=pad(codes, (0, self.padded_k - codes.shape[-1])),
+            b_q_weight=self.weight,
+            b_bias=None,
+            b_scales=self.weight_scale,
+            a_scales=row_scale,
+            global_scale=None,
+            b_zeros=None,
+            workspace=None,  # vLLM's own
+            b_q_type_id=self.weight_type.id,
+            size_m=codes.shape[0],
+            size_n=self.padded_n,
+            size_k=self.padded_k,
             use_atomic_add=False,
             use_fp32_reduce=True,
             is_zp_float=False,

@@ -43,7 +43,9 @@ class TritonInt8Kernel(GpuKernel):
 
 
 def _multiply(codes: Tensor, weight: Tensor, row_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    output: Tensor = triton_scaled_mm(codes, weight.t(), row_scale, weight_scale, dtype)
+    output: Tensor = triton_scaled_mm(
+        input=codes, weight=weight.t(), scale_a=row_scale, scale_b=weight_scale, out_dtype=dtype
+    )
     return output
 
 

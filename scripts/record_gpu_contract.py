@@ -1,0 +1,140 @@
+"""Records what vLLM's GPU wheel offers to `vllm_fptquant`: signatures, operator schemas, compiled Marlin kernels.
+
+    python scripts/record_gpu_contract.py              # downloads the wheel, writes tests/vllm_fptquant/gpu_contract.json
+    python scripts/record_gpu_contract.py --check 0.32.0 # compares another version with that file, writes nothing
+
+The wheel (about 340 MB) needs no GPU to be read: signatures come from its Python source, schemas and kernels from the
+strings of its library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+VERSION = "0.33.0"
+RECORD = Path(__file__).parents[1] / "tests/vllm_fptquant/gpu_contract.json"
+WHEELS = Path.home() / ".cache/vllm-fptquant/wheels"
+LIBRARY = "vllm/_C_stable_libtorch.abi3.so"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux1_x86_64")
+
+# Functions and operators that `vllm_fptquant` calls on GPUs.
+MARLIN_UTILS = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
+TRITON = "vllm/model_executor/layers/quantization/compressed_tensors/triton_scaled_mm.py"
+FUNCTIONS = {
+    "vllm/_custom_ops.py": ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform"),
+    MARLIN_UTILS: ("marlin_padded_nk", "marlin_permute_scales", "_marlin_gemm"),
+    TRITON: ("triton_scaled_mm",),
+}
+OPERATORS = ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform", "marlin_gemm")
+
+
+def find_wheel(version: str) -> Path | None:
+    """The GPU wheel of a version, if it was downloaded."""
+    return next(iter(sorted(WHEELS.glob(f"vllm-{version}-*.whl"))), None)
+
+
+def fetch_wheel(version: str) -> Path:
+    """Downloads the GPU wheel from PyPI, once."""
+    wheel = find_wheel(version)
+    if wheel is None:
+        WHEELS.mkdir(parents=True, exist_ok=True)
+        platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *platforms]
+        subprocess.run([*command, "--dest", str(WHEELS), f"vllm=={version}"], check=True)
+        wheel = find_wheel(version)
+        assert wheel is not None
+    return wheel
+
+
+def derive(wheel: Path) -> dict[str, Any]:
+    """The record of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        signatures = {
+            f"{path}:{name}": signature
+            for path, names in FUNCTIONS.items()
+            for name, signature in signatures_of(archive.read(path).decode(), names).items()
+        }
+        with tempfile.TemporaryFile() as file:
+            file.write(archive.read(LIBRARY))
+            file.seek(0)
+            library = file.read()
+    return {
+        "version": wheel.name.split("-")[1],
+        "signatures": signatures,
+        "operators": schemas_of(library, OPERATORS),
+        "marlin_channelwise": marlin_kernels(library),
+    }
+
+
+def signatures_of(source: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Parameters of top-level functions, as `a, b=1, *, c`, without annotations."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            found[node.name] = ast.unparse(node.args)
+    missing = set(names) - set(found)
+    if missing:
+        raise SystemExit(f"the wheel has no {', '.join(sorted(missing))}")
+    return found
+
+
+def schemas_of(library: bytes, names: tuple[str, ...]) -> dict[str, str]:
+    """Schemas of operators: strings of the library, `name(Tensor a, ...) -> Tensor`."""
+    found = {}
+    for name in names:
+        schemas = set(re.findall(rb"\0(" + name.encode() + rb"\([^\0]*\) -> [^\0]+)\0", library))
+        if len(schemas) != 1:
+            raise SystemExit(f"the library has {len(schemas)} schemas of {name}")
+        found[name] = " ".join(schemas.pop().decode().split())
+    return found
+
+
+def marlin_kernels(library: bytes) -> list[list[int]]:
+    """Compiled Marlin kernels with channelwise scales: type ids of input, weight and output, and pipeline stages.
+
+    Turing's have two stages, all others four. The mangled name holds the template's arguments: four type ids, threads,
+    three tile sizes, a flag, stages, blocks in a group (n1 is -1: one scale per channel), a flag.
+    """
+    pattern = rb"6MarlinILl(\d+)ELl(\d+)ELl(\d+)ELl\d+ELi\d+ELi\d+ELi\d+ELi\d+ELb\dELi(\d+)ELin1ELb\dEE"
+    return sorted({tuple(int(value) for value in match) for match in re.findall(pattern, library)})  # type: ignore[misc]
+
+
+def main() -> None:
+    """Writes the record, or compares another version with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", metavar="VERSION", help="compare this version with the record")
+    version = parser.parse_args().check
+    record = derive(fetch_wheel(version or VERSION))
+    if version is None:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {RECORD}")
+        return
+    recorded = json.loads(RECORD.read_text())
+    differences = [
+        f"{section}: {name}: {recorded[section].get(name)} -> {record[section].get(name)}"
+        for section in ("signatures", "operators")
+        for name in recorded[section]
+        if recorded[section][name] != record[section].get(name)
+    ]
+    missing = [
+        kernel for kernel in recorded["marlin_channelwise"] if kernel not in map(list, record["marlin_channelwise"])
+    ]
+    differences += [f"marlin kernel {kernel} is missing" for kernel in missing]
+    print("\n".join(differences) or f"{version} has what {recorded['version']} has")
+    raise SystemExit(bool(differences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""GPU kernels, emulated on the CPU operation by operation: layouts, arithmetic, the whole layer. No GPU is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fptquant.checkpoint import (
+    ActivationScheme,
+    DownHadamard,
+    LinearScheme,
+    TransformRecord,
+    WeightScheme,
+    block_hadamard,
+    code_bounds,
+    hadamard_factors,
+    quantize,
+    quantized_linear,
+    round_scale,
+)
+from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant import gpu_emulation
+from tests.vllm_fptquant.gpu_emulation import operators, pretend_gpu, unpack_gptq  # noqa: F401
+from tests.vllm_fptquant.layers import COLUMNS, HIDDEN, SHARDS, build_linear, load, quant_config, random_tensors
+from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
+from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
+from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
+from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
+from vllm_fptquant.models.llama import project, scaled_projection
+
+KERNELS = [MarlinInt8Kernel, CutlassInt8Kernel, TritonInt8Kernel]
+DTYPES = [torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.usefixtures("operators")
+
+
+def weights_of(
+    bits: int, codes: Tensor, zero_point: int | None = None, scale: float = 0.37, weight_bits: int = 4
+) -> LinearWeights:
+    """A layer with codes (N, K); `zero_point` None means symmetric activations."""
+    return LinearWeights(
+        scheme=LinearScheme(
+            weights=WeightScheme(bits=weight_bits),
+            activations=ActivationScheme(bits=bits, symmetric=zero_point is None),
+        ),
+        codes=codes.to(torch.int8),
+        weight_scale=round_scale(torch.rand(len(codes)) * 0.01 + 1e-4),
+        input_scale=None if bits == 16 else torch.tensor(scale),
+        input_zero_point=None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32),
+    )
+
+
+def steps_apart(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of 16-bit floating-point numbers in units of the last place."""
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    assert a.dtype == b.dtype
+    return (ordered(a) - ordered(b)).abs()
+
+
+@st.composite
+def layers(draw: st.DrawFn, kernel: type[GpuKernel]) -> tuple[LinearWeights, Tensor]:
+    """A random layer that a kernel can compute, and an input that meets its whole range."""
+    bits = draw(st.sampled_from([4, 8]))
+    limit = 2 ** (bits - 1)
+    symmetric = draw(st.booleans()) if bits == 4 or kernel is CutlassInt8Kernel else True
+    zero_point = None if symmetric else draw(st.integers(-limit, limit - 1))
+    weight_bits = 4 if kernel is MarlinInt8Kernel else draw(st.sampled_from([4, 8]))
+    step = 16 if kernel is CutlassInt8Kernel else 1
+    m, k, n = draw(st.integers(1, 20)), step * draw(st.integers(1, 30)), step * draw(st.integers(1, 20))
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    top = 2 ** (weight_bits - 1)
+    scale = float(torch.tensor(draw(st.floats(1e-3, 10))))
+    return weights_of(bits, torch.randint(-top, top, (n, k)), zero_point, scale, weight_bits), torch.randn(
+        m, k
+    ) * scale * limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataObject) -> None:
+    """Integer sums equal the format's; outputs are within one unit in the last place of the 16-bit type."""
+    weights, x = data.draw(layers(kernel))
+    x = x.to(dtype)
+    assert weights.input_scale is not None
+    gpu_emulation.split.update(blocks=data.draw(st.integers(1, 4)), warps=data.draw(st.integers(1, 4)))
+    gpu_emulation.accumulators.clear()
+    undo = data.draw(st.booleans())
+    S = torch.rand(len(x), 1) + 0.5
+    y = GpuLinear(kernel(weights, dtype), weights, None)(ScaledInput(x, S, undo=True) if undo else x, None)
+
+    codes = quantize(
+        x * S if undo else x, weights.input_scale, *code_bounds(weights.zero_point, weights.scheme.activations.bits)
+    )
+    sums = codes.double() @ weights.codes.double().T
+    (computed,) = gpu_emulation.accumulators
+    n = len(weights.codes)
+    assert torch.equal(computed[:, :n].double(), sums)
+    assert not computed[:, n:].any()  # padding
+    expected = quantized_linear(codes.double(), weights.codes.double(), torch.ones(())) * weights.output_scale
+    expected = (expected / S if undo else expected).to(dtype)
+    close = steps_apart(y, expected) <= 1
+    if kernel is MarlinInt8Kernel:
+        # Parts of the sum are scaled before they are added: where they cancel, float32's rounding of them remains.
+        parts = codes.abs() @ weights.codes.abs().float().T * weights.output_scale * 2**-21 / (S if undo else 1)
+        close |= (y.float() - expected.float()).abs() <= parts
+    assert close.all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_bits", [4, 7, 8])
+@given(st.integers(1, 20), st.integers(1, 400), st.integers(1, 200), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_weight_only(weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int) -> None:
+    """4-bit weights round twice, others once."""
+    torch.manual_seed(seed)
+    top = 2 ** (weight_bits - 1)
+    weights = weights_of(16, torch.randint(-top, top, (n, k)), weight_bits=weight_bits)
+    x = torch.randn(m, k).to(dtype)
+    y = GpuLinear(MarlinKernel(weights, dtype), weights, None)(x, None)
+    exact = (x.double() @ weights.codes.double().T) * weights.weight_scale
+    assert (steps_apart(y, exact.to(dtype)) <= (2 if weight_bits == 4 else 1)).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("bits", "zero_point"), [(8, None), (4, None), (4, 7), (4, -8), (8, 127), (8, -128)])
+def test_largest_possible_sums(bits: int, zero_point: int | None, sign: int) -> None:
+    weights = weights_of(bits, torch.full((128, 14336), -8), zero_point)
+    kernels = [CutlassInt8Kernel] if bits == 8 and zero_point is not None else KERNELS
+    assert weights.input_scale is not None
+    for kernel in kernels:
+        gpu_emulation.accumulators.clear()
+        x = torch.full((2, 14336), sign * 1e4)
+        GpuLinear(kernel(weights, torch.bfloat16), weights, None)(x, None)
+        low, high = weights.bounds
+        assert torch.equal(
+            gpu_emulation.accumulators[0][:, :128].double(),
+            (high if sign > 0 else low).double().expand(2, 128) * 14336 * -8,
+        )
+
+
+# Name, hidden size, query and key/value rows, MLP size.
+MODELS = [
+    ("Llama-3-8B", 4096, 4096, 1024, 14336),
+    ("Llama-3.2-3B", 3072, 3072, 1024, 8192),
+    ("Qwen2.5-7B", 3584, 3584, 512, 18944),
+    ("Qwen3-8B", 4096, 4096, 1024, 12288),
+    ("SmolLM2-135M", 576, 576, 192, 1536),
+]
+PROJECTIONS = [
+    pytest.param(n, k, id=f"{name}-{projection}")
+    for name, hidden, query, key, mlp in MODELS
+    for projection, n, k in (
+        ("qkv", query + 2 * key, hidden),
+        ("o", hidden, query),
+        ("gate_up", 2 * mlp, hidden),
+        ("down", hidden, mlp),
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "k"), PROJECTIONS)
+def test_marlin_gets_our_codes(n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to Marlin's repacking holds the codes, for the projections of real models."""
+    handed = {}
+
+    def record(**arguments: Any) -> Tensor:
+        handed.update(arguments)
+        return torch.empty(0)
+
+    monkeypatch.setattr("vllm_fptquant.kernels.marlin.ops.gptq_marlin_repack", record)
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    kernel = MarlinInt8Kernel(weights_of(8, codes), torch.bfloat16)
+    assert handed["size_n"] == kernel.padded_n >= n and handed["size_k"] == kernel.padded_k >= k
+    assert handed["num_bits"] == 4 and handed["is_a_8bit"] is True
+    words = handed["b_q_weight"]
+    assert words.is_contiguous() and words.shape == (kernel.padded_k // 8, kernel.padded_n)
+    columns = slice(0, n, max(1, n // 512))  # every word of some columns
+    unpacked = unpack_gptq(words[:, columns].numpy(), 4)[:k] - 8
+    assert (unpacked == codes[columns].T.numpy()).all()
+    assert (words[k // 8 :] == -2004318072).all() and (words[:, n:] == -2004318072).all()  # 0x88888888, codes 0
+    some = slice(0, k // 8, max(1, k // 8 // 16))  # all columns of some words
+    assert (
+        unpack_gptq(words[some, :n].numpy(), 4) - 8 == codes.T.reshape(k // 8, 8, n)[some].reshape(-1, n).numpy()
+    ).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (192, 64), (960, 576), (72, 40), (1, 8)])
+@pytest.mark.parametrize("kernel", [MarlinInt8Kernel, MarlinKernel])
+def test_marlin_layout(n: int, k: int, kernel: type[MarlinInt8Kernel]) -> None:
+    """What tensor cores read is the codes and scales, with and without padding."""
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    weights = weights_of(8 if kernel is MarlinInt8Kernel else 16, codes)
+    built = kernel(weights, torch.float16)
+    read = gpu_emulation.unpack_marlin(built.weight.numpy(), built.padded_k, built.padded_n, 4, kernel.int8) - 8
+    assert (read[:k, :n] == codes.T.numpy()).all()
+    assert not read[k:].any() and not read[:, n:].any()
+    scales = gpu_emulation.unpermute_scales(built.weight_scale)[0]
+    assert torch.equal(scales[:n].float(), weights.weight_scale) and not scales[n:].any()
+
+
+@pytest.mark.parametrize("kernel", [MarlinInt8Kernel, MarlinKernel])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_that_16_bits_cannot_hold_is_refused(kernel: type[GpuKernel], dtype: torch.dtype) -> None:
+    weights = weights_of(8 if kernel is MarlinInt8Kernel else 16, torch.zeros(64, 64))
+    weights.weight_scale[5] = 0.1
+    with pytest.raises(FPTQuantError, match=r"layer.weight_scale 0.1\d+ is not exact in b?float16.*cutlass-int8"):
+        kernel(weights, dtype)
+    CutlassInt8Kernel(weights, dtype)  # takes float32
+
+
+def expected(tensors: dict[Any, dict[str, Tensor]], x: Tensor, bits: int) -> Tensor:
+    """The contract's result for the shards of a layer, side by side, in float32."""
+    outputs = []
+    for shard in tensors.values():
+        zero_point = shard.get("input_zero_point", torch.tensor(0))
+        codes = quantize(x, shard["input_scale"], *code_bounds(zero_point, bits))
+        scale = shard["input_scale"] * shard["weight_scale"].flatten()
+        outputs.append(quantized_linear(codes, shard["codes"].float(), scale))
+    return torch.cat(outputs, -1)
+
+
+def exact_tensors(kind: str, config: Any) -> dict[Any, dict[str, Tensor]]:
+    tensors = random_tensors(kind, config)
+    for shard in tensors.values():
+        shard["weight_scale"] = round_scale(shard["weight_scale"])
+    return tensors
+
+
+@pytest.mark.usefixtures("parallel_world", "pretend_gpu")
+class TestLayer:
+    """vLLM's parallel layers from checkpoint tensors to outputs, on a pretended GPU of capability 8.0."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", list(SHARDS))
+    @pytest.mark.parametrize(
+        ("kernel", "bits", "symmetric"),
+        [
+            ("marlin-int8", 8, True),
+            ("marlin-int8", 4, True),
+            ("marlin-int8", 4, False),
+            ("cutlass-int8", 8, False),
+            ("cutlass-int8", 4, False),
+            ("triton-int8", 8, True),
+            ("triton-int8", 4, False),
+        ],
+    )
+    def test_loaded_layer(self, kind: str, kernel: str, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+        config = quant_config(activations=ActivationScheme(bits=bits, symmetric=symmetric))
+        tensors = exact_tensors(kind, config)
+        layer = build_linear(kind, config, params_dtype=dtype)
+        layer.quant_method.kernel_class = next(k for k in KERNELS if k.name == kernel)
+        load(layer, tensors)
+        assert not list(layer.parameters())
+        x = torch.randn(2, 3, COLUMNS[kind]).to(dtype)
+        output, bias = layer(x)
+        assert bias is None and output.dtype == dtype
+        assert (steps_apart(output, expected(tensors, x, bits).to(dtype)) <= 1).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_residual_scale_and_hadamard(self, dtype: torch.dtype, with_bias: bool) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32), residual_scale=True))
+        tensors = exact_tensors("down", config)
+        layer = build_linear("down", config, params_dtype=dtype, bias=with_bias, skip_bias_add=True)
+        if with_bias:
+            layer.bias.data.copy_(torch.randn(HIDDEN))
+        load(layer, tensors)
+        x, S = torch.randn(5, COLUMNS["down"]).to(dtype), torch.rand(5, 1) + 0.3
+        product = expected(tensors, block_hadamard(x * S, *hadamard_factors(32)), 8) / S
+        plain = product.to(dtype)
+        output = scaled_projection(layer, x, S)
+        assert output.dtype == dtype
+        if with_bias:
+            assert torch.equal(output, project(layer, x, S, undo=True)[0] + layer.bias)
+        else:
+            assert (steps_apart(output, plain) <= 1).all()
+
+    def test_scale_that_stays(self) -> None:
+        config = quant_config()
+        tensors = exact_tensors("qkv", config)
+        layer = load(build_linear("qkv", config, params_dtype=torch.bfloat16), tensors)
+        x, S = torch.randn(5, HIDDEN).bfloat16(), torch.rand(5, 1) + 0.3
+        assert (steps_apart(project(layer, x, S)[0], expected(tensors, x * S, 8).bfloat16()) <= 1).all()
+
+    def test_weight_only_layer_needs_no_scale(self) -> None:
+        config = quant_config(activations=ActivationScheme(bits=16))
+        tensors = exact_tensors("down", config)
+        layer = load(build_linear("down", config, params_dtype=torch.bfloat16), tensors)
+        x, S = torch.randn(5, COLUMNS["down"]).bfloat16(), torch.rand(5, 1) + 0.3
+        assert torch.equal(project(layer, x, S, undo=True)[0], layer(x)[0])
+        # Not undone, it is part of the input: a norm.
+        assert torch.equal(project(layer, x, S)[0], layer((x * S).bfloat16())[0])
+
+    def test_fast_hadamard_rounds_to_16_bits_first(self) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+        tensors = exact_tensors("down", config)
+        layer = build_linear("down", config, params_dtype=torch.bfloat16)
+        layer.quant_method.fast_hadamard = True
+        load(layer, tensors)
+        x, S = torch.randn(5, COLUMNS["down"]).bfloat16(), torch.rand(5, 1) + 0.3
+        rotated = block_hadamard(x, *hadamard_factors(32)).bfloat16()
+        assert (steps_apart(layer(x)[0], expected(tensors, rotated, 8).bfloat16()) <= 1).all()
+        scaled = expected(tensors, rotated * S, 8)
+        assert (steps_apart(project(layer, x, S)[0], scaled.bfloat16()) <= 1).all()
+
+    def test_products_that_round_their_factors_are_refused(self) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+        layer = build_linear("down", config, params_dtype=torch.bfloat16)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high")
+            with pytest.raises(FPTQuantError, match="precision 'high'.*unset VLLM_FLOAT32_MATMUL_PRECISION"):
+                load(layer, exact_tensors("down", config))
+        finally:
+            torch.set_float32_matmul_precision(before)
