@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,3 +69,42 @@ def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
     config = VllmConfig(**arguments)
     config.model_config = NoModel()
     return set_current_vllm_config(config)
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU operators and Humming, emulated, and a workspace for Marlin without asking a GPU for its size."""
+    from tests.vllm_fptquant import gpu_emulation
+    from tests.vllm_fptquant.humming_model import HummingModel
+    from vllm_fptquant.kernels import humming
+
+    gpu_emulation.define_operators()
+    monkeypatch.setattr(humming, "humming", HummingModel)
+    monkeypatch.setattr(humming, "unavailable", lambda: None)
+    humming.layer_config.cache_clear()
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.quantization.utils.marlin_utils.get_marlin_workspace",
+        lambda device: torch.zeros(1, dtype=torch.int, device=device),
+    )
+    monkeypatch.setitem(gpu_emulation.split, "blocks", 1)
+    monkeypatch.setitem(gpu_emulation.split, "warps", 1)
+    gpu_emulation.accumulators.clear()
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Function that makes the plugin believe in a GPU of this capability; 8.0 until it is called."""
+    from vllm.platforms.interface import DeviceCapability
+
+    def pretend(capability: int) -> None:
+        platform = SimpleNamespace(
+            device_type="cuda",
+            is_cuda=lambda: True,
+            is_cpu=lambda: False,
+            get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
+        )
+        for module in ("linear", "config"):
+            monkeypatch.setattr(f"vllm_fptquant.{module}.current_platform", platform)
+
+    pretend(80)
+    return pretend

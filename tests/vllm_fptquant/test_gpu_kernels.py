@@ -25,7 +25,7 @@ from fptquant.checkpoint import (
 )
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant import gpu_emulation
-from tests.vllm_fptquant.gpu_emulation import operators, pretend_gpu, unpack_gptq  # noqa: F401
+from tests.vllm_fptquant.gpu_emulation import unpack_gptq
 from tests.vllm_fptquant.layers import COLUMNS, HIDDEN, SHARDS, build_linear, load, quant_config, random_tensors
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, code_bounds, quantize, round_scale
 from fptquant.checkpoint.arithmetic import accumulator_bound
@@ -33,20 +30,11 @@ from vllm_fptquant.kernels.select import select_kernel
 
 from .gpu_emulation import CONTRACT
 from .humming_model import HummingModel, integer_sums
+from .test_gpu_contract import signature_of
+
+pytestmark = pytest.mark.usefixtures("operators")
 
 TYPES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def modelled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operator computes on CPUs, by the model; the package is not needed."""
-    monkeypatch.setattr(module, "humming", HummingModel)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    layer_config.cache_clear()
-    with torch.library._scoped_library("fptquant", "FRAGMENT") as library:
-        library.impl("humming", module._multiply, "CPU")
-        yield
-    layer_config.cache_clear()
 
 
 def scheme(bits: int, weight_bits: int = 4, symmetric: bool = True) -> LinearScheme:
@@ -253,35 +241,6 @@ def test_whole_layer_on_the_cpu(kernel: type[Humming], bits: int, rows: int) -> 
     assert steps(layer(x, None), expected) <= 1
 
 
-@pytest.mark.parametrize(("kernel", "bits"), [(HummingInt4Kernel, 4), (HummingInt8Kernel, 8)])
-def test_fake_cuda_run(kernel: type[Humming], bits: int) -> None:
-    """Shapes, types and devices agree for CUDA tensors, in one graph for any number of rows, without a GPU."""
-    with FakeTensorMode():
-        weights = LinearWeights(
-            scheme=scheme(bits),
-            codes=torch.empty(200, 576, dtype=torch.int8, device="cuda"),
-            weight_scale=torch.empty(200, device="cuda"),
-            input_scale=torch.empty((), device="cuda"),
-            input_zero_point=None,
-        )
-        built = kernel(weights, torch.bfloat16)
-        assert {buffer.device.type for buffer in built.buffers()} == {"cuda"}
-        codes = torch.empty(5, 576, dtype=torch.int8, device="cuda")
-        output = built(codes, torch.empty(5, device="cuda"))
-        assert output.shape == (5, 200) and output.dtype == torch.bfloat16 and output.device.type == "cuda"
-
-
-@pytest.mark.parametrize(("kernel", "bits"), [(HummingInt4Kernel, 4), (HummingInt8Kernel, 8)])
-def test_one_graph_for_any_number_of_rows(kernel: type[Humming], bits: int) -> None:
-    torch.manual_seed(0)
-    built = kernel(random_weights(bits, 200, 576), torch.bfloat16)
-    compiled = torch.compile(built, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (2, 5, 33):
-        codes = torch.randint(-8, 8, (rows, 576), dtype=torch.int8)
-        scale = torch.rand(rows)
-        assert torch.equal(compiled(codes, scale), built(codes, scale))
-
-
 class Bound:
     """`vllm.utils.humming` with the recorded signatures: a call that does not fit them fails; then the model runs."""
 
@@ -300,12 +259,6 @@ class Bound:
             return getattr(HummingModel, name)(*arguments, **named)
 
         return call
-
-
-def signature_of(parameters: str) -> inspect.Signature:
-    scope: dict[str, Any] = {}
-    exec(f"def function({parameters}): ...", scope)
-    return inspect.signature(scope["function"])
 
 
 def run_bound(monkeypatch: pytest.MonkeyPatch, record: dict[str, Any]) -> set[str]:
