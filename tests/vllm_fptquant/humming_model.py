@@ -18,11 +18,12 @@ from torch import Tensor
 def flat_layout(words: Tensor, bits: int, n: int, k: int) -> Tensor:
     """Humming's layout of weights from offset binary words int32 (N, K * bits / 32), padded to (n, k).
 
-    16 bytes of consecutive codes of one row, then those of the next row; two's complement, low half byte first.
+    16 bytes of consecutive codes of one row, then those of the next row; two's complement, low half byte first. The
+    padding is not zero but the smallest code: the kernel reads zeros for the input there, and leaves out the rows.
     """
     offset = 0x88 if bits == 4 else 0x80
     margin = (0, k * bits // 8 - words.shape[1] * 4, 0, n - words.shape[0])
-    codes = torch.nn.functional.pad(words.view(torch.uint8) ^ offset, margin)
+    codes = torch.nn.functional.pad(words.view(torch.uint8), margin) ^ offset
     chunks = codes.view(n, -1, 16).transpose(0, 1)
     return chunks.reshape(n, -1).view(torch.int32)
 

@@ -76,9 +76,11 @@ class Package:
     def pretend(self, capability: int, cuda: tuple[int, int] = (13, 0)) -> None:
         """Believes in a GPU of this capability and a compiler of this version."""
         gpu = Gpu(capability)
-        information = object.__new__(self.device.DeviceInfo)
-        information._index, information._value = 0, gpu
-        self.device.DeviceInfo._instances[0] = information
+        instances = self.device.DeviceInfo._instances
+        if 0 not in instances:
+            instances[0] = object.__new__(self.device.DeviceInfo)
+            instances[0]._index = 0
+        instances[0]._value = gpu  # the same instance for all: vLLM 0.32 keeps it
         self.device.current_device._value = gpu
         self.transform.DeviceInfo = lambda device: gpu
         self.kernel._get_compiler = staticmethod(COMPILERS[cuda])

@@ -88,6 +88,8 @@ def compute(name: str, inputs: list[Array]) -> Array:
         return (inputs[0] + inputs[1] if operation == "add" else inputs[0] - inputs[1]) & mask
     if name.startswith(("mul.lo", "mad.lo")):
         return (inputs[0] * inputs[1] + (inputs[2] if operation == "mad" else np.uint64(0))) & mask
+    if name == "mul.hi.u32":
+        return ((inputs[0] & mask) * (inputs[1] & mask)) >> np.uint64(32)
     if name.startswith("mul.wide.u"):
         return (inputs[0] & mask) * (inputs[1] & mask)
     if operation in ("shl", "shr") and kind[0] in "bu":

@@ -70,7 +70,7 @@ def test_its_layout_holds_our_codes(
     weight_bits: int,
     capability: int,
 ) -> None:
-    """Unpacked in numpy, independently of the package: every code is where the model expects it, padding is zero."""
+    """Unpacked in numpy, independently of the package: every code is where the model expects it, padding too."""
     package.pretend(capability)
     n, k = shape
     weights = weights_of(bits, n, k, weight_bits)
@@ -82,7 +82,7 @@ def test_its_layout_holds_our_codes(
     assert (config["a_dtype"], config["c_dtype"]) == (kernel.activation_type, "float16")
     for start in range(0, n, 4096):  # a part of the rows at a time: less memory
         codes = rows_of(built.weight, weight_bits, start, min(start + 4096, config["shape_n"]))
-        expected = np.zeros_like(codes)
+        expected = np.full_like(codes, -(2 ** (weight_bits - 1)))
         rows = weights.codes[start : start + 4096].numpy()
         expected[: len(rows), :k] = rows
         assert np.array_equal(codes, expected)
