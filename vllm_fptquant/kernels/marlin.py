@@ -47,7 +47,7 @@ class Marlin(GpuKernel):
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """See `GpuKernel.forward`."""
         output: Tensor = torch.ops.vllm.marlin_gemm(
-            a=pad(codes, (0, self.padded_k - codes.shape[-1])),
+            a=codes if self.padded_k == codes.shape[-1] else pad(codes, (0, self.padded_k - codes.shape[-1])),
             b_q_weight=self.weight,
             b_bias=None,
             b_scales=self.weight_scale,
