@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fetch_humming import DIRECTORY
 
 GPUS = {  # capability: multiprocessors, shared memory of a block

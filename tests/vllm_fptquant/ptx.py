@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .ptx_arithmetic import Array, compute, signed_fields
+from tests.vllm_fptquant.ptx_arithmetic import Array, compute, signed_fields
 
 STATEMENT = re.compile(r"\s*(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 WIDTH = re.compile(r"\.[usbf](8|16|32|64)$")

@@ -15,6 +15,9 @@ from torch import Tensor
 from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, code_bounds, quantize, round_scale
 from fptquant.checkpoint.arithmetic import accumulator_bound
 from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.gpu_emulation import CONTRACT
+from tests.vllm_fptquant.humming_model import HummingModel, integer_sums
+from tests.vllm_fptquant.test_gpu_contract import signature_of
 from vllm_fptquant.kernels import humming as module
 from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear
@@ -27,10 +30,6 @@ from vllm_fptquant.kernels.humming import (
     shift_exponent,
 )
 from vllm_fptquant.kernels.select import select_kernel
-
-from .gpu_emulation import CONTRACT
-from .humming_model import HummingModel, integer_sums
-from .test_gpu_contract import signature_of
 
 pytestmark = pytest.mark.usefixtures("operators")
 

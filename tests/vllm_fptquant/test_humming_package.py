@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, round_scale
+from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, pack_codes, round_scale
+from tests.vllm_fptquant import ptx
+from tests.vllm_fptquant.humming_model import flat_layout, unpack, unpack_input
+from tests.vllm_fptquant.humming_package import GPUS, Package, package  # noqa: F401
 from vllm_fptquant.kernels import humming as module
 from vllm_fptquant.kernels.base import LinearWeights
 from vllm_fptquant.kernels.humming import COMPUTE, Humming, HummingInt4Kernel, HummingInt8Kernel, layer_config
-
-from . import ptx
-from .humming_model import unpack, unpack_input
-from .humming_package import GPUS, Package, package  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +85,9 @@ def test_its_layout_holds_our_codes(
         rows = weights.codes[start : start + 4096].numpy()
         expected[: len(rows), :k] = rows
         assert np.array_equal(codes, expected)
+    if n * k <= 2**20:
+        words = pack_codes(weights.codes, 4 if weight_bits == 4 else 8)
+        assert torch.equal(built.weight, flat_layout(words, weight_bits, config["shape_n"], config["shape_k"]))
 
 
 def rows_of(weight: Tensor, bits: int, start: int, stop: int) -> Any:

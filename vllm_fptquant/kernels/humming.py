@@ -127,7 +127,11 @@ class HummingInt4Kernel(Humming):
 
 
 class HummingInt8Kernel(Humming):
-    """Int8 activations times 4-bit weights (or wider ones, 1 byte each) on int8 tensor cores."""
+    """Int8 activations times 4-bit weights (or wider ones, 1 byte each) on int8 tensor cores.
+
+    4-bit weights are widened while they are loaded. Compilers before CUDA 13.4 have no name for that instruction, and
+    Humming patches the machine code; `HUMMING_DISABLE_PATCH_CUBIN=1` makes it widen them in software.
+    """
 
     name = "humming-int8"
     activation_type = "int8"
