@@ -34,23 +34,31 @@ FUNCTIONS = {
     MARLIN_UTILS: ("marlin_padded_nk", "marlin_permute_scales", "_marlin_gemm"),
     TRITON: ("triton_scaled_mm",),
 }
+# What is called of Humming, which vLLM reaches through `vllm.utils.humming` and requires in one exact version.
+FACADE = "vllm/utils/humming.py"
+HUMMING = {
+    "humming/forward.py": ("humming_forward",),
+    "humming/transform.py": ("prepare_and_transform_humming_tensors",),
+    "humming/schema/humming.py": ("HummingInputSchema", "HummingWeightSchema"),
+    "humming/config/config.py": ("LayerConfig",),
+}
 OPERATORS = ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform", "marlin_gemm")
 
 
-def find_wheel(version: str) -> Path | None:
-    """The GPU wheel of a version, if it was downloaded."""
-    return next(iter(sorted(WHEELS.glob(f"vllm-{version}-*.whl"))), None)
+def find_wheel(version: str, package: str = "vllm") -> Path | None:
+    """The wheel of a version, if it was downloaded."""
+    return next(iter(sorted(WHEELS.glob(f"{package.replace('-', '_')}-{version}-*.whl"))), None)
 
 
-def fetch_wheel(version: str) -> Path:
-    """Downloads the GPU wheel from PyPI, once."""
-    wheel = find_wheel(version)
+def fetch_wheel(version: str, package: str = "vllm") -> Path:
+    """Downloads a wheel (vLLM's: for GPUs) from PyPI, once."""
+    wheel = find_wheel(version, package)
     if wheel is None:
         WHEELS.mkdir(parents=True, exist_ok=True)
         platforms = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *platforms]
-        subprocess.run([*command, "--dest", str(WHEELS), f"vllm=={version}"], check=True)
-        wheel = find_wheel(version)
+        subprocess.run([*command, "--dest", str(WHEELS), f"{package}=={version}"], check=True)
+        wheel = find_wheel(version, package)
         assert wheel is not None
     return wheel
 
@@ -63,6 +71,8 @@ def derive(wheel: Path) -> dict[str, Any]:
             for path, names in FUNCTIONS.items()
             for name, signature in signatures_of(archive.read(path).decode(), names).items()
         }
+        exports = exports_of(archive.read(FACADE).decode())
+        humming = required_humming(archive)
         with tempfile.TemporaryFile() as file:
             file.write(archive.read(LIBRARY))
             file.seek(0)
@@ -71,11 +81,16 @@ def derive(wheel: Path) -> dict[str, Any]:
         "version": wheel.name.split("-")[1],
         "signatures": signatures,
         "operators": schemas_of(library, OPERATORS),
+        "humming": {
+            "version": humming,
+            "exports": {name: exports.get(name) for names in HUMMING.values() for name in names},
+            "signatures": humming_signatures(fetch_wheel(humming, "humming-kernels")),
+        },
         "marlin_channelwise": marlin_kernels(library),
     }
 
 
-def signatures_of(source: str, names: tuple[str, ...]) -> dict[str, str]:
+def signatures_of(source: str, names: tuple[str, ...], required: bool = True) -> dict[str, str]:
     """Parameters of top-level functions, as `a, b=1, *, c`, without annotations."""
     found = {}
     for node in ast.parse(source).body:
@@ -85,8 +100,53 @@ def signatures_of(source: str, names: tuple[str, ...]) -> dict[str, str]:
                     argument.annotation = None
             found[node.name] = ast.unparse(node.args)
     missing = set(names) - set(found)
-    if missing:
+    if missing and required:
         raise SystemExit(f"the wheel has no {', '.join(sorted(missing))}")
+    return found
+
+
+def required_humming(archive: zipfile.ZipFile) -> str:
+    """The one version of Humming that a vLLM wheel requires."""
+    metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    text = archive.read(metadata).decode()
+    version = re.search(r"^Requires-Dist: humming-kernels\[\w+\]==([\d.]+)", text, re.MULTILINE)
+    if version is None:
+        raise SystemExit("the wheel requires no version of humming-kernels")
+    return version[1]
+
+
+def exports_of(source: str) -> dict[str, str]:
+    """What the facade offers: name to `module:attribute`."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_EXPORTS" and node.value is not None:
+            exports: dict[str, str] = ast.literal_eval(node.value)
+            return exports
+    raise SystemExit("the facade has no _EXPORTS")
+
+
+def humming_signatures(wheel: Path) -> dict[str, str]:
+    """Parameters of the functions, and of the dataclasses' constructors."""
+    found = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for path, names in HUMMING.items():
+            source = archive.read(path).decode()
+            classes = fields_of(source, names)
+            functions = signatures_of(source, names, required=False)
+            found.update({f"{path}:{name}": text for name, text in {**classes, **functions}.items()})
+    return found
+
+
+def fields_of(source: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Constructor parameters of keyword-only dataclasses."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name in names:
+            fields = [
+                ast.unparse(field.target) + (f"={ast.unparse(field.value)}" if field.value is not None else "")
+                for field in node.body
+                if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation)
+            ]
+            found[node.name] = ", ".join(["*", *fields])
     return found
 
 
@@ -134,6 +194,13 @@ def differences(recorded: dict[str, Any], other: dict[str, Any]) -> list[str]:
         for section in ("signatures", "operators")
         for name, value in recorded[section].items()
         if value != other[section].get(name)
+    ]
+    mine, theirs = recorded["humming"], other["humming"]
+    found += [
+        f"Humming {theirs['version']}: {name}: {value} -> {theirs[section].get(name)}"
+        for section in ("exports", "signatures")
+        for name, value in mine[section].items()
+        if value != theirs[section].get(name)
     ]
     lost = [kernel for kernel in recorded["marlin_channelwise"] if kernel not in other["marlin_channelwise"]]
     return found + [f"Marlin kernel {kernel} is missing" for kernel in lost]

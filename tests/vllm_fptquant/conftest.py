@@ -74,10 +74,15 @@ def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulated GPU operators, as if nothing had used them before."""
+    """GPU operators and Humming, emulated, as if nothing had used them before."""
     from tests.vllm_fptquant import gpu_emulation
+    from tests.vllm_fptquant.humming_model import HummingModel
+    from vllm_fptquant.kernels import humming
 
     monkeypatch.setattr(*gpu_emulation.WORKSPACE)
+    monkeypatch.setattr(humming, "humming", HummingModel)
+    monkeypatch.setattr(humming, "unavailable", lambda: None)
+    humming.layer_config.cache_clear()
     monkeypatch.setitem(gpu_emulation.split, "blocks", 1)
     monkeypatch.setitem(gpu_emulation.split, "warps", 1)
     gpu_emulation.accumulators.clear()

