@@ -371,6 +371,28 @@ def sensitivity(
 
 
 @app.command()
+def doctor() -> None:
+    """Show what this machine would serve with, and compare its kernels with the format; exit status 1 on a failure."""
+    from fptquant.evaluation.vllm_backend import vllm_installed
+
+    if not vllm_installed():
+        raise FPTQuantError("vLLM is not installed, so nothing can be served here: pip install 'vllm-fptquant[cpu]'")
+    from vllm_fptquant import doctor as examination
+
+    for name, version in examination.versions().items():
+        _out.print(f"{name} {version}", highlight=False)
+    _out.print(f"device: {examination.device_name()}", highlight=False)
+    table = Table("layer", "kernel", "", "result", "")
+    failed = False
+    for result in examination.check_kernels():
+        failed |= result.status == "fail"
+        table.add_row(result.layer, result.kernel, "serves" if result.chosen else "", result.status, result.detail)
+    _out.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes, the precisions and the transforms."""
     from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
