@@ -1,6 +1,6 @@
 """Records what vLLM's GPU wheel offers to `vllm_fptquant`: signatures, operator schemas, compiled Marlin kernels.
 
-    python scripts/record_gpu_contract.py              # downloads the wheel, writes tests/vllm_fptquant/gpu_contract.json
+    python scripts/record_gpu_contract.py                # downloads the wheel, writes gpu_contract.json of the tests
     python scripts/record_gpu_contract.py --check 0.32.0 # compares another version with that file, writes nothing
 
 The wheel (about 340 MB) needs no GPU to be read: signatures come from its Python source, schemas and kernels from the
@@ -108,7 +108,7 @@ def marlin_kernels(library: bytes) -> list[list[int]]:
     three tile sizes, a flag, stages, blocks in a group (n1 is -1: one scale per channel), a flag.
     """
     pattern = rb"6MarlinILl(\d+)ELl(\d+)ELl(\d+)ELl\d+ELi\d+ELi\d+ELi\d+ELi\d+ELb\dELi(\d+)ELin1ELb\dEE"
-    return sorted({tuple(int(value) for value in match) for match in re.findall(pattern, library)})  # type: ignore[misc]
+    return [list(kernel) for kernel in sorted({tuple(map(int, match)) for match in re.findall(pattern, library)})]
 
 
 def main() -> None:
@@ -122,18 +122,21 @@ def main() -> None:
         print(f"wrote {RECORD}")
         return
     recorded = json.loads(RECORD.read_text())
-    differences = [
-        f"{section}: {name}: {recorded[section].get(name)} -> {record[section].get(name)}"
+    found = differences(recorded, record)
+    print("\n".join(found) or f"{version} has what {recorded['version']} has")
+    raise SystemExit(bool(found))
+
+
+def differences(recorded: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What another version lacks or has changed, one line each."""
+    found = [
+        f"{name}: {value} -> {other[section].get(name)}"
         for section in ("signatures", "operators")
-        for name in recorded[section]
-        if recorded[section][name] != record[section].get(name)
+        for name, value in recorded[section].items()
+        if value != other[section].get(name)
     ]
-    missing = [
-        kernel for kernel in recorded["marlin_channelwise"] if kernel not in map(list, record["marlin_channelwise"])
-    ]
-    differences += [f"marlin kernel {kernel} is missing" for kernel in missing]
-    print("\n".join(differences) or f"{version} has what {recorded['version']} has")
-    raise SystemExit(bool(differences))
+    lost = [kernel for kernel in recorded["marlin_channelwise"] if kernel not in other["marlin_channelwise"]]
+    return found + [f"Marlin kernel {kernel} is missing" for kernel in lost]
 
 
 if __name__ == "__main__":

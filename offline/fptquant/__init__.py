@@ -9,7 +9,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# Not in the command itself (run as a script, or by `python -m`): transformers and torch take seconds to import, and
-# `fptquant.loading` imports it where a model is read.
-if Path(sys.argv[0]).name not in ("fptquant", "-m"):
+# Not in the command itself: transformers and torch take seconds to import, and `fptquant.loading` imports it where a
+# model is read.
+if Path(sys.argv[0]).name != "fptquant":
     from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)

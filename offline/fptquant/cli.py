@@ -1,4 +1,4 @@
-"""The `fptquant` command; each subcommand imports what it needs, so that `--help` answers at once."""
+"""The `fptquant` command; each subcommand imports what it needs, so that `fptquant --help` answers at once."""
 
 from __future__ import annotations
 

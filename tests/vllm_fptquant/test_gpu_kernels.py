@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +29,7 @@ from fptquant.checkpoint import (
 )
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant import gpu_emulation
-from tests.vllm_fptquant.gpu_emulation import operators, pretend_gpu, unpack_gptq  # noqa: F401
+from tests.vllm_fptquant.gpu_emulation import unpack_gptq
 from tests.vllm_fptquant.layers import COLUMNS, HIDDEN, SHARDS, build_linear, load, quant_config, random_tensors
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
@@ -269,6 +273,18 @@ class TestLayer:
         assert bias is None and output.dtype == dtype
         assert (steps_apart(output, expected(tensors, x, bits).to(dtype)) <= 1).all()
 
+    def test_bias(self) -> None:
+        config = quant_config()
+        tensors = exact_tensors("o", config)
+        layer = build_linear("o", config, bias=True, params_dtype=torch.bfloat16)
+        layer.bias.data.copy_(torch.randn(HIDDEN))
+        load(layer, tensors)
+        x = torch.randn(4, COLUMNS["o"]).bfloat16()
+        without = expected(tensors, x, 8).bfloat16()
+        output, bias = layer(x)
+        assert bias is None
+        assert (steps_apart(output, without + layer.bias) <= 1).all() and not torch.equal(output, without)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("with_bias", [False, True])
     def test_residual_scale_and_hadamard(self, dtype: torch.dtype, with_bias: bool) -> None:
@@ -326,3 +342,44 @@ class TestLayer:
                 load(layer, exact_tensors("down", config))
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+TRITON_INTERPRETED = """
+import importlib.util, sys, types
+import torch, triton, triton.language
+
+package = importlib.util.find_spec("vllm").submodule_search_locations[0]
+for name in ("vllm", "vllm.triton_utils", "vllm.triton_utils.allocation"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["vllm.triton_utils"].__dict__.update(
+    tl=triton.language, triton=triton, use_tensor_descriptor=lambda wanted: False
+)
+sys.modules["vllm.triton_utils.allocation"].set_triton_allocator = None
+path = package + "/model_executor/layers/quantization/compressed_tensors/triton_scaled_mm.py"
+spec = importlib.util.spec_from_file_location("interpreted", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+inputs, outputs = torch.load(sys.argv[1]), []
+for codes, weight, row_scale, weight_scale, dtype in inputs:
+    outputs.append(module.triton_scaled_mm(
+        input=codes, weight=weight.t(), scale_a=row_scale, scale_b=weight_scale, out_dtype=dtype
+    ))
+torch.save(outputs, sys.argv[1])
+"""
+
+
+def test_triton_emulation_equals_the_kernel(tmp_path: Path) -> None:
+    """vLLM's own kernel, run by Triton's interpreter. Not in bfloat16, to which the interpreter truncates."""
+    pytest.importorskip("triton")
+    inputs = []
+    for m, k, n in ((1, 64, 16), (5, 100, 72), (70, 300, 130)):
+        for dtype in (torch.float16, torch.float32):
+            codes = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+            inputs.append((codes, weight, torch.rand(m) * 1e-3, torch.rand(n) * 1e-2, dtype))
+    torch.save(inputs, tmp_path / "products")
+    (tmp_path / "interpreted.py").write_text(TRITON_INTERPRETED)
+    command = [sys.executable, str(tmp_path / "interpreted.py"), str(tmp_path / "products")]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    for arguments, output in zip(inputs, torch.load(tmp_path / "products"), strict=True):
+        assert torch.equal(output, gpu_emulation.triton_int8(*arguments))

@@ -21,7 +21,7 @@ from fptquant.checkpoint import (
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.layers import quant_config
 
-VOCABULARY, HIDDEN = 150, 36  # vLLM pads the vocabulary to 192
+VOCABULARY, HIDDEN = 150, 48  # vLLM pads the vocabulary to 192
 SCALE = torch.tensor(0.02)
 
 
@@ -29,9 +29,13 @@ SCALE = torch.tensor(0.02)
 def head(request: pytest.FixtureRequest, parallel_world: Callable[[int, int], None]) -> ParallelLMHead:
     """Rank and size of the tensor-parallel world come from the parameter."""
     parallel_world(*getattr(request, "param", (0, 1)))
+    return build(torch.float32)
+
+
+def build(dtype: torch.dtype) -> ParallelLMHead:
     override = Override(modules="lm_head", weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8))
     config = quant_config(overrides=(override,), ignore=())
-    return ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head", params_dtype=torch.float32)
+    return ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head", params_dtype=dtype)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -55,13 +59,18 @@ def load(head: ParallelLMHead, *, skip: str = "") -> ParallelLMHead:
     return head
 
 
+def contract(x: Tensor) -> Tensor:
+    """Logits of the whole vocabulary, as the format defines them."""
+    given = tensors()
+    codes = quantize(x, SCALE, *code_bounds(torch.tensor(0), 8))
+    return quantized_linear(codes, given["codes"].float(), SCALE * given["weight_scale"].flatten())
+
+
 @pytest.mark.parametrize("head", [(0, 1), (0, 2), (1, 2)], indirect=True)
 def test_logits_equal_the_contract(head: ParallelLMHead) -> None:
     x = torch.randn(5, HIDDEN)
     logits = load(head).quant_method.apply(head, x)
-    given = tensors()
-    codes = quantize(x, SCALE, *code_bounds(torch.tensor(0), 8))
-    expected = quantized_linear(codes, given["codes"].float(), SCALE * given["weight_scale"].flatten())
+    expected = contract(x)
     rows = head.shard_indices
     real = rows.org_vocab_end_index - rows.org_vocab_start_index
     assert real > 0
@@ -73,3 +82,26 @@ def test_logits_equal_the_contract(head: ParallelLMHead) -> None:
 def test_missing_tensor_is_named(name: str, head: ParallelLMHead) -> None:
     with pytest.raises(FPTQuantError, match=f"lm_head.*{name}"):
         load(head, skip=name)
+
+
+@pytest.mark.parametrize(("capability", "name"), [(80, "cutlass-int8"), (100, "triton-int8")])
+@pytest.mark.usefixtures("operators")
+def test_gpu(
+    capability: int,
+    name: str,
+    pretend_gpu: Callable[[int], None],
+    parallel_world: Callable[[int, int], None],
+) -> None:
+    """The head of a pretended GPU, with emulated kernels: within the rounding to 16 bits."""
+    pretend_gpu(capability)
+    parallel_world(1, 2)
+    head = build(torch.bfloat16)
+    assert head.quant_method.kernel_class.name == name
+    x = torch.randn(5, HIDDEN).bfloat16()
+    logits = load(head).quant_method.apply(head, x)
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    rows = head.shard_indices
+    real = rows.org_vocab_end_index - rows.org_vocab_start_index
+    exact = contract(x)[:, rows.org_vocab_start_index : rows.org_vocab_end_index]
+    torch.testing.assert_close(logits[:, :real].float(), exact, rtol=2**-8, atol=0)
+    assert not logits[:, real:].any()

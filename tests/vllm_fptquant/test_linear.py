@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from fptquant.checkpoint import (
     ActivationScheme,
@@ -73,6 +74,16 @@ def test_sixteen_bit_input_gives_sixteen_bit_output(dtype: torch.dtype) -> None:
     assert torch.equal(output, expected(tensors, x, 8).to(dtype))
     # A float32 input, as residual scaling makes it, keeps the output in float32.
     assert torch.equal(layer(x.float())[0], expected(tensors, x, 8))
+
+
+def test_scales_keep_their_precision_in_a_16_bit_model() -> None:
+    """VLLM builds and finishes layers with the model's type as torch's default."""
+    config = quant_config()
+    tensors = random_tensors("down", config)
+    with set_default_torch_dtype(torch.bfloat16):
+        layer = load(build_linear("down", config, params_dtype=torch.bfloat16), tensors)
+    x = torch.randn(3, COLUMNS["down"])
+    assert torch.equal(layer(x)[0], expected(tensors, x, 8))
 
 
 def test_weight_only_layer_has_no_input_scale() -> None:

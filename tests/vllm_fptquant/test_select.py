@@ -9,8 +9,10 @@ import torch
 
 from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme
 from fptquant.errors import FPTQuantError
+from fptquant.recipe import PRECISIONS
 from vllm_fptquant.kernels.base import LinearSpec
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
+from vllm_fptquant.kernels.marlin import MarlinInt8Kernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.select import select_kernel
 from vllm_fptquant.options import ServingOptions
@@ -42,7 +44,7 @@ def test_override() -> None:
 
 
 def test_unknown_override_lists_the_known_and_suggests() -> None:
-    with pytest.raises(FPTQuantError, match=r"unknown kernel 'fbgem': did you mean 'fbgemm'.*fbgemm, reference"):
+    with pytest.raises(FPTQuantError, match=r"unknown kernel 'fbgem': did you mean 'fbgemm'.*fbgemm.*reference"):
         select_kernel(spec(), "fbgem", "x")
 
 
@@ -52,8 +54,85 @@ def test_override_that_cannot_do_it_names_those_that_can() -> None:
 
 
 def test_no_kernel_for_a_device() -> None:
-    with pytest.raises(FPTQuantError, match=r"no kernel can compute layer0 .*fbgemm: .*cuda.*reference: .*cuda"):
-        select_kernel(spec(device="cuda"), None, "layer0")
+    with pytest.raises(FPTQuantError, match=r"no kernel can compute layer0 .*none runs on tpu"):
+        select_kernel(spec(device="tpu"), None, "layer0")
+
+
+def test_override_by_several_names() -> None:
+    assert select_kernel(spec(activations=16), "fbgemm, reference", "x")[0] is ReferenceKernel
+    with pytest.raises(FPTQuantError, match=r"unknown kernel 'nothing'"):
+        select_kernel(spec(), "fbgemm,nothing", "x")
+    with pytest.raises(FPTQuantError, match=r"'marlin' cannot compute x: .*; 'fbgemm' cannot.*can: reference"):
+        select_kernel(spec(activations=16), "marlin,fbgemm", "x")
+
+
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 120)
+# What linear layers get, and lm_head (7-bit weights, 8-bit activations).
+LAYERS = dict.fromkeys(("w4a8kv8", "w4a4kv4", "w4a4kv8", "w4a8", "w4a4kv4-symmetric"), "marlin-int8") | {
+    "w4a16": "marlin"
+}
+
+
+def on_gpu(scheme: LinearScheme, capability: int, dtype: torch.dtype = torch.float16, k: int = 4096) -> LinearSpec:
+    return LinearSpec(scheme, k, 4096, dtype, "cuda", capability)
+
+
+class TestGpus:
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    @pytest.mark.parametrize("precision", list(PRECISIONS))
+    def test_every_preset_on_every_gpu(self, precision: str, capability: int) -> None:
+        chosen = PRECISIONS[precision]
+        scheme = LinearScheme(weights=chosen.weights, activations=chosen.activations)
+        for dtype in (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,):
+            assert select_kernel(on_gpu(scheme, capability, dtype), None, "x")[0].name == LAYERS[precision]
+
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    @pytest.mark.parametrize("bits", [7, 8])
+    def test_wide_weights(self, bits: int, capability: int) -> None:
+        """The head and what a budget widens. Blackwell has no int8 CUTLASS."""
+        scheme = LinearScheme(weights=WeightScheme(bits=bits), activations=ActivationScheme(bits=8))
+        kernel, reason = select_kernel(on_gpu(scheme, capability), None, "lm_head")
+        assert kernel.name == ("triton-int8" if capability >= 100 else "cutlass-int8")
+        assert f"4-bit weights only, these have {bits}" in reason
+        assert ("7.5 to 9.0" in reason) == (capability >= 100)
+
+    def test_odd_sizes(self) -> None:
+        scheme = LinearScheme(weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8))
+        assert select_kernel(on_gpu(scheme, 86, k=100), None, "lm_head")[0].name == "triton-int8"
+        with pytest.raises(FPTQuantError, match="cutlass-int8: needs sizes.*triton-int8: Triton needs"):
+            select_kernel(on_gpu(scheme, 75, k=100), None, "lm_head")
+
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    def test_asymmetric_eight_bits(self, capability: int) -> None:
+        """Exact in CUTLASS alone, which Blackwell lacks: refused there, not approximated."""
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=8, symmetric=False))
+        if capability < 100:
+            assert select_kernel(on_gpu(scheme, capability), None, "x")[0].name == "cutlass-int8"
+            return
+        with pytest.raises(FPTQuantError, match="marlin-int8: takes no zero point.*triton-int8: takes no zero point"):
+            select_kernel(on_gpu(scheme, capability), None, "x")
+
+    def test_extension_that_failed_to_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MarlinInt8Kernel, "operators", ("marlin_gemm", "no_such_operator"))
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme())
+        reason = select_kernel(on_gpu(scheme, 80), None, "x")[1]
+        assert "marlin-int8: vLLM's extension has no no_such_operator" in reason
+
+    def test_turing_has_no_bfloat16(self) -> None:
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=16))
+        with pytest.raises(FPTQuantError, match="marlin: needs --dtype float16 .*7.5"):
+            select_kernel(on_gpu(scheme, 75, torch.bfloat16), None, "x")
+
+    def test_float32_is_refused(self) -> None:
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme())
+        with pytest.raises(FPTQuantError, match="computes in 16 bits, not in float32: serve with --dtype"):
+            select_kernel(on_gpu(scheme, 80, torch.float32), None, "x")
+
+    def test_kernels_of_another_device_are_no_override(self) -> None:
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme())
+        with pytest.raises(FPTQuantError, match="runs on CPUs, not on 'cuda'; kernels that can: marlin-int8, cutlass"):
+            select_kernel(on_gpu(scheme, 80), "fbgemm", "x")
+        assert select_kernel(on_gpu(scheme, 80), "triton-int8", "x")[0].name == "triton-int8"
 
 
 @pytest.mark.parametrize("config", [None, SimpleNamespace(additional_config={}), SimpleNamespace()])

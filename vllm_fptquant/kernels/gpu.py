@@ -130,7 +130,7 @@ class Hadacore(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, K) to (M, K) of the same 16-bit type."""
-        blocks: Tensor = ops.hadacore_transform(x.reshape(-1, self.block), inplace=False)
+        blocks: Tensor = ops.hadacore_transform(x=x.reshape(-1, self.block), inplace=False)
         return blocks.view(x.shape)
 
 

@@ -23,6 +23,7 @@ class Marlin(GpuKernel):
     on scales per channel (it multiplies by a missing `input_global_scale`).
     """
 
+    operators = ("marlin_gemm", "gptq_marlin_repack")
     int8: ClassVar[bool]
     weight: Tensor
     weight_scale: Tensor
@@ -47,7 +48,7 @@ class Marlin(GpuKernel):
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """See `GpuKernel.forward`."""
         output: Tensor = torch.ops.vllm.marlin_gemm(
-            a=pad(codes, (0, self.padded_k - codes.shape[-1])),
+            a=codes if self.padded_k == codes.shape[-1] else pad(codes, (0, self.padded_k - codes.shape[-1])),
             b_q_weight=self.weight,
             b_bias=None,
             b_scales=self.weight_scale,
