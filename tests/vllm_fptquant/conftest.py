@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +17,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 @pytest.fixture(scope="session", autouse=True)
 def registered() -> None:
-    """Registers the plugin as vLLM's entry point does."""
+    """Registers the plugin as vLLM's entry point does, and the GPU's operators, emulated."""
     import vllm_fptquant
+    from tests.vllm_fptquant import gpu_emulation
 
     vllm_fptquant.register()
+    gpu_emulation.define_operators()
 
 
 @pytest.fixture
@@ -73,19 +74,15 @@ def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU operators and Humming, emulated, and a workspace for Marlin without asking a GPU for its size."""
+    """Emulated GPU operators and Humming, as if nothing had used them before."""
     from tests.vllm_fptquant import gpu_emulation
     from tests.vllm_fptquant.humming_model import HummingModel
     from vllm_fptquant.kernels import humming
 
-    gpu_emulation.define_operators()
+    monkeypatch.setattr(*gpu_emulation.WORKSPACE)
     monkeypatch.setattr(humming, "humming", HummingModel)
     monkeypatch.setattr(humming, "unavailable", lambda: None)
     humming.layer_config.cache_clear()
-    monkeypatch.setattr(
-        "vllm.model_executor.layers.quantization.utils.marlin_utils.get_marlin_workspace",
-        lambda device: torch.zeros(1, dtype=torch.int, device=device),
-    )
     monkeypatch.setitem(gpu_emulation.split, "blocks", 1)
     monkeypatch.setitem(gpu_emulation.split, "warps", 1)
     gpu_emulation.accumulators.clear()
@@ -94,17 +91,11 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Function that makes the plugin believe in a GPU of this capability; 8.0 until it is called."""
-    from vllm.platforms.interface import DeviceCapability
+    from tests.vllm_fptquant.gpu_emulation import pretended_platform
 
     def pretend(capability: int) -> None:
-        platform = SimpleNamespace(
-            device_type="cuda",
-            is_cuda=lambda: True,
-            is_cpu=lambda: False,
-            get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
-        )
-        for module in ("linear", "config"):
-            monkeypatch.setattr(f"vllm_fptquant.{module}.current_platform", platform)
+        for target, platform in pretended_platform(capability):
+            monkeypatch.setattr(target, platform)
 
     pretend(80)
     return pretend

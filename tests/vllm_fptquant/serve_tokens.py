@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -22,9 +23,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kernel")
+    parser.add_argument("--gpu", type=int, metavar="CAPABILITY", help="pretend to have it, and emulate its kernels")
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams
+
+    if arguments.gpu:
+        from tests.vllm_fptquant import gpu_emulation
+
+        gpu_emulation.define_operators()
+        for target, value in (gpu_emulation.WORKSPACE, *gpu_emulation.pretended_platform(arguments.gpu)):
+            patch(target, value).start()
 
     request = json.loads(arguments.request.read_text())
     vocab = json.loads((arguments.model / "config.json").read_text())["vocab_size"]

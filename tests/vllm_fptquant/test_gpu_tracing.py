@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths, library_paths
 from vllm.model_executor.layers.linear import LinearBase
 
-from fptquant.checkpoint import ActivationScheme, DownHadamard, TransformRecord, WeightScheme, hadamard_factors
-from tests.vllm_fptquant.layers import COLUMNS, HIDDEN, build_linear, load, quant_config
+from fptquant.checkpoint import (
+    ActivationScheme,
+    DownHadamard,
+    KVCacheScheme,
+    TransformRecord,
+    WeightScheme,
+    hadamard_factors,
+)
+from tests.vllm_fptquant.layers import (
+    COLUMNS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    build_attention,
+    build_linear,
+    load,
+    quant_config,
+)
 from tests.vllm_fptquant.test_gpu_kernels import exact_tensors
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.kernels.select import KERNELS
-from vllm_fptquant.models.llama import scaled_projection
+from vllm_fptquant.models.llama import FPTQuantLlamaModel, scaled_projection
 
 pytestmark = pytest.mark.usefixtures("operators", "parallel_world", "pretend_gpu")
 
@@ -193,8 +211,6 @@ def test_inductor(kernel: str) -> None:
 
 def test_inductor_divides_exactly_on_gpus() -> None:
     """The option that the plugin sets is the one that Inductor's GPU code reads."""
-    from types import SimpleNamespace
-
     from torch._inductor import config
     from torch._inductor.codegen.triton import TritonOverrides
 
@@ -209,3 +225,27 @@ def test_inductor_divides_exactly_on_gpus() -> None:
     assert "div_rn" not in TritonOverrides.truediv(Operand("x"), Operand("s"))
     with config.patch(options):
         assert "div_rn" in TritonOverrides.truediv(Operand("x"), Operand("s"))
+
+
+@pytest.mark.usefixtures("cuda_guard")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["tensor", "head"])
+def test_kv_cache_on_fake_cuda(strategy: str, dtype: torch.dtype) -> None:
+    """Keys and values are quantized where they are; nothing waits for the GPU."""
+    scheme = KVCacheScheme(bits=4, strategy=strategy)
+    attention = build_attention(quant_config(kv_cache=scheme))
+    assert attention.use_direct_call is False  # through vLLM's operators, as it wants it on GPUs
+    with fake_cuda(0):
+        move_to_fake_cuda(attention)
+        attention.quant_method.process_weights_after_loading(attention)
+        for name, buffer in attention.named_buffers():
+            if name.startswith("fptquant"):
+                assert buffer.device.type == "cuda", name
+        query, key, value = (
+            torch.empty(5, heads * HEAD_DIM, dtype=dtype, device="cuda") for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        first = torch.empty(5, dtype=torch.int64, device="cuda")
+        masks = FPTQuantLlamaModel._first_tokens(SimpleNamespace(sink_token=1), first, first)
+        assert masks is not None and masks.at_token.device.type == "cuda"
+        output = attention(query, key, value)
+        assert output.shape == query.shape and output.dtype == dtype and output.device.type == "cuda"

@@ -12,6 +12,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.recipe import PRECISIONS
 from vllm_fptquant.kernels.base import LinearSpec
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
+from vllm_fptquant.kernels.marlin import MarlinInt8Kernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.select import select_kernel
 from vllm_fptquant.options import ServingOptions
@@ -112,6 +113,12 @@ class TestGpus:
             return
         with pytest.raises(FPTQuantError, match="marlin-int8: takes no zero point.*triton-int8: takes no zero point"):
             select_kernel(on_gpu(scheme, capability), None, "x")
+
+    def test_extension_that_failed_to_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MarlinInt8Kernel, "operators", ("marlin_gemm", "no_such_operator"))
+        scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme())
+        reason = select_kernel(on_gpu(scheme, 80), None, "x")[1]
+        assert "marlin-int8: vLLM's extension has no no_such_operator" in reason
 
     def test_turing_has_no_bfloat16(self) -> None:
         scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=16))

@@ -115,10 +115,12 @@ class GpuKernel(torch.nn.Module, Kernel):
     `forward` is traced: plain torch around one operator, no `.item()`, no branch on data.
 
     Attributes:
+        operators: of vLLM's compiled extension, that it needs.
         dtype: of the output, float16 or bfloat16.
     """
 
     device = "cuda"
+    operators: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
         """Packs the weights on the device they are on.
@@ -140,6 +142,9 @@ class GpuKernel(torch.nn.Module, Kernel):
             return f"runs on NVIDIA GPUs, not on '{spec.device}'"
         if spec.dtype not in (torch.float16, torch.bfloat16):
             return f"computes in 16 bits, not in {str(spec.dtype).removeprefix('torch.')}: serve with --dtype auto"
+        missing = [name for name in cls.operators if not hasattr(torch.ops._C, name)]
+        if missing:
+            return f"vLLM's extension has no {missing[0]}, it is another build or failed to load: install vLLM again"
         return cls.refusal(spec, spec.capability)
 
     @classmethod

@@ -16,6 +16,7 @@ class CutlassInt8Kernel(GpuKernel):
     """
 
     name = "cutlass-int8"
+    operators = ("cutlass_scaled_mm", "cutlass_scaled_mm_azp")
     weight: Tensor
     weight_scale: Tensor
     correction: Tensor
