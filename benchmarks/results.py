@@ -18,11 +18,14 @@ from typing import Any
 
 import yaml
 
+from fptquant.recipe import Recipe
+from fptquant.transforms import FPTQUANT
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
-ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
+ALL = list(FPTQUANT)
 STAGE_2 = {"steps": 90, "weights": "float", "transform_rate": 3e-3, "rotation_rate": 1e-3}
 SCALES = {"steps": 150}
 
@@ -49,7 +52,18 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ stage 2": {"end_to_end": STAGE_2},
 }
 DYNAMIC = "+ first token constant, dynamic per token"
-RECIPES = ("rtn", "gptq", "quarot", "spinquant", "fptquant-light", "fptquant")
+RECIPES = (
+    "rtn",
+    "gptq",
+    "smoothquant",
+    "quarot",
+    "omniquant",
+    "spinquant",
+    "ostquant",
+    "fptquant-light",
+    "fptquant",
+    "fptquant-best",
+)
 # "fptquant" without one of its parts.
 LEFT_OUT = {f"without {name}": {"transforms": [other for other in ALL if other != name]} for name in ALL}
 LEFT_OUT["without the constant first token"] = {"sink": "none"}
@@ -86,7 +100,7 @@ def main() -> None:
     if not arguments.report:
         for name, fields in rows(arguments):
             if name not in results.rows or results.rows[name]["windows"] != arguments.windows:
-                results.add(name, measure(name, fields, arguments))
+                results.add(name, results.twin(name, fields, arguments.windows) or measure(name, fields, arguments))
     page = report(results.rows, arguments.windows)
     (ROOT / "docs" / "results.md").write_text(page, encoding="utf-8")
     print(page)
@@ -99,6 +113,13 @@ class Results:
         """Reads what is there."""
         self.file = file
         self.rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def twin(self, name: str, fields: dict[str, Any], windows: int) -> dict[str, Any] | None:
+        """A row with the same recipe under another name."""
+        digest = row_recipe(fields).digest()
+        same = (row for key, row in self.rows.items() if row.get("recipe") == digest and DYNAMIC not in key)
+        found = None if DYNAMIC in name else next(same, None)
+        return found if found and found["windows"] == windows else None
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keeps a row."""
@@ -121,9 +142,7 @@ def rungs() -> dict[str, dict[str, Any]]:
 
 def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
-    from fptquant.recipe import Recipe
-
-    found: list[tuple[str, dict[str, Any]]] = [("float32", {})]
+    found: list[tuple[float, str, dict[str, Any]]] = [(0.0, "float32", {})]
     for precision in arguments.precisions:
         parts: dict[str, dict[str, dict[str, Any]]] = {
             "ladder": rungs(),
@@ -133,18 +152,18 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         parts["ladder"][DYNAMIC] = parts["ladder"]["+ first token constant"]
         for part in arguments.parts:
             for name, fields in parts[part].items():
-                recipe = Recipe.load(fields["recipe"]) if "recipe" in fields else Recipe.parse(fields)
-                trained = recipe.local.steps or recipe.end_to_end.steps or recipe.scales.steps
-                for seed in arguments.seeds if trained else arguments.seeds[:1]:
+                seconds = training_seconds(row_recipe(fields))
+                for seed in arguments.seeds if seconds else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
                     if not arguments.only or any(word in key for word in arguments.only):
-                        found.append((key, {**fields, "precision": precision, "seed": seed}))
+                        found.append((seconds, key, {**fields, "precision": precision, "seed": seed}))
+    return [(key, fields) for _, key, fields in sorted(found, key=lambda row: row[0])]
 
-    def cost(row: tuple[str, dict[str, Any]]) -> int:
-        fields = row[1]
-        return 1 + ("scales" in fields) + ("local" in fields) + ("end_to_end" in fields) + ("recipe" in fields)
 
-    return sorted(found, key=cost)
+def training_seconds(recipe: Recipe) -> float:
+    """What the steps of a recipe take on two cores, roughly."""
+    local, layers, whole = recipe.local.steps, recipe.block_wise.steps, recipe.end_to_end.steps
+    return 4.3 * local + 9 * layers + 9 * whole + 5 * recipe.scales.steps
 
 
 def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -158,6 +177,7 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
 
     source = open_source(fetch())
     row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None}
+    row["recipe"] = row_recipe(fields).digest() if fields else None
     path = source.path
     if fields:
         path = checkpoint(source.path, fields, arguments.work)
@@ -177,13 +197,16 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
     return row
 
 
-def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
-    """The checkpoint of a row, made if it isn't there."""
-    from fptquant.recipe import Recipe
-
+def row_recipe(fields: dict[str, Any]) -> Recipe:
+    """The recipe of a row, without its name."""
     rest = dict(fields)
     recipe = Recipe.load(rest.pop("recipe")) if "recipe" in rest else Recipe.parse({})
-    recipe = recipe.changed("row", **rest)
+    return recipe.changed("row", **rest, name="row", description="")
+
+
+def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
+    """The checkpoint of a row, made if it isn't there."""
+    recipe = row_recipe(fields)
     output = work / recipe.digest()
     if not list(output.glob("*.safetensors")):
         file = work / f"{recipe.digest()}.yaml"

@@ -47,7 +47,7 @@ def build_model(kind: str, seed: int = 0, embedding_rms: float = 0.02, **changes
     fields = {
         "num_hidden_layers": 2,
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
     }
     config = LlamaConfig(**{**fields, **MODELS[kind], **changes})

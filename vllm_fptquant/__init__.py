@@ -15,10 +15,17 @@ def register() -> None:
 
     vLLM calls it once in every process it starts; calling it again does nothing. Models are registered by
     name, so that neither they nor the kernels are imported here, and no device is touched.
+
+    Raises:
+        FPTQuantError: this package is installed in two versions at once.
     """
     global _registered
     if _registered:
         return
+
+    from vllm_fptquant.versions import check_versions
+
+    check_versions()
 
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry

@@ -18,6 +18,7 @@ from fptquant.checkpoint import (
 )
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.options import ServingOptions
+from vllm_fptquant.versions import require_extension
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -46,10 +47,12 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """Parses the checkpoint's `quantization_config`.
 
         Raises:
-            FPTQuantError: unknown field, impossible value, newer format, or a device without kernels.
+            FPTQuantError: unknown field, impossible value, newer format, a device without kernels, or a vLLM whose
+                extension can't be loaded.
         """
         checkpoint = CheckpointConfig.parse(config)
         require_known_device(cls.get_min_capability())
+        require_extension()
         return cls(checkpoint)
 
     @classmethod

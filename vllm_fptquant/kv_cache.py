@@ -167,7 +167,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 for side in ("k", "v")
             ]
             layer.register_buffer("fptquant_sink_codes", torch.cat(flat), persistent=False)
-            layer.fptquant_sink_steady = bool(layer.get_parameter("sink_steady").item() == 1)
+            steady = layer.get_parameter("sink_steady").data == 1  # a tensor: compiled graphs outlive a checkpoint
+            layer.register_buffer("fptquant_sink_steady", steady, persistent=False)
             delattr(layer, "sink_steady")
         for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
             flat_scale = spread(scales[side], layer.num_heads, sizes[side])

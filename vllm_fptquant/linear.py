@@ -224,7 +224,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise FPTQuantError(
                 f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
                 f"splits the Hadamard blocks of {block}: use a size that divides {total // block}, or "
-                "quantize the model again with a smaller block"
+                f"quantize the model again with T_d: {{max_tensor_parallel: {parts}}} in the recipe"
             )
         if parts > 1 and in_features % (WORD // bits):
             raise FPTQuantError(

@@ -4,6 +4,12 @@ Importing the package registers the checkpoint format with transformers, so that
 `AutoModelForCausalLM.from_pretrained(OUT)` loads what `fptquant quantize` wrote.
 """
 
+import sys
+from pathlib import Path
+
 __version__ = "0.1.0"
 
-from fptquant import hf_quantizer as _hf_quantizer  # noqa: E402, F401  (registers on import)
+# Not in the command itself: transformers and torch take seconds to import, and `fptquant.loading` imports it where a
+# model is read.
+if Path(sys.argv[0]).name != "fptquant":
+    from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)

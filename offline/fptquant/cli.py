@@ -1,4 +1,4 @@
-"""The `fptquant` command."""
+"""The `fptquant` command; each subcommand imports what it needs, so that `fptquant --help` answers at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,11 +23,11 @@ from rich.progress import (
 from rich.table import Table
 
 import fptquant
-from fptquant.errors import FPTQuantError, unknown
+from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
 from fptquant.progress import Stages
-from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
-from fptquant.rounding import ROUNDERS
-from fptquant.transforms import TRANSFORMS
+
+if TYPE_CHECKING:
+    from fptquant.recipe import Recipe
 
 app = typer.Typer(
     name="fptquant",
@@ -78,6 +78,11 @@ class RichStages(Stages):
 
 
 Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name")]
+# the names are spelt out here, because the registries that know them import torch (a test compares)
+Precision = Annotated[
+    str | None, typer.Option(help="one of: w4a8kv8, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric")
+]
+Rounding = Annotated[str | None, typer.Option(help="weight rounding: nearest, gptq, quantease")]
 
 
 @app.command()
@@ -85,7 +90,7 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the quantized checkpoint to")],
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
-    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    precision: Precision = None,
     calibration: Annotated[
         str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
     ] = None,
@@ -96,7 +101,7 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
     without: Annotated[str, typer.Option(help="transforms to switch off, e.g. T_k,S_n")] = "",
-    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
+    rounding: Rounding = None,
     kv_strategy: Annotated[
         str | None, typer.Option(help="KV cache scales per tensor or per head: tensor, head")
     ] = None,
@@ -119,6 +124,7 @@ def quantize(
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
     from fptquant.planning import plan
+    from fptquant.recipe import Recipe
     from fptquant.training import parallel
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
@@ -192,7 +198,8 @@ def verify(
     from fptquant.simulation.install import set_exact
 
     _quiet_transformers()
-    open_source(checkpoint)
+    vllm = vllm and vllm_installed()
+    open_source(checkpoint).require_length("--length", length, generated=int(vllm))
     job = plan_of(checkpoint, against)
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
@@ -204,7 +211,7 @@ def verify(
     with _err.status("simulated model and checkpoint read back"):
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
         checks.append(check)
-    if vllm and vllm_installed():
+    if vllm:
         with _err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
@@ -220,7 +227,7 @@ def verify(
     for check in checks:
         table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
     _out.print(table)
-    if not (vllm and vllm_installed()):
+    if not vllm:
         _out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
@@ -248,11 +255,12 @@ def evaluate(
     if json_file and not json_file.absolute().parent.is_dir():
         raise FPTQuantError(f"--json: '{json_file.absolute().parent}' is not a directory")
     source = open_source(model)
+    source.require_length("--length", length, generated=int(backend is Backend.vllm))
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
     score = engine.score if engine else transformers_scorer(load_model(source))
     stages = RichStages()
-    with stages.stage("evaluate"):
+    with stages.stage("evaluate", "lower --length"):
         result = measure(score, stages.track(tokens, windows), length)
     if engine:
         engine.close()
@@ -277,7 +285,7 @@ class Granularity(str, Enum):
 def sensitivity(
     model: Model,
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant-light",
-    precision: Annotated[str | None, typer.Option(help=f"one of: {', '.join(PRECISIONS)}")] = None,
+    precision: Precision = None,
     by: Annotated[
         Granularity, typer.Option(help="kind: each kind of site in all layers; layer: in each layer by itself")
     ] = Granularity.kind,
@@ -289,7 +297,7 @@ def sensitivity(
         str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
-    rounding: Annotated[str | None, typer.Option(help=f"weight rounding: {', '.join(ROUNDERS)}")] = None,
+    rounding: Rounding = None,
     top: Annotated[int, typer.Option(min=1, help="rows to print, the worst first")] = 40,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="keep the results here as they come; run again to go on")
@@ -301,6 +309,7 @@ def sensitivity(
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.planning import plan
+    from fptquant.recipe import Recipe
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 
@@ -318,6 +327,7 @@ def sensitivity(
     if not sites:
         raise FPTQuantError(f"recipe '{job.recipe.name}' quantizes none of these sites")
     if text:
+        job.source.require_length("--length", length)
         special_tokens = job.recipe.calibration.special_tokens
         tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens)
     else:
@@ -340,10 +350,10 @@ def sensitivity(
         with stages.stage("load and transform"):
             network = pipeline.transformed(job, stages)
         probe = Probe(job, network, tokens)
-        with stages.stage("fit sites"):
+        with stages.stage("fit sites", "lower --sequences or calibration.length"):
             for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
                 pass
-        with stages.stage("measure"):
+        with stages.stage("measure", "lower --windows or --length"):
             for _ in stages.track(measure_all(probe, groups, results), len(groups)):
                 pass
     assert results.unquantized is not None
@@ -361,8 +371,33 @@ def sensitivity(
 
 
 @app.command()
+def doctor() -> None:
+    """Show what this machine would serve with, and compare its kernels with the format; exit status 1 on a failure."""
+    from fptquant.evaluation.vllm_backend import vllm_installed
+
+    if not vllm_installed():
+        raise FPTQuantError("vLLM is not installed, so nothing can be served here: pip install 'vllm-fptquant[cpu]'")
+    from vllm_fptquant import doctor as examination
+
+    for name, version in examination.versions().items():
+        _out.print(f"{name} {version}", highlight=False)
+    _out.print(f"device: {examination.device_name()}", highlight=False)
+    table = Table("layer", "kernel", "", "result", "")
+    failed = False
+    for result in examination.check_kernels():
+        failed |= result.status == "fail"
+        table.add_row(result.layer, result.kernel, "serves" if result.chosen else "", result.status, result.detail)
+    _out.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes, the precisions and the transforms."""
+    from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+    from fptquant.transforms import TRANSFORMS
+
     table = Table("recipe", "description")
     for name in shipped_recipes():
         table.add_row(name, Recipe.load(name).description)
@@ -390,16 +425,26 @@ def main() -> None:
     try:
         app()
     except FPTQuantError as error:
-        line = " ".join(str(error).split())
-        _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail("out of memory: free some, or give shorter or fewer sequences")
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
             _err.print("interrupted: run the same command again to continue")
         raise
 
 
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
 def _without(recipe: Recipe, names: str) -> Recipe:
+    from fptquant.transforms import TRANSFORMS
+
     kept: dict[str, Any] = recipe.to_dict()["transforms"]
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in TRANSFORMS:
@@ -409,6 +454,8 @@ def _without(recipe: Recipe, names: str) -> Recipe:
 
 
 def _print_plan(job: Any, output: Path) -> None:
+    from fptquant.planning import sink_obstacle
+
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
 
@@ -431,6 +478,8 @@ def _print_plan(job: Any, output: Path) -> None:
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
         table.add_row("first token", f"constant where it is {first}")
+    elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
+        table.add_row("first token", f"not constant: {obstacle}")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape

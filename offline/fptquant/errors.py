@@ -13,6 +13,16 @@ class FPTQuantError(ValueError):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; torch says so by name on a GPU, and as text on a CPU."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(part in text for part in ("allocate memory", "not enough memory", "bad_alloc", "(os error 12)"))
+    )
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> FPTQuantError:
     """Builds the error for a misspelt name, with the nearest known one as a suggestion."""
     choices = sorted(known)

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.architectures import Architecture, architecture_of, check_model_type
-from fptquant.errors import FPTQuantError
+from fptquant.errors import FPTQuantError, is_out_of_memory
 
 _INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -40,6 +41,20 @@ class Source:
     def quantized(self) -> bool:
         """Whether this is a checkpoint that we wrote."""
         return getattr(self.config, "quantization_config", None) is not None
+
+    def require_length(self, setting: str, length: int, generated: int = 0) -> None:
+        """Refuses sequences of `length` tokens, `generated` ones apart, that the model has no positions for.
+
+        Raises:
+            FPTQuantError: names the setting and the limit.
+        """
+        limit = self.config.max_position_embeddings - generated
+        if length > limit:
+            reserved = f", less {generated} that vLLM generates" if generated else ""
+            raise FPTQuantError(
+                f"{setting}: {length} tokens are more than the {limit} that the model has positions for "
+                f"(max_position_embeddings in its config.json{reserved}): lower it to {limit} or less"
+            )
 
 
 def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
@@ -79,6 +94,8 @@ def load_model(source: Source) -> PreTrainedModel:
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random values

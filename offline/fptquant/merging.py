@@ -35,8 +35,10 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
             if role not in (Role.OUTPUT, Role.DOWN):
                 gain = _gain(layer.get_submodule(architecture.norm_before(role)))
             _merge_weight(layer.get_submodule(path), transforms, role, index, gain)
-        for norm in (architecture.attention_norm, architecture.mlp_norm):
-            _reset_gain(layer.get_submodule(norm))
+        for role in (Role.QUERY, Role.GATE):
+            norm = layer.get_submodule(architecture.norm_before(role)).get_parameter("weight")
+            gain = transforms.gain(role, index, torch.float64)
+            norm.copy_(torch.ones_like(norm) if gain is None else gain)
         yield index
 
     final_norm = model.get_submodule(architecture.final_norm)
@@ -44,7 +46,7 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
     embedding = model.get_submodule(architecture.embedding)
     _merge_weight(head, transforms, Role.HEAD, -1, _gain(final_norm))
     _merge_weight(embedding, transforms, Role.EMBEDDING, -1, None)
-    _reset_gain(final_norm)
+    final_norm.get_parameter("weight").fill_(1.0)
 
 
 @torch.no_grad()
@@ -75,10 +77,6 @@ def _merge_weight(module: nn.Module, transforms: TransformSet, role: Role, layer
 
 def _gain(norm: nn.Module) -> Tensor:
     return norm.get_parameter("weight").double()
-
-
-def _reset_gain(norm: nn.Module) -> None:
-    norm.get_parameter("weight").fill_(1.0)
 
 
 def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:

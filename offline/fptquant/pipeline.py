@@ -20,12 +20,13 @@ from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
+from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
-from fptquant.training.stages import MetricsFile, make_teacher, train_scales, train_transforms
+from fptquant.training.stages import MetricsFile, make_teacher, spare_memory, train_scales, train_transforms
 from fptquant.training.state import RunState
 
 
@@ -66,32 +67,34 @@ def quantize(
     recipe, teacher = job.recipe, None
     with publication if parallel.is_main() else nullcontext(Path()) as staging:
         if recipe.end_to_end.steps or recipe.scales.steps:
-            with stages.stage("teacher"):
+            with stages.stage("teacher", "lower training.length"):
                 teacher = make_teacher(job, state, stages)
-        if recipe.local.steps or recipe.end_to_end.steps:
-            train_transforms(job, teacher, state, stages, metrics)
+        clipping = train_transforms(job, teacher, state, stages, metrics)
         spending = None
         if recipe.budget is not None:
             job, spending = spend_budget(job, state, stages)
             publication.require_space(2 * job.output_bytes)
         with stages.stage("load"):
             model = load_model(job.source)
-        with stages.stage("merge transforms"):
+        with stages.stage("merge transforms", "lower calibration.length"):
+            before = observe(job, model)
             transform(job, model, stages)
             record_sink(model, job.source.architecture, job.first_tokens)
+            after = observe(job, model)
             round_floats(model, job.source.architecture, job.config, job.dtype)
-        with stages.stage("calibrate and round"):
-            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state)
+        with stages.stage("calibrate and round", "lower calibration.sequences or calibration.length"):
+            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
             for _ in stages.track(rounding, job.layers):
                 pass
         if recipe.scales.steps:
             assert teacher is not None
-            with stages.stage("train scales and ranges"):
+            with stages.stage("train scales and ranges", spare_memory("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
         if not parallel.is_main():  # the others only helped to train
             return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
+            write_ranges(job, model, before, after, staging / EXTRAS)
             probe = job.windows[:1, :64]
             expected = logits(model, probe)
             del model

@@ -10,6 +10,7 @@ from compressed_tensors.utils.match import match_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import fptquant
 from fptquant.architectures.base import INPUT_GROUPS, Role
@@ -57,10 +58,12 @@ class Plan:
 
     def signature(self) -> dict[str, str]:
         """What a resumed run has to agree on."""
+        checkpointing = {"gradient_checkpointing": False}  # takes memory or time, and leaves the result as it is
+        recipe = self.recipe.changed("signature", end_to_end=checkpointing, scales=checkpointing)
         return {
             "package": f"vllm-fptquant {fptquant.__version__}",
             "model": model_fingerprint(self.source.path),
-            "recipe": self.recipe.digest(),
+            "recipe": recipe.digest(),
             "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
         }
 
@@ -74,9 +77,11 @@ def plan(model: str | Path, recipe: Recipe) -> Plan:
     source = open_source(model)
     sink, vocabulary = _sink(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
+    source.require_length("calibration.length", recipe.calibration.length)
     windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
     training = torch.empty(0, 0, dtype=torch.int64)
-    if recipe.end_to_end.steps or recipe.scales.steps:
+    if recipe.block_wise.steps or recipe.end_to_end.steps or recipe.scales.steps:
+        source.require_length("training.length", recipe.training.length)
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )
@@ -88,6 +93,8 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     if source.quantized:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
+    if {"T_s", "S_n"} <= recipe.transforms.keys():
+        raise FPTQuantError("transforms: T_s is in the norms' gains, which S_n does away with; switch one of them off")
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
@@ -116,11 +123,23 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     return Plan(source, recipe, config, windows, training_windows, transforms, dtype, size)
 
 
-def _sink(source: Source, recipe: Recipe) -> Sink | None:
-    """The token that becomes a constant; never without a quantized KV cache, whose attention class writes it."""
+def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
+    """Why no first token can be constant, whatever the recipe asks for; None when it can."""
     if recipe.precision.kv_cache.bits == 16:
+        return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
+    kind = source.config.rope_parameters["rope_type"]
+    scaling = 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](source.config, torch.device("cpu"))[1]
+    if scaling != 1:  # the constant is put before RoPE, and recognised behind it
+        return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
+    return None
+
+
+def _sink(source: Source, recipe: Recipe) -> Sink | None:
+    """The token that becomes a constant."""
+    obstacle = sink_obstacle(source, recipe)
+    if obstacle is not None:
         if recipe.sink not in ("auto", "none"):
-            raise FPTQuantError(f"sink: '{recipe.sink}' needs a quantized KV cache; choose another precision")
+            raise FPTQuantError(f"sink: '{recipe.sink}' can't be constant, {obstacle}; choose 'none'")
         return None
     token = sink_token(source.tokenizer, recipe.sink)
     return None if token is None else Sink(token=token)

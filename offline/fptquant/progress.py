@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import psutil
 
+from fptquant.errors import FPTQuantError, is_out_of_memory
+
 Item = TypeVar("Item")
 
 
@@ -20,12 +22,25 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times one stage."""
+    def stage(self, name: str, spare_memory: str = "") -> Iterator[None]:
+        """Times one stage.
+
+        Args:
+            name: of the stage.
+            spare_memory: what makes it need less, e.g. "lower --length".
+
+        Raises:
+            FPTQuantError: out of memory.
+        """
         start = time.perf_counter()
         self.begin(name)
         try:
             yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            remedy = f"{spare_memory}, or free some memory" if spare_memory else "free some memory"
+            raise FPTQuantError(f"out of memory in stage '{name}': {remedy}, and run again to continue") from None
         finally:
             self.seconds[name] = round(time.perf_counter() - start, 2)
             self.end(name)

@@ -18,9 +18,10 @@ from fptquant.checkpoint.schema import ModulePattern, one_line
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.quantizers import RangeOptions, WeightRangeOptions
 from fptquant.rounding import RoundingOptions
+from fptquant.training.block_wise import BlockWiseOptions
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions
 from fptquant.training.local import LocalOptions
-from fptquant.transforms import TRANSFORMS, TransformOptions
+from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
 
 
 class Precision(BaseModel):
@@ -115,13 +116,16 @@ class Recipe(BaseModel):
     name: str = "fptquant"
     description: str = ""
     precision: Precision = PRECISIONS["w4a8kv8"]
-    transforms: dict[str, Any] = Field(default_factory=lambda: dict.fromkeys(TRANSFORMS, {}))
+    transforms: dict[str, Any] = Field(default_factory=lambda: dict.fromkeys(FPTQUANT, {}))
     weight_range: WeightRangeOptions = WeightRangeOptions()
     activation_range: RangeOptions = RangeOptions()
     kv_range: RangeOptions = RangeOptions()
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()
     local: LocalOptions = Field(LocalOptions(), description="stage 1: transforms trained on the weights alone")
+    block_wise: BlockWiseOptions = Field(
+        BlockWiseOptions(), description="layer by layer: transforms and clipping trained on each layer's output"
+    )
     end_to_end: TransformTrainingOptions = Field(
         TransformTrainingOptions(), description="stage 2: transforms and ranges trained against the original model"
     )

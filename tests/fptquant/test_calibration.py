@@ -252,10 +252,10 @@ def test_layers_that_share_an_input_share_its_quantizer(
 def test_calibration_ends_the_same_for_any_batching(
     make_model: MakeModel, simulate: Simulate, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fptquant.calibration.layerwise as layerwise
+    from fptquant.simulation import layer_inputs
 
     first = simulate(make_model("gqa"), windows)
-    monkeypatch.setattr(layerwise, "_BATCH", 3)
+    monkeypatch.setattr(layer_inputs, "_BATCH", 3)
     second = simulate(make_model("gqa"), windows)
     for key, tensor in first.state_dict().items():
         if key.endswith("_scale"):

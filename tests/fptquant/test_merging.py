@@ -80,7 +80,11 @@ def test_merged_equals_unmerged(
     y = inputs(0)
     if role in GAINS:  # reads the residual through a norm
         gain = model.get_submodule(f"model.layers.{layer}.{GAINS[role]}").weight
-        y, x = projection(model, layer, role)(x * gain), x @ rotation
+        norm = 0 if GAINS[role] == "input_layernorm" else 1
+        norm_scale = t["T_s"].log_scale[layer, norm].double().exp()
+        y, x = projection(model, layer, role)(x * gain), x @ rotation / norm_scale
+        merged_gain = merged.get_submodule(f"model.layers.{layer}.{GAINS[role]}").weight
+        torch.testing.assert_close(merged_gain, 1 / norm_scale, rtol=1e-12, atol=0)
     elif role is Role.OUTPUT:
         y = projection(model, layer, role)(x) @ rotation
         heads = x.view(-1, shape.heads, shape.head_dim)

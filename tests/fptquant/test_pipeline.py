@@ -98,7 +98,7 @@ def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize
         "chat_template.jinja", "fptquant",
     }  # fmt: skip
     assert {path.name for path in (out / "fptquant").iterdir()} == {
-        "digests.json", "recipe.yaml", "summary.json", "transforms.safetensors"
+        "digests.json", "ranges.json", "ranges.png", "recipe.yaml", "summary.json", "transforms.safetensors"
     }  # fmt: skip
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
     assert summary["output_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))

@@ -7,7 +7,7 @@ import yaml
 
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
-from fptquant.transforms import TRANSFORMS
+from fptquant.transforms import FPTQUANT
 from fptquant.transforms.down_hadamard import DownHadamardOptions
 
 
@@ -19,13 +19,14 @@ def test_shipped_recipes_parse(name: str) -> None:
 
 
 def test_the_default_recipe_has_everything() -> None:
-    assert {"fptquant", "fptquant-light", "gptq", "quarot", "rtn", "spinquant"} <= set(shipped_recipes())
+    known = "fptquant fptquant-best fptquant-light gptq omniquant ostquant quarot rtn smoothquant spinquant"
+    assert set(known.split()) <= set(shipped_recipes())
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
     assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
     untrained = {"description": "", "name": "fptquant", "local": {"steps": 0}}
     assert light.changed(**untrained) == Recipe()  # a recipe without fields trains nothing
-    assert list(recipe.transforms) == list(TRANSFORMS) and recipe.rounding.method == "gptq"
+    assert list(recipe.transforms) == list(FPTQUANT) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")
     methods = {baseline.weight_range.method, baseline.activation_range.method, baseline.kv_range.method}
     assert (methods, baseline.rounding.method, baseline.transforms) == ({"minmax"}, "nearest", {})

@@ -22,6 +22,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.merging import merge_transforms
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
+from fptquant.transforms.down_hadamard import tensor_parallel_sizes
 from fptquant.transforms.orthogonal import starting_rotation
 from tests.conftest import MODELS
 
@@ -395,6 +396,32 @@ def test_scales_stay_positive() -> None:
 @pytest.mark.parametrize("intermediate, block", [(64, 64), (56, 8), (44, 4), (11008, 256), (1536, 512), (33, 1)])
 def test_t_d_takes_the_largest_power_of_two(intermediate: int, block: int) -> None:
     assert transform_set(["T_d"], Shape(8, intermediate, 1, 1, 8, 1)).hadamard_block == block
+
+
+# Heads, KV heads, head size, intermediate size; the sizes up to 8 they can be served at, and the block.
+MODELS = {
+    "Llama-3-8B": (32, 8, 128, 14336, [1, 2, 4, 8], 256),
+    "Llama-3.2-3B": (24, 8, 128, 8192, [1, 2, 4, 8], 1024),
+    "Qwen2.5-7B": (28, 4, 128, 18944, [1, 2, 4], 128),
+    "Qwen3-8B": (32, 8, 128, 12288, [1, 2, 4, 8], 512),
+    "TinyLlama": (32, 4, 64, 5632, [1, 2, 4, 8], 64),
+    "SmolLM2-135M": (9, 3, 64, 1536, [1, 3], 512),  # no even size splits 9 heads
+    "replicated KV heads": (8, 1, 32, 256, [1, 2, 4, 8], 32),
+    "words of 8 weights": (4, 4, 32, 144, [1, 2], 8),  # 4 ranks would have 36 columns
+}
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim, intermediate, sizes, block", MODELS.values(), ids=list(MODELS))
+def test_t_d_block_suits_every_tensor_parallel_size(
+    heads: int, kv_heads: int, head_dim: int, intermediate: int, sizes: list[int], block: int
+) -> None:
+    shape = Shape(heads * head_dim, intermediate, heads, kv_heads, head_dim, 1)
+    assert tensor_parallel_sizes(shape, 8) == sizes
+    assert transform_set(["T_d"], shape).hadamard_block == block
+    assert all(intermediate // size % block == 0 for size in sizes)
+    assert any(intermediate // size % (2 * block) for size in sizes)  # no larger one would
+    alone = transform_set(["T_d"], shape, T_d={"max_tensor_parallel": 1})
+    assert alone.hadamard_block == intermediate & -intermediate
 
 
 def test_t_d_block_can_be_chosen() -> None:

@@ -74,7 +74,7 @@ def serving_config(**arguments: Any) -> AbstractContextManager[Any]:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulated GPU operators and Humming, as if nothing had used them before."""
+    """GPU operators and Humming, emulated, as if nothing had used them before."""
     from tests.vllm_fptquant import gpu_emulation
     from tests.vllm_fptquant.humming_model import HummingModel
     from vllm_fptquant.kernels import humming

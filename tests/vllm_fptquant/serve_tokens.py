@@ -20,10 +20,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("request", type=Path, help="JSON: prompts (lists of token ids), max_tokens")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=["eager", "inductor"], help="torch.compile with this backend")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kernel")
     parser.add_argument("--gpu", type=int, metavar="CAPABILITY", help="pretend to have it, and emulate its kernels")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -41,12 +43,15 @@ def main() -> None:
         str(arguments.model),
         dtype=arguments.dtype,
         quantization="fptquant",
-        enforce_eager=not arguments.compile,
+        enforce_eager=arguments.compile is None,
         max_model_len=128,
         max_num_seqs=8,
         max_logprobs=vocab,
         skip_tokenizer_init=True,
+        tensor_parallel_size=arguments.tensor_parallel,
+        pipeline_parallel_size=arguments.pipeline_parallel,
         additional_config={"fptquant": {"kernel": arguments.kernel}} if arguments.kernel else {},
+        compilation_config={"mode": "DYNAMO_TRACE_ONCE", "backend": arguments.compile} if arguments.compile else {},
     )
     sampling = SamplingParams(
         temperature=0,

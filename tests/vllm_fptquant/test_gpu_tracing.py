@@ -245,7 +245,7 @@ def test_kv_cache_on_fake_cuda(strategy: str, dtype: torch.dtype) -> None:
             torch.empty(5, heads * HEAD_DIM, dtype=dtype, device="cuda") for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
         first = torch.empty(5, dtype=torch.int64, device="cuda")
-        masks = FPTQuantLlamaModel._first_tokens(SimpleNamespace(sink_token=1), first, first)
+        masks = FPTQuantLlamaModel._first_tokens(SimpleNamespace(sink_token=1), first, first, None)
         assert masks is not None and masks.at_token.device.type == "cuda"
         output = attention(query, key, value)
         assert output.shape == query.shape and output.dtype == dtype and output.device.type == "cuda"

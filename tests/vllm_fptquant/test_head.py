@@ -78,6 +78,14 @@ def test_logits_equal_the_contract(head: ParallelLMHead) -> None:
     assert not logits[:, real:].any()  # padding
 
 
+@pytest.mark.parametrize("head", [(7, 8)], indirect=True)
+def test_rank_with_padding_only(head: ParallelLMHead) -> None:
+    """The last 24 of 192 rows."""
+    assert head.num_org_embeddings_per_partition == 0
+    logits = load(head).quant_method.apply(head, torch.randn(5, HIDDEN))
+    assert logits.shape == (5, 24) and not logits.any()
+
+
 @pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "input_scale"])
 def test_missing_tensor_is_named(name: str, head: ParallelLMHead) -> None:
     with pytest.raises(FPTQuantError, match=f"lm_head.*{name}"):

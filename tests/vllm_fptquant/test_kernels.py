@@ -224,13 +224,18 @@ class TestOperator:
             assert torch.equal(compiled(x, handle_b), b(x * 2, None) + 1)
         assert len(graphs) <= 2  # one for a single row, one for any number
 
-    def test_passes_torch_opcheck(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+    @pytest.mark.parametrize("rows", [(7,), (2, 3), (0,), (CHUNK + 1,)], ids=str)
+    def test_passes_torch_opcheck(self, rows: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+        """Schema, fake implementation, autograd registration, and AOTAutograd with sizes that change."""
         layer = torch.nn.Module()
-        _, handle = self.prepared(layer, 0)
-        arguments = (torch.randn(3, 64), handle, torch.randn(48), 48)
-        torch.library.opcheck(
-            torch.ops.fptquant.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        _, handle = self.prepared(layer, 0, block=16)
+        x = torch.randn(*rows, 64).to(dtype)
+        arguments = (x, handle, torch.randn(48).to(dtype) if bias else None, 48)
+        torch.library.opcheck(torch.ops.fptquant.linear.default, arguments)
+        output = torch.ops.fptquant.linear(*arguments)
+        assert output.shape == (*rows, 48) and output.dtype == dtype
 
     def test_weights_are_freed_with_their_layer(self) -> None:
         layer = torch.nn.Module()

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from fptquant.checkpoint import KVCacheScheme
+from fptquant.checkpoint import KVCacheScheme, Sink
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.layers import HEAD_DIM, HEADS, KV_HEADS, build_attention, quant_config
 from vllm_fptquant.kv_cache import StaticKVAttention, require_exact_cache
@@ -23,9 +23,9 @@ LIMITS = {4: (-8, 7), 8: (-128, 127)}
 class Model(torch.nn.Module):
     """As much of a model as vLLM's weight loader looks at: `model.layers.0.self_attn.attn`."""
 
-    def __init__(self, scheme: KVCacheScheme, **sizes: int) -> None:
+    def __init__(self, scheme: KVCacheScheme, sink: Sink | None = None, **sizes: int) -> None:
         super().__init__()
-        self.quant_config = quant_config(kv_cache=scheme)
+        self.quant_config = quant_config(kv_cache=scheme, sink=sink)
         module = torch.nn.Module()
         module.attn = build_attention(self.quant_config, **sizes)
         for name in ("self_attn", "0", "layers", "model"):
@@ -141,6 +141,23 @@ def test_heads_of_every_rank(
             first = rank * kv_heads // size
             assert torch.equal(scales, scale[first : first + local, None].expand(local, HEAD_DIM))
         assert torch.equal(attention.fptquant_query_scale.view(local, 4, HEAD_DIM), keys[:, None].expand(-1, 4, -1))
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 4), (4, 2)])
+def test_constants_of_every_rank(size: int, kv_heads: int, parallel_world: Callable[[int, int], None]) -> None:
+    scheme = KVCacheScheme(bits=4, symmetric=True, strategy="head")
+    tensors = tensors_for(scheme, kv_heads)
+    for side in "kv":
+        tensors[f"{side}_sink"] = torch.randn(kv_heads, HEAD_DIM)
+    tensors["sink_steady"] = torch.tensor(1, dtype=torch.int32)
+    local = max(1, kv_heads // size)
+    for rank in range(size):
+        parallel_world(rank, size)
+        attention = Model(scheme, Sink(token=0), heads=4 * local, kv_heads=local).load(tensors)
+        heads = slice(rank * kv_heads // size, rank * kv_heads // size + local)
+        expected = [(tensors[f"{side}_sink"] / tensors[f"{side}_scale"][:, None])[heads].flatten() for side in "kv"]
+        assert torch.equal(attention.fptquant_sink_codes, torch.cat(expected))
+        assert attention.fptquant_sink_steady.all()
 
 
 class TestBadCheckpoints:

@@ -192,24 +192,48 @@ class TestTensorParallel:
                 slices = full.chunk(size // copies, -1)
                 assert torch.equal(part, slices[rank // copies])
 
-    @pytest.mark.parametrize("kind", ["o", "down"])
-    def test_rows_sum_to_the_whole(self, kind: str, parallel_world: Callable[[int, int], None]) -> None:
-        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=16)))
+    @pytest.mark.parametrize(("kind", "size"), [("o", 2), ("o", 4), ("down", 2), ("down", 3)])
+    @pytest.mark.parametrize("activations", [ActivationScheme(), ActivationScheme(bits=4, symmetric=False)], ids=str)
+    def test_rows_sum_to_the_whole(
+        self, activations: ActivationScheme, kind: str, size: int, parallel_world: Callable[[int, int], None]
+    ) -> None:
+        """A zero point costs no correction between ranks, and the bias is added by one of them."""
+        config = quant_config(activations=activations, transforms=TransformRecord(down_hadamard=DownHadamard(block=16)))
         tensors = random_tensors(kind, config)
-        x = torch.randn(5, COLUMNS[kind])
-        whole = load(build_linear(kind, config), tensors)(x)[0]
+        x, bias = torch.randn(5, COLUMNS[kind]), torch.randn(HIDDEN)
+        whole = load(build_linear(kind, config), tensors)(x)[0] + bias
         total = torch.zeros_like(whole)
+        for rank in range(size):
+            parallel_world(rank, size)
+            layer = build_linear(kind, config, bias=True)
+            layer.reduce_results = False  # the sum below stands for it
+            layer.bias.data.copy_(bias)
+            total += load(layer, tensors)(x.chunk(size, -1)[rank])[0]
+        torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+    def test_columns_with_bias(self, kind: str, parallel_world: Callable[[int, int], None]) -> None:
+        config = quant_config()
+        tensors = random_tensors(kind, config)
+        biases = {shard: torch.randn(rows) for shard, _, rows in SHARDS[kind]}
+        x = torch.randn(5, HIDDEN)
+        whole = expected(tensors, x, 8).split([rows for _, _, rows in SHARDS[kind]], -1)
         for rank in range(2):
             parallel_world(rank, 2)
-            layer = load(build_linear(kind, config, reduce_results=False), tensors)
-            total += layer(x.chunk(2, -1)[rank])[0]
-        torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+            layer = build_linear(kind, config, bias=True)
+            for shard, bias in biases.items():
+                layer.bias.weight_loader(layer.bias, bias, shard)
+            parts = load(layer, tensors)(x)[0].split(layer.output_partition_sizes, -1)
+            for bias, part, full in zip(biases.values(), parts, whole, strict=True):
+                assert torch.equal(part, (full + bias).chunk(2, -1)[rank])
 
     def test_split_hadamard_block_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
         parallel_world(0, 2)
         config = quant_config(transforms=HADAMARD)
         build_linear("o", config)
-        with pytest.raises(FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3"):
+        with pytest.raises(
+            FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3.*: 2}"
+        ):
             build_linear("down", config)
         parallel_world(0, 3)
         assert build_linear("down", config).input_size_per_partition == 32
@@ -218,3 +242,7 @@ class TestTensorParallel:
         parallel_world(0, 8)  # 12 input features: one and a half words of 4-bit weights
         with pytest.raises(FPTQuantError, match="tensor-parallel size 8 leaves 12 .*8 weights in a packed word"):
             build_linear("down", quant_config())
+        build_linear("down", quant_config(weights=WeightScheme(bits=8)))  # three words of four
+        parallel_world(0, 32)
+        with pytest.raises(FPTQuantError, match="o_proj: tensor-parallel size 32 leaves 4 .*8 weights in a packed"):
+            build_linear("o", quant_config())

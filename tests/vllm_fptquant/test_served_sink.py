@@ -9,42 +9,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fptquant import pipeline, planning
 from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
-from fptquant.recipe import Recipe
 from fptquant.simulation.install import set_exact
-from tests.conftest import TEXT, build_model, build_tokenizer
+from tests.conftest import TEXT
+from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-TRANSFORMS = ["T_k", "T_v", "T_u", "T_r", "T_d"]
 
 
-def quantized(path: Path, **fields: Any) -> Path:
-    """A tiny checkpoint whose second layer is steady."""
-    model = build_model("gqa", hidden_size=64, intermediate_size=128, head_dim=32)
-    model.save_pretrained(path / "model")
-    build_tokenizer(bos=True).save_pretrained(path / "model")
-    (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 64}
-    recipe = Recipe.parse({"precision": "w4a4kv4", "calibration": calibration, **fields})
-    pipeline.quantize(planning.plan(path / "model", recipe), path / "out")
-    tensors = load_file(path / "out" / "model.safetensors")
-    tensors["model.layers.1.self_attn.sink_steady"].fill_(1)
-    save_file(tensors, path / "out" / "model.safetensors", metadata={"format": "pt"})
-    return path / "out"
+# Two processes; vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled model up.
+TENSOR = {"tensor_parallel_size": 2}
+PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 
 
-@pytest.mark.parametrize("residual_scale", [True, False], ids=["S_n", "no S_n"])
-def test_served_equals_simulated(residual_scale: bool, tmp_path: Path) -> None:
-    """Prompts with and without the token, prefill and decode."""
+@pytest.mark.parametrize(
+    ("residual_scale", "options"),
+    [(True, {}), (False, {}), (True, TENSOR), (True, PIPELINE)],
+    ids=["S_n", "no S_n", "tensor parallel", "pipeline parallel"],
+)
+def test_served_equals_simulated(
+    residual_scale: bool, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts with and without the token, prefill and decode; the head is quantized too."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     out = quantized(tmp_path, transforms=TRANSFORMS + ["S_n"] * residual_scale)
     source = open_source(out)
     model = load_model(source)
     set_exact(model)
-    engine = VLLMEngine(out, 128, exact=True)
+    engine = VLLMEngine(out, 128, exact=True, **options)
     for special_tokens in (True, False):
         windows = evaluation_windows(source.tokenizer, TEXT, 3, 80, special_tokens=special_tokens)
         assert bool((windows[:, 0] == 0).all()) is special_tokens

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,8 @@ import torch
 
 from fptquant.checkpoint import CheckpointConfig
 from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant.serving import TOLERANCE, check_served, serve
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
-
-SERVE = Path(__file__).with_name("serve_tokens.py")
-NEW_TOKENS = 8
-TOLERANCE = 1e-4  # float32 against float64; one flipped 4-bit code would show as 1e-2
 
 EVERYTHING: dict[str, Any] = {
     "activations": {"bits": 4, "symmetric": False},
@@ -37,27 +32,13 @@ MIXED: dict[str, Any] = {
 }
 
 
-def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess.CompletedProcess[str]:
-    request = checkpoint / "request.json"
-    request.write_text(json.dumps({"prompts": prompts, "max_tokens": NEW_TOKENS}))
-    command = [
-        sys.executable,
-        str(SERVE),
-        str(checkpoint),
-        str(request),
-        str(checkpoint / "answer.json"),
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "bias", "flags"),
     [
         pytest.param(EVERYTHING, True, (), id="everything-eager"),
-        pytest.param(EVERYTHING, True, ("--compile",), id="everything-compiled"),
+        pytest.param(EVERYTHING, True, ("--compile", "inductor"), id="everything-compiled"),
         pytest.param(NO_ONLINE_TRANSFORM, False, (), id="no-online-transform"),
         pytest.param(NO_ONLINE_TRANSFORM, False, ("--kernel", "reference"), id="reference-kernel"),
         pytest.param(MIXED, True, (), id="mixed"),
@@ -65,22 +46,12 @@ def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess
 )
 def test_served_equals_reference(fields: dict[str, Any], bias: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=bias)
-    checkpoint = model.write(tmp_path / "checkpoint")
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in (3, 17, 40)]
-    process = serve(checkpoint, prompts, *flags)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-    for prompt, answer in zip(prompts, json.loads((checkpoint / "answer.json").read_text()), strict=True):
-        assert answer["tokens"] == model.greedy(prompt, NEW_TOKENS)
-        # Prefill gives the prompt's rows, decoding with the KV cache the others: here one forward pass.
-        expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
-        served = torch.tensor(answer["logprobs"], dtype=torch.float64)
-        torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+    check_served(model, tmp_path, *flags)
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--compile",)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("flags", [(), ("--compile", "inductor")], ids=["eager", "compiled"])
 def test_gpu_path(flags: tuple[str, ...], tmp_path: Path) -> None:
     """The GPU's linear layers inside vLLM's engine, their kernels emulated on the CPU, in 16 bits.
 

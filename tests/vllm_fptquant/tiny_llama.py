@@ -68,20 +68,23 @@ class TinyLlama:
 
     config: CheckpointConfig
     bias: bool
+    kv_heads: int = KV_HEADS
     weights: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
     seen: dict[str, Tensor] | None = None
 
     @classmethod
-    def random(cls, config: CheckpointConfig, *, bias: bool = False, seed: int = 0) -> TinyLlama:
+    def random(
+        cls, config: CheckpointConfig, *, bias: bool = False, kv_heads: int = KV_HEADS, seed: int = 0
+    ) -> TinyLlama:
         """Random weights with outlier channels, then ranges from random tokens."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        model = cls(config, bias)
+        model = cls(config, bias, kv_heads)
         weights = model.weights
         weights["model.embed_tokens.weight"] = normal(VOCAB, HIDDEN) * torch.exp(0.5 * normal(VOCAB, 1))
         weights["lm_head.weight"] = 0.5 * normal(VOCAB, HIDDEN)
@@ -93,6 +96,8 @@ class TinyLlama:
                 weights[f"model.layers.{i}.{norm}.weight"] = 1 + spread * normal(HIDDEN)
             for name, (rows, columns, _) in PROJECTIONS.items():
                 key = f"model.layers.{i}.{name}"
+                if name.endswith(("k_proj", "v_proj")):
+                    rows = kv_heads * HEAD_DIM
                 weights[f"{key}.weight"] = 1.5 * normal(rows, columns) / math.sqrt(columns)
                 if bias:
                     weights[f"{key}.bias"] = 0.3 * normal(rows)
@@ -139,7 +144,7 @@ class TinyLlama:
             "intermediate_size": MLP,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
+            "num_key_value_heads": self.kv_heads,
             "head_dim": HEAD_DIM,
             "hidden_act": "silu",
             "vocab_size": VOCAB,
@@ -235,11 +240,11 @@ class TinyLlama:
     def attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention with RoPE and a quantized cache: (T, HEADS * HEAD_DIM)."""
         count = len(q)
-        q, k = rope(q.view(count, HEADS, HEAD_DIM)), rope(k.view(count, KV_HEADS, HEAD_DIM))
-        v = v.view(count, KV_HEADS, HEAD_DIM)
+        q, k = rope(q.view(count, HEADS, HEAD_DIM)), rope(k.view(count, self.kv_heads, HEAD_DIM))
+        v = v.view(count, self.kv_heads, HEAD_DIM)
         if self.config.kv_cache.bits < 16:
             k, v = self.quantized(f"{layer}.k", k), self.quantized(f"{layer}.v", v)
-        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        k, v = (x.repeat_interleave(HEADS // self.kv_heads, 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(HEAD_DIM)
         mask = torch.ones(count, count).triu(1).bool()
         weights = scores.masked_fill(mask, -math.inf).softmax(-1)

@@ -6,12 +6,13 @@ output divided by S again, so that its static quantizer sees the scale of a norm
 
     o_proj(S * attention) / S          down_proj(S * act(gate) * up) / S
 
-The sink (`fptquant.simulation.sink`) replaces keys, values and the final hidden state at position 0 by constants.
+The sink (`fptquant.simulation.sink`) replaces keys, values and the final hidden state at position 0 by constants. Of
+the stages of a pipeline only the first is sure to get token ids; it passes on where the sink's token is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ from fptquant.checkpoint import residual_scale
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
+
+AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
 
 
 class SinkMasks(NamedTuple):
@@ -55,14 +58,20 @@ def project(
     Returns:
         (T, N) of the type of `x`, and the bias where the projection was built to skip it.
     """
-    if scale is not None and getattr(projection, "fptquant_takes_scale", False):
+    if scale is None:
+        output, bias = projection(x)
+    elif not isinstance(projection.quant_method, FPTQuantLinearMethod):
+        output, bias = projection((x * scale).to(x.dtype))
+    elif projection.fptquant_takes_scale:
         scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale, undo))
         return scaled
-    if scale is not None and getattr(projection, "fptquant_plain", False) and not torch.compiler.is_compiling():
-        output = FPTQuantLinearMethod.apply_scaled(projection, x, scale)
-        return output.div_(scale) if undo else output, None
-    output, bias = projection(x if scale is None else (x * scale).to(x.dtype))
-    return output.div_(scale) if undo else output, bias
+    elif projection.fptquant_plain and not torch.compiler.is_compiling():
+        output, bias = FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
+    else:
+        output, bias = projection(x * scale)  # float32, which the quantizer gets and ranks sum
+    if undo:
+        output = output.div_(scale)
+    return output.to(x.dtype), bias
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -110,7 +119,7 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         q, k = self.rotary_emb(positions, q, k)
         if sink is None:
             return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
-        where = sink.at_start if self.attn.fptquant_sink_steady else sink.at_token
+        where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)
         return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
 
 
@@ -168,6 +177,8 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
     """`LlamaModel` that tells its layers where the first token is."""
 
+    make_empty_intermediate_tensors: Callable[[int, torch.dtype, torch.device], IntermediateTensors]
+
     def __init__(self, *, vllm_config: Any, **arguments: Any) -> None:
         """Takes `LlamaModel`'s arguments; adds the constant final hidden state."""
         super().__init__(vllm_config=vllm_config, **arguments)
@@ -176,6 +187,15 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         if sink is not None and not isinstance(self.norm, PPMissingLayer):
             missing = torch.full((self.config.hidden_size,), float("nan"), dtype=torch.float32)
             self.norm.register_parameter("sink_output", torch.nn.Parameter(missing, requires_grad=False))
+        if sink is not None:
+            without = self.make_empty_intermediate_tensors
+
+            def make_empty(batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+                tensors = without(batch_size, dtype, device)
+                tensors[AT_TOKEN] = torch.zeros((batch_size, 1), dtype=dtype, device=device)
+                return tensors
+
+            self.make_empty_intermediate_tensors = make_empty
 
     def forward(
         self,
@@ -185,24 +205,31 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
     ) -> Any:
         """As `LlamaModel.forward`."""
-        sink = self._first_tokens(input_ids, positions)
-        if sink is None:
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        sink = self._first_tokens(input_ids, positions, intermediate_tensors)
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, sink=sink)
         if isinstance(output, IntermediateTensors):
+            if self.sink_token is not None:
+                hidden = output["hidden_states"]
+                output[AT_TOKEN] = hidden.new_zeros(len(hidden), 1) if sink is None else sink.at_token.to(hidden.dtype)
+            return output
+        if sink is None:
             return output
         hidden, *auxiliary = output if isinstance(output, tuple) else (output,)
         hidden = torch.where(sink.at_token, self.norm.sink_output.to(hidden.dtype), hidden)
         return (hidden, *auxiliary) if auxiliary else hidden
 
-    def _first_tokens(self, input_ids: Tensor | None, positions: Tensor) -> SinkMasks | None:
-        """Where sequences start; None when it need not be looked at."""
+    def _first_tokens(
+        self, input_ids: Tensor | None, positions: Tensor, received: IntermediateTensors | None
+    ) -> SinkMasks | None:
+        """Where sequences start; None when it need not be looked at. `received` comes from the stage before."""
         if self.sink_token is None:
             return None
         at_start = (positions == 0)[:, None]
         # Eager, most steps decode and hold no first token; a compiled graph has no branches on data.
         if not torch.compiler.is_compiling() and positions.is_cpu and not bool(at_start.any()):
             return None
+        if received is not None:
+            return SinkMasks(at_start, received[AT_TOKEN] != 0)
         if input_ids is None:  # embeddings in place of tokens: nothing is known of the first
             return SinkMasks(at_start, torch.zeros_like(at_start))
         return SinkMasks(at_start, at_start & (input_ids == self.sink_token)[:, None])

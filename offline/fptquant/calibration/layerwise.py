@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,16 +12,14 @@ from transformers import PreTrainedModel
 from fptquant.architectures import Architecture
 from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration.output_gradients import token_weights
-from fptquant.checkpoint import LinearScheme
+from fptquant.checkpoint import round_scale
 from fptquant.errors import FPTQuantError
-from fptquant.quantizers import search_range, weight_scales
+from fptquant.quantizers import channel_scale, search_range, weight_scales
 from fptquant.recipe import Recipe
 from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.install import finish_loading
-from fptquant.simulation.sink import sink_state
-
-_BATCH = 4  # sequences per forward pass
+from fptquant.simulation.layer_inputs import LayerInputs, Stop, first_inputs
 
 
 class LayerStore(Protocol):
@@ -36,25 +32,6 @@ class LayerStore(Protocol):
         """Keeps `tensors`."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass once what was wanted has been seen."""
-
-
-@dataclass
-class LayerInputs:
-    """Hidden states that enter a layer, and the other arguments of its forward."""
-
-    hidden: list[Tensor]  # each (batch, tokens, hidden)
-    arguments: dict[str, Any]
-    first: int  # tokens before this one are constants and do not count
-
-    def run(self, layer: nn.Module) -> Iterator[Tensor]:
-        """Outputs of `layer`, batch by batch."""
-        for hidden in self.hidden:
-            output = layer(hidden, **self.arguments)
-            yield output[0] if isinstance(output, tuple) else output
-
-
 @torch.no_grad()
 def calibrate_and_round(
     model: PreTrainedModel,
@@ -62,6 +39,7 @@ def calibrate_and_round(
     recipe: Recipe,
     windows: Tensor,
     store: LayerStore | None = None,
+    clipping: Mapping[str, Tensor] | None = None,
 ) -> Iterator[int]:
     """Quantizes a simulation in place.
 
@@ -74,6 +52,7 @@ def calibrate_and_round(
         recipe: ranges and rounding.
         windows: (sequences, length) calibration tokens.
         store: keeps finished layers; those it has are not computed again.
+        clipping: learned log clipping (N, 1) of weights by layer name, in place of the search for scales.
 
     Yields:
         The index of each finished layer.
@@ -88,8 +67,9 @@ def calibrate_and_round(
         for group in INPUT_GROUPS if stored is None else ():
             modules = [layer.get_submodule(architecture.projections[role]) for role in group]
             linears = [x for x in modules if isinstance(x, SimulatedLinear)]
-            name = architecture.projection_name(index, group[0])
-            _quantize_group(linears, name, inputs, layer, recipe, importance.get(name))
+            names = [architecture.projection_name(index, role) for role in group]
+            log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
+            _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
             if Role.VALUE in group:
                 set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
         if store is not None and stored is None:
@@ -112,24 +92,6 @@ def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
     finish_loading(layer)
 
 
-def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
-    """Runs the model up to its first layer."""
-    inputs = LayerInputs([], {}, first=0 if sink_state(model) is None else 1)
-
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        inputs.hidden.append(args[0])
-        inputs.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    for window in windows:
-        with suppress(_Stop):
-            model(window[None], use_cache=False)
-    handle.remove()
-    inputs.hidden = [torch.cat(inputs.hidden[i : i + _BATCH]) for i in range(0, len(inputs.hidden), _BATCH)]
-    return inputs
-
-
 def _quantize_group(
     linears: list[SimulatedLinear],
     name: str,
@@ -137,8 +99,19 @@ def _quantize_group(
     layer: nn.Module,
     recipe: Recipe,
     importance: Tensor | None = None,
+    log_clip: Tensor | None = None,
 ) -> None:
-    """Fixes the input range and rounds the weights; `importance` (sequences, tokens) weighs the Hessian's tokens."""
+    """Fixes the input range and rounds the weights.
+
+    Args:
+        linears: the layers that share the input.
+        name: of the first, for errors.
+        inputs: of the layer they belong to.
+        layer: that layer.
+        recipe: how.
+        importance: (sequences, tokens), weighs the Hessian's tokens.
+        log_clip: (sum of N, 1), learned clipping of the weights.
+    """
     scheme = linears[0].scheme
     if scheme is None:
         return
@@ -151,7 +124,11 @@ def _quantize_group(
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
         seen = linears[0].quantized_input(seen)
-    _round_weights(linears, scheme, second_moment(seen, importance), recipe)
+    hessian = second_moment(seen, importance)
+    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe, log_clip)
+    sizes = [linear.out_features for linear in linears]
+    for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
+        linear.set_weight_codes(part, scale)
 
 
 def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -168,20 +145,16 @@ def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def rounded_weights(
-    linears: list[SimulatedLinear], bits: int, hessian: Tensor, recipe: Recipe
+    linears: list[SimulatedLinear], bits: int, hessian: Tensor, recipe: Recipe, log_clip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass."""
     stacked = torch.cat([linear.float_weight() for linear in linears]).float()
-    importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
-    scales = weight_scales(stacked, bits, recipe.weight_range, importance)
+    if log_clip is None:
+        importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
+        scales = weight_scales(stacked, bits, recipe.weight_range, importance)
+    else:
+        scales = round_scale(channel_scale(stacked, log_clip, bits))
     return ROUNDERS[recipe.rounding.method](stacked, scales, bits, hessian, recipe.rounding), scales
-
-
-def _round_weights(linears: list[SimulatedLinear], scheme: LinearScheme, hessian: Tensor, recipe: Recipe) -> None:
-    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
-    sizes = [linear.out_features for linear in linears]
-    for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
-        linear.set_weight_codes(part, scale)
 
 
 def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
@@ -190,10 +163,10 @@ def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Modul
 
     def observe(x: Tensor) -> None:
         seen.append(x[:, inputs.first :].flatten(0, -2).float())
-        raise _Stop
+        raise Stop
 
     linear.observer = observe
-    _run_until_stopped(inputs, layer)
+    inputs.run_until_stopped(layer)
     linear.observer = None
     return torch.cat(seen)
 
@@ -209,10 +182,10 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
         for name, states in (("k", key), ("v", value)):
             counted = states[:, :, inputs.first :]
             seen[name].append(counted.transpose(0, 1).flatten(1))  # (kv_heads, batch * tokens * head_dim)
-        raise _Stop
+        raise Stop
 
     quantizer.observer = observe
-    _run_until_stopped(inputs, layer)
+    inputs.run_until_stopped(layer)
     quantizer.observer = None
     for name, parts in seen.items():
         values = torch.cat(parts, 1)
@@ -221,11 +194,3 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
         scales, zero_points = (torch.stack(items) for items in zip(*found, strict=True))
         quantizer.set_range(attention, name, scales, zero_points)
     quantizer.ready = True
-
-
-def _run_until_stopped(inputs: LayerInputs, layer: nn.Module) -> None:
-    for hidden in inputs.hidden:
-        try:
-            layer(hidden, **inputs.arguments)
-        except _Stop:
-            continue

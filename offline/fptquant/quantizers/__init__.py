@@ -1,6 +1,14 @@
 """Choosing scales: static ranges of activations and the KV cache, channel scales of weights."""
 
 from fptquant.quantizers.ranges import RangeOptions, affine, search_range
-from fptquant.quantizers.weights import WeightRangeOptions, weight_scales
+from fptquant.quantizers.weights import WeightRangeOptions, channel_scale, log_clip_of, weight_scales
 
-__all__ = ["RangeOptions", "WeightRangeOptions", "affine", "search_range", "weight_scales"]
+__all__ = [
+    "RangeOptions",
+    "WeightRangeOptions",
+    "affine",
+    "channel_scale",
+    "log_clip_of",
+    "search_range",
+    "weight_scales",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -53,3 +54,15 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
 def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer codes (in float) of weights, half to even, clamped to the symmetric code range."""
     return torch.clamp(torch.round(weight / scale), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+
+
+def channel_scale(weight: Tensor, log_clip: Tensor, bits: int) -> Tensor:
+    """Scale (N, 1) of a weight (N, K) that follows its largest magnitude: e^`log_clip` max|w| / (2^(b-1) - 1)."""
+    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    return log_clip.exp() * largest / (2.0 ** (bits - 1) - 1)
+
+
+def log_clip_of(scale: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """The `log_clip` (N, 1) at which `channel_scale` gives `scale` (N, 1)."""
+    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    return torch.log(scale * (2.0 ** (bits - 1) - 1) / largest).clamp(-math.log(1e3), math.log(1e3))

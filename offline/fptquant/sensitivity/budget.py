@@ -85,14 +85,14 @@ def spend(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> tu
         raise FPTQuantError(f"budget: nothing that '{job.recipe.name}' quantizes can be widened any further")
     windows = job.windows[: budget.windows, : budget.length]
     probe = Probe(job, model, windows, WeightScheme(bits=budget.weight_bits))
-    everything = sites_of(job)
-    with stages.stage("fit every site"):
+    everything, smaller = sites_of(job), "lower budget.windows or budget.length"
+    with stages.stage("fit every site", "lower calibration.sequences or calibration.length"):
         for _ in stages.track(probe.calibrate(everything), job.layers):
             pass
-    with stages.stage("measure sites"):
+    with stages.stage("measure sites", smaller):
         measured = stages.track(((site, probe.measure({site: False})) for site in candidates), len(candidates))
         ranked = _by_gain_per_cost(list(measured), probe, _cost(job, budget), lambda site: _extra_bytes(job, site))
-    with stages.stage("spend the budget"):
+    with stages.stage("spend the budget", smaller):
         before = probe.measure(dict.fromkeys(everything, False))
 
         def effect(choices: Iterable[Choice]) -> Effect:

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.calibration.layerwise import (
-    LayerInputs,
-    first_inputs,
-    observe_inputs,
-    rounded_weights,
-    second_moment,
-    set_kv_ranges,
-)
+from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
 from fptquant.planning import Plan
@@ -26,6 +19,7 @@ from fptquant.quantizers import search_range, weight_scales
 from fptquant.quantizers.weights import round_to_nearest
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
 from fptquant.simulation import KVQuantizer, SimulatedLinear
+from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 WIDE_WEIGHTS = WeightScheme(bits=7)
@@ -119,6 +113,7 @@ class Probe:
         for hidden, tokens, (expected, entropy) in zip(
             torch.cat(inputs.hidden), self.tokens, self._reference, strict=True
         ):
+            inputs.locate(tokens[None])
             logits = self.tail(hidden[None])[0].float()  # (length, vocabulary)
             normalizer = logits.logsumexp(-1)
             kl += float((normalizer - (expected * logits).sum(-1) - entropy).double().sum())
@@ -150,7 +145,8 @@ class Probe:
         for layer in self.layers:
             self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))
         self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
-        for hidden in torch.cat(self._entries.pop()):
+        for hidden, tokens in zip(torch.cat(self._entries.pop()), self.tokens, strict=True):
+            self._inputs.locate(tokens[None])
             logs = torch.log_softmax(self.tail(hidden[None])[0].float(), -1)
             expected = logs.exp()
             self._reference.append((expected, -(expected * logs).sum(-1)))

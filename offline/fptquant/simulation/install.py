@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
-from fptquant.checkpoint import CheckpointConfig
+from fptquant.checkpoint import CheckpointConfig, LinearScheme
 from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulation.linear import ResidualScaleTap, SimulatedLinear
 from fptquant.simulation.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
@@ -23,22 +23,13 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     """
     shape = architecture.shape(model.config)
     hadamard = config.transforms.down_hadamard
+    eps = model.config.rms_norm_eps if config.transforms.residual_scale else None
     for index, layer in enumerate(architecture.layer_modules(model)):
         for role, path in architecture.projections.items():
-            tap = None
-            if config.transforms.residual_scale and role in (Role.OUTPUT, Role.DOWN):
-                norm = layer.get_submodule(architecture.norm_before(role))
-                tap = ResidualScaleTap(eps=model.config.rms_norm_eps)
-                norm.register_forward_hook(tap)
-            linear = layer.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            simulated = SimulatedLinear.from_linear(
-                linear,
-                config.scheme_for(architecture.projection_name(index, role)),
-                hadamard_block=hadamard.block if hadamard and role is Role.DOWN else None,
-                tap=tap,
-            )
-            layer.set_submodule(path, simulated)
+            scheme = config.scheme_for(architecture.projection_name(index, role))
+            block = hadamard.block if hadamard and role is Role.DOWN else None
+            scaled = eps if role in (Role.OUTPUT, Role.DOWN) else None
+            layer.set_submodule(path, simulated_projection(layer, architecture, role, scheme, block, scaled))
         if config.kv_cache.bits < 16:
             attention = layer.get_submodule(architecture.attention)
             # plain attribute: the quantizer's tensors are buffers of the attention module itself
@@ -52,6 +43,33 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
         model.config._attn_implementation = ATTENTION_NAME
     if config.sink is not None:
         install_sink(model, architecture, config.sink.token)
+
+
+def simulated_projection(
+    layer: nn.Module,
+    architecture: Architecture,
+    role: Role,
+    scheme: LinearScheme | None,
+    hadamard_block: int | None,
+    eps: float | None,
+) -> SimulatedLinear:
+    """The projection of `role` with its online steps; the caller puts it in place.
+
+    Args:
+        layer: decoder layer that holds the float projection.
+        architecture: its family.
+        role: which projection.
+        scheme: what is quantized.
+        hadamard_block: of T_d, None without.
+        eps: of the norm that S_n is tapped from (a hook is added to it), None without S_n.
+    """
+    linear = layer.get_submodule(architecture.projections[role])
+    assert isinstance(linear, nn.Linear)
+    tap = None
+    if eps is not None:
+        tap = ResidualScaleTap(eps)
+        layer.get_submodule(architecture.norm_before(role)).register_forward_hook(tap)
+    return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, tap=tap)
 
 
 def drop_quantized_weights(model: PreTrainedModel) -> None:

@@ -47,6 +47,10 @@ class SinkState:
             past = kwargs.get("past_key_values")
             start = 0 if past is None else past.get_seq_length()
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        self.locate(tokens, positions)
+
+    def locate(self, tokens: Tensor, positions: Tensor) -> None:
+        """Finds position 0 in `tokens` (batch, length), given `positions` of a shape that broadcasts to it."""
         self.at_start = (positions == 0).expand(tokens.shape)
         self.at_token = self.at_start & (tokens == self.token)
 

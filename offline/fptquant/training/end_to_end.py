@@ -88,7 +88,7 @@ def train_end_to_end(
         FPTQuantError: the loss or a gradient is not finite; the step is named, and the layer.
     """
     model = student.model
-    model.requires_grad_(False)
+    student.freeze()
     for parameter in optimization.parameters.values():
         parameter.requires_grad_(True)
     if options.gradient_checkpointing:

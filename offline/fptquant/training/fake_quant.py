@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -96,15 +95,3 @@ class StaticQuantizer(nn.Module):
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         half = 2 ** (self.bits - 1)
         return scale, torch.round(self.zero_point).clamp(-half, half - 1).to(torch.int32)
-
-
-def channel_scale(weight: Tensor, log_clip: Tensor, bits: int) -> Tensor:
-    """Scale (N, 1) of a weight (N, K) that follows its largest magnitude: e^`log_clip` max|w| / (2^(b-1) - 1)."""
-    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    return log_clip.exp() * largest / (2.0 ** (bits - 1) - 1)
-
-
-def log_clip_of(scale: Tensor, weight: Tensor, bits: int) -> Tensor:
-    """The `log_clip` (N, 1) at which `channel_scale` gives `scale` (N, 1)."""
-    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    return torch.log(scale * (2.0 ** (bits - 1) - 1) / largest).clamp(-math.log(1e3), math.log(1e3))

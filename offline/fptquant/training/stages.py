@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.calibration import calibrate_and_round
+from fptquant.calibration.smoothing import start_from_activations, start_is_measured
 from fptquant.loading import load_model
 from fptquant.merging import merge_transforms
 from fptquant.planning import Plan
@@ -21,15 +21,17 @@ from fptquant.rounding import RoundingOptions
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
+from fptquant.training.block_wise import train_block_wise
 from fptquant.training.end_to_end import EndToEndOptions, range_groups, train_end_to_end
 from fptquant.training.local import train_local
 from fptquant.training.optimization import Optimization
 from fptquant.training.state import RunState
-from fptquant.training.student import integer_student, transform_student
+from fptquant.training.student import Student, integer_student, transform_student
 from fptquant.training.teacher import Teacher
 from fptquant.transforms import TransformSet
 
-LOCAL, END_TO_END, SCALES = "local", "end_to_end", "scales"  # names of states and in the metrics file
+# names of states and in the metrics file
+LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
 
 
 class Metrics(Protocol):
@@ -81,29 +83,47 @@ def make_teacher(job: Plan, state: RunState, stages: Stages) -> Teacher:
     return teacher
 
 
-def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics) -> None:
-    """Stages 1 and 2: leaves `job.transforms` trained."""
+def train_transforms(
+    job: Plan, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics
+) -> dict[str, Tensor]:
+    """Everything that happens to transforms before they are merged: leaves `job.transforms` trained.
+
+    Returns:
+        Clipping of weights that was learned with them, by layer (`fptquant.quantizers.channel_scale`).
+    """
     recipe, architecture, transforms = job.recipe, job.source.architecture, job.transforms
     if not list(transforms.parameters()):
-        return  # none is on that has any
-    finished = state.load(END_TO_END)
-    if finished and finished[1]["step"] == recipe.end_to_end.steps > 0:
+        return {}  # none is on that has any
+    trained = {
+        LOCAL: recipe.local.steps,
+        BLOCK_WISE: recipe.block_wise.steps * job.layers,
+        END_TO_END: recipe.end_to_end.steps,
+    }
+    stages_on = [name for name, steps in trained.items() if steps]
+    if not stages_on and not start_is_measured(transforms):
+        return {}
+    finished = state.load(stages_on[-1]) if stages_on else None
+    if finished and finished[1]["step"] == trained[stages_on[-1]]:
         _restore_transforms(transforms, finished[0])
-        return
+        return layer_clipping(_part(finished[0], _CLIPPING))
     model = load_model(job.source)
     for _ in merge_transforms(model, architecture, TransformSet({}, architecture.shape(model.config), 0)):
         pass
-    with stages.stage("train transforms on weights"):
-        local = recipe.local
-        groups = _transform_groups(transforms, local.rate, local.rotation_rate)
-        optimization = Optimization(groups, local.steps, clip=None)
-        steps = train_local(model, architecture, transforms, local, optimization)
-        _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
-    options = recipe.end_to_end
-    if options.steps == 0:
-        return
-    assert teacher is not None
-    with stages.stage("first ranges"):
+    transforms.requires_grad_(False)
+    if start_is_measured(transforms):
+        with stages.stage("measure activations", "lower calibration.length"):
+            first = 0 if job.config.sink is None else 1
+            start_from_activations(model, architecture, transforms, job.windows, first)
+    if recipe.local.steps:
+        with stages.stage("train transforms on weights"):
+            local = recipe.local
+            groups = _transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
+            optimization = Optimization(groups, local.steps, clip=None)
+            steps = train_local(model, architecture, transforms, local, optimization)
+            _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
+    if not (recipe.block_wise.steps or recipe.end_to_end.steps):
+        return {}
+    with stages.stage("first ranges", "lower calibration.sequences or calibration.length"):
         calibrated = copy.deepcopy(model)
         for _ in merge_transforms(calibrated, architecture, transforms):
             pass
@@ -112,21 +132,41 @@ def train_transforms(job: Plan, teacher: Teacher | None, state: RunState, stages
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, job.windows), job.layers):
             pass
-    with stages.stage("train transforms end to end"):
-        student = transform_student(
-            model,
-            architecture,
-            transforms,
-            calibrated,
-            estimator=options.estimator,
-            float_weights=options.weights == "float",
-        )
-        del calibrated
-        groups = range_groups(student, options)
-        groups |= _transform_groups(transforms, options.transform_rate, options.rotation_rate)
-        optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
-        steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
-        _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
+    options = recipe.end_to_end
+    student = transform_student(
+        model,
+        architecture,
+        transforms,
+        calibrated,
+        estimator=options.estimator if options.steps else recipe.block_wise.estimator,
+        float_weights=options.steps > 0 and options.weights == "float",
+    )
+    del calibrated
+    transforms.requires_grad_(False)
+    if recipe.block_wise.steps:
+        with stages.stage("train transforms layer by layer", "lower training.sequences or training.length"):
+            _run_block_wise(job, student, state, stages, metrics)
+    if options.steps:
+        assert teacher is not None
+        with stages.stage("train transforms end to end", spare_memory("end_to_end", options)):
+            groups = range_groups(student, options)
+            groups |= _transform_groups(transforms, options.transform_rate, options.rotation_rate)
+            optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
+            steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
+            extra = _clipping_state(student.weight_parameters())
+            _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every, extra)
+    return layer_clipping(student.weight_parameters())
+
+
+def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clipping by the name of the layer, out of a student's parameters."""
+    return {name.removesuffix(".log_clip"): value.detach() for name, value in parameters.items()}
+
+
+def spare_memory(name: str, options: EndToEndOptions) -> str:
+    """What makes the stage of the recipe's field `name` need less memory."""
+    checkpointing = "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true, "
+    return f"{checkpointing}lower training.length"
 
 
 def train_scales(
@@ -150,8 +190,9 @@ def _run(
     stages: Stages,
     metrics: Metrics,
     save_every: int,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Continues a stage to its end, saving its state now and then."""
+    """Continues a stage to its end, saving its state now and then, and what is `extra`."""
     saved = state.load(name)
     if saved is not None:
         if transforms is not None:
@@ -159,9 +200,9 @@ def _run(
         optimization.restore(saved[0])
 
     def save() -> None:
-        tensors = optimization.state()
+        tensors = {**(extra or {}), **optimization.state()}
         if transforms is not None:
-            tensors |= {f"transforms/{key}": value for key, value in transforms.state_dict().items()}
+            tensors |= _transform_state(transforms)
         state.save(name, tensors, {"step": optimization.step})
 
     stages.resume(optimization.step)
@@ -174,17 +215,54 @@ def _run(
             save()
 
 
-def _transform_groups(
-    transforms: TransformSet, rate: float, rotation_rate: float
-) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
-    parameters = dict(transforms.named_parameters())
-    rotation = {name: parameters.pop(name) for name in list(parameters) if name.startswith("transforms.T_r.")}
-    return {"transform": (rate, parameters), "rotation": (rotation_rate, rotation)}
-
-
-@torch.no_grad()
-def _restore_transforms(transforms: TransformSet, tensors: dict[str, torch.Tensor]) -> None:
-    prefix = "transforms/"
-    transforms.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+def _run_block_wise(job: Plan, student: Student, state: RunState, stages: Stages, metrics: Metrics) -> None:
+    """The same for the layer-wise stage, whose state is saved after every layer."""
+    options, transforms, clipping = job.recipe.block_wise, job.transforms, student.weight_parameters()
+    saved = state.load(BLOCK_WISE)
+    finished = 0
+    if saved is not None:
+        finished = saved[1]["step"] // options.steps
+        _restore_transforms(transforms, saved[0])
+        for name, value in _part(saved[0], _CLIPPING).items():
+            clipping[name].data.copy_(value)
+    steps = train_block_wise(
+        student, load_model(job.source), transforms, options, job.training_windows, job.recipe.seed, finished
     )
+    stages.resume(finished * options.steps)
+    for step, values in enumerate(stages.track(steps, job.layers * options.steps), finished * options.steps + 1):
+        metrics(BLOCK_WISE, step, values)
+        stages.note(f"loss {values['loss']:.4f}")
+        if step % options.steps == 0:
+            state.save(BLOCK_WISE, _transform_state(transforms) | _clipping_state(clipping), {"step": step})
+
+
+def _transform_groups(
+    transforms: TransformSet, rate: float, rotation_rate: float, *, in_weights: bool = False
+) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
+    """Parameter groups; with `in_weights` only of transforms that an objective on weights alone sees all of."""
+    found: dict[str, dict[str, nn.Parameter]] = {"transform": {}, "rotation": {}}
+    for transform in transforms:
+        if transform.in_weights or not in_weights:
+            group = found["rotation" if transform.name == "T_r" else "transform"]
+            group.update({f"transforms.{transform.name}.{key}": p for key, p in transform.named_parameters()})
+    return {"transform": (rate, found["transform"]), "rotation": (rotation_rate, found["rotation"])}
+
+
+_TRANSFORMS, _CLIPPING = "transforms/", "parameter/weight/"  # prefixes in a saved state
+
+
+def _transform_state(transforms: TransformSet) -> dict[str, Tensor]:
+    return {_TRANSFORMS + key: value for key, value in transforms.state_dict().items()}
+
+
+def _clipping_state(clipping: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that `Optimization.state` gives to the group of weights."""
+    return {_CLIPPING + name: value.detach() for name, value in clipping.items()}
+
+
+def _restore_transforms(transforms: TransformSet, state: Mapping[str, Tensor]) -> None:
+    transforms.load_state_dict(_part(state, _TRANSFORMS))
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from fptquant.architectures import Architecture, Role
 from fptquant.architectures.base import INPUT_GROUPS
 from fptquant.checkpoint import code_bounds, round_scale
+from fptquant.quantizers import channel_scale, log_clip_of
 from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.linear import ResidualScaleTap
+from fptquant.simulation.install import simulated_projection
 from fptquant.simulation.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_state
-from fptquant.training.fake_quant import Estimator, StaticQuantizer, channel_scale, fake_quantize, log_clip_of
+from fptquant.training.fake_quant import Estimator, StaticQuantizer, fake_quantize
 from fptquant.transforms import TransformSet
 
 
@@ -96,12 +97,14 @@ class SinkInput:
 
     attention: nn.Module
     name: str
-    normed: Tensor  # (hidden,), without T_r
+    normed: Tensor  # (hidden,), without transforms
 
-    def update(self, transforms: TransformSet, weight: Tensor, bias: Tensor | None) -> None:
-        """Computes the constant from the merged weight (not quantized)."""
-        rotated, _ = transforms.merge(Role.EMBEDDING, -1, self.normed[None], None)
-        states = nn.functional.linear(rotated, weight, bias)
+    def update(self, source: MergedWeight, weight: Tensor, bias: Tensor | None) -> None:
+        """Computes the constant from the merged weight of `source` (not quantized)."""
+        transforms = source.transforms[0]
+        states, _ = transforms.merge(Role.EMBEDDING, -1, self.normed[None], None)
+        gain = transforms.gain(source.role, source.layer, states.dtype)
+        states = nn.functional.linear(states if gain is None else states * gain, weight, bias)
         setattr(self.attention, self.name, states.view(self.attention.get_buffer(self.name).shape))
 
 
@@ -133,7 +136,7 @@ class TrainedLinear(nn.Module):
         else:
             weight, bias = self.weight.merged()
             if self.sink is not None:
-                self.sink.update(self.weight.transforms[0], weight, bias)
+                self.sink.update(self.weight, weight, bias)
             y = nn.functional.linear(x, self.weight.quantized(weight))
         if linear.tap is not None:
             assert linear.tap.scale is not None
@@ -172,6 +175,12 @@ class Student:
         for name, module in self.model.named_modules():
             if isinstance(module, TrainedLinear):
                 yield name, module
+
+    def freeze(self) -> None:
+        """Nothing gets a gradient until an optimization asks for it."""
+        self.model.requires_grad_(False)
+        for _, _, cache in self.caches:
+            cache.quantizers.requires_grad_(False)
 
     def weight_parameters(self) -> dict[str, nn.Parameter]:
         """Channel scales (or clipping) of the weights by name."""
@@ -254,17 +263,13 @@ def transform_student(
     source = sink_state(calibrated)
     sink_inputs = {} if source is None else _sink_inputs(model, architecture, source.token)
     rotate_ends(model, architecture, transforms)
+    scale_norms(model, architecture, transforms)
     if source is not None:
         install_sink(model, architecture, source.token)
         state = sink_state(model)
         assert state is not None
         state.ready = True
         model.get_submodule(architecture.final_norm).get_buffer(OUTPUT).copy_(sink_inputs[-1])
-        for layer, steady in zip(
-            architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True
-        ):
-            attention, other = (part.get_submodule(architecture.attention) for part in (layer, steady))
-            attention.get_buffer(STEADY).copy_(other.get_buffer(STEADY))
     student = Student(model, architecture)
     layers = zip(architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True)
     for index, (layer, quantized) in enumerate(layers):
@@ -277,10 +282,8 @@ def transform_student(
                 path = architecture.projections[role]
                 linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                 assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                online = SimulatedLinear.from_linear(linear, None, hadamard_block=example.hadamard_block)
-                if example.tap is not None:
-                    online.tap = ResidualScaleTap(example.tap.eps)
-                    layer.get_submodule(architecture.norm_before(role)).register_forward_hook(online.tap)
+                eps = None if example.tap is None else example.tap.eps
+                online = simulated_projection(layer, architecture, role, None, example.hadamard_block, eps)
                 scale = None
                 if example.scheme is not None:
                     quantizer = quantizer or _input_quantizer(example, estimator)
@@ -332,6 +335,21 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
 
     model.get_submodule(architecture.embedding).register_forward_hook(enter)
     model.get_submodule(architecture.final_norm).register_forward_hook(leave)
+
+
+def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> None:
+    """Multiplies the output of each layer's norms by the gain that the transforms give them, in place of merging it."""
+
+    def scale(role: Role, index: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            gain = transforms.gain(role, index, output.dtype)
+            return output if gain is None else output * gain
+
+        return hook
+
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for role in (Role.QUERY, Role.GATE):
+            layer.get_submodule(architecture.norm_before(role)).register_forward_hook(scale(role, index))
 
 
 def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQuantizer | None:

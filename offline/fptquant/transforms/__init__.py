@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import QueryKeyTransform
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scale import ResidualScale
 from fptquant.transforms.up_down import UpDownTransform
 from fptquant.transforms.value import ValueTransform
 
-# T_u must come before T_d: W_down diag(1 / s) H. The others act on different sides or roles and commute.
+# T_u must come before T_d: W_down diag(1 / s) H; and T_r before T_s: W R diag(s). The others act on different sides or
+# roles and commute.
 TRANSFORMS: dict[str, type[Transform]] = {
     transform.name: transform
     for transform in (
@@ -26,12 +29,15 @@ TRANSFORMS: dict[str, type[Transform]] = {
         ValueTransform,
         UpDownTransform,
         ResidualRotation,
+        NormScale,
         DownHadamard,
         ResidualScale,
     )
 }
+# Those of FPTQuant (arXiv 2506.04985); T_s is for recipes of other methods.
+FPTQUANT = ("T_k", "T_v", "T_u", "T_r", "T_d", "S_n")
 
-__all__ = ["TRANSFORMS", "Transform", "TransformOptions", "TransformSet"]
+__all__ = ["FPTQUANT", "TRANSFORMS", "Transform", "TransformOptions", "TransformSet"]
 
 
 class TransformSet(nn.Module):
@@ -57,6 +63,11 @@ class TransformSet(nn.Module):
         for transform in self:
             weight, bias = transform.merge(role, layer, weight, bias)
         return weight, bias
+
+    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
+        """See `Transform.gain`; all transforms together."""
+        found = [gain for transform in self if (gain := transform.gain(role, layer, dtype)) is not None]
+        return math.prod(found[1:], start=found[0]) if found else None
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:

@@ -31,6 +31,7 @@ class Transform(nn.Module):
 
     name: ClassVar[str]
     Options: ClassVar[type[TransformOptions]] = TransformOptions
+    in_weights: ClassVar[bool] = True  # both halves are, so that an objective on weights alone sees all of it
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
         """Takes the sizes of the model, the transform's options and a generator for random starting values."""
@@ -38,9 +39,20 @@ class Transform(nn.Module):
         self.shape = shape
         self.options = options
 
+    def _add(self, name: str, size: tuple[int, ...], *, trained: bool = True) -> None:
+        """A parameter of zeros; a constant where it is not `trained`."""
+        if trained:
+            self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+        else:
+            self.register_buffer(name, torch.zeros(size), persistent=False)
+
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Transformed weight (out, in) and bias (out,) of the given role; `layer` is -1 outside the layers."""
         return weight, bias
+
+    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
+        """Gain (hidden,) that the norm gets whose output `role` reads; None for one."""
+        return None
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
 from fptquant.architectures import Role, Shape
@@ -13,11 +13,19 @@ from fptquant.checkpoint import hadamard_factors
 from fptquant.errors import FPTQuantError
 from fptquant.transforms.base import Transform, TransformOptions
 
+PACKED = 8  # 4-bit weights in a packed word, which is never split
+
 
 class DownHadamardOptions(TransformOptions):
-    """Block size: a power of two that divides the intermediate size; `auto` takes the largest."""
+    """Block size: a power of two that divides the intermediate size.
+
+    A tensor-parallel rank rotates its own share of the channels, so a block must not reach across ranks. `auto` takes
+    the largest that suits every size the model can be served at, up to `max_tensor_parallel`. Larger blocks spread
+    outliers further: set 1 where the model will never be split.
+    """
 
     block: PositiveInt | Literal["auto"] = "auto"
+    max_tensor_parallel: PositiveInt = Field(8, description="with block: auto, tensor-parallel sizes it has to suit")
 
     @field_validator("block")
     @classmethod
@@ -36,12 +44,15 @@ class DownHadamard(Transform):
     def __init__(self, shape: Shape, options: DownHadamardOptions, generator: torch.Generator) -> None:
         """Settles the block size; FPTQuantError when it does not divide the intermediate size."""
         super().__init__(shape, options, generator)
-        largest = shape.intermediate & -shape.intermediate
-        self.block = largest if options.block == "auto" else options.block
+        if options.block == "auto":
+            sizes = tensor_parallel_sizes(shape, options.max_tensor_parallel)
+            self.block = min(power_of_two_in(shape.intermediate // size) for size in sizes)
+        else:
+            self.block = options.block
         if shape.intermediate % self.block:
             raise FPTQuantError(
                 f"T_d: block {self.block} does not divide the intermediate size {shape.intermediate}; "
-                f"use a power of two up to {largest}, or 'auto'"
+                f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
             )
 
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -52,3 +63,23 @@ class DownHadamard(Transform):
         signs = torch.kron(left, torch.sign(right))
         blocks = weight.reshape(-1, self.block)
         return (blocks @ signs / self.block**0.5).view(weight.shape), bias
+
+
+def tensor_parallel_sizes(shape: Shape, largest: int) -> list[int]:
+    """Sizes up to `largest` that vLLM can serve a model at, whatever the block of T_d; 1 is always among them.
+
+    Each rank gets whole attention heads, whole KV heads or one that it shares with other ranks, and, at the inputs of
+    o_proj and down_proj, whole packed words.
+    """
+
+    def fits(size: int) -> bool:
+        kv_heads = shape.kv_heads % size == 0 or size % shape.kv_heads == 0
+        columns = (shape.heads * shape.head_dim, shape.intermediate)
+        return shape.heads % size == 0 and kv_heads and all(count % (size * PACKED) == 0 for count in columns)
+
+    return [1, *filter(fits, range(2, largest + 1))]
+
+
+def power_of_two_in(size: int) -> int:
+    """The largest power of two that divides `size`."""
+    return size & -size

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from fptquant.architectures import Role, Shape
-from fptquant.transforms.base import Transform
+from fptquant.transforms.base import Transform, TransformOptions
+
+
+class QueryKeyOptions(TransformOptions):
+    """What T_k may do."""
+
+    only: Literal["scale"] | None = Field(None, description="scale: the angles stay zero")
 
 
 class QueryKeyTransform(Transform):
@@ -19,13 +26,16 @@ class QueryKeyTransform(Transform):
     """
 
     name = "T_k"
+    Options = QueryKeyOptions
 
-    def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
+    def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
         """Starts at the identity."""
         super().__init__(shape, options, generator)
         pairs = (shape.layers, shape.kv_heads, shape.head_dim // 2)
-        self.angle = nn.Parameter(torch.zeros(pairs))
-        self.log_scale = nn.Parameter(torch.zeros(pairs))  # s = exp(.) > 0
+        self._add("angle", pairs, trained=options.only != "scale")
+        self._add("log_scale", pairs)  # s = exp(.) > 0
+        self.angle: Tensor
+        self.log_scale: Tensor
 
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rotates and scales the rows of q_proj and k_proj."""

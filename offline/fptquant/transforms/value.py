@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
@@ -18,7 +18,9 @@ class ValueOptions(TransformOptions):
     """Where T_v starts, and how far from orthogonal it may go."""
 
     start: Literal["identity", "hadamard"] = "hadamard"
-    orthogonal: bool = Field(False, description="only rotate: lambda stays one (SpinQuant's R2)")
+    only: Literal["rotation", "scale"] | None = Field(
+        None, description="rotation: lambda stays one (SpinQuant's R2); scale: U and V stay the identity"
+    )
     max_condition: float = Field(100.0, gt=1)
 
 
@@ -36,12 +38,12 @@ class ValueTransform(Transform):
         """Starts every head at the identity or at the same Hadamard matrix with random signs."""
         super().__init__(shape, options, generator)
         square = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
-        self.left = nn.Parameter(torch.zeros(square))
-        self.right = nn.Parameter(torch.zeros(square))
-        if options.orthogonal:
-            self.register_buffer("log_scale", torch.zeros(square[:-1]), persistent=False)
-        else:
-            self.log_scale = nn.Parameter(torch.zeros(square[:-1]))
+        self._add("left", square, trained=options.only != "scale")
+        self._add("right", square, trained=options.only != "scale")
+        self._add("log_scale", square[:-1], trained=options.only != "rotation")
+        self.left: Tensor
+        self.right: Tensor
+        self.log_scale: Tensor
         start = torch.eye(shape.head_dim, dtype=torch.float64)
         if options.start == "hadamard":
             start = starting_rotation(shape.head_dim, generator)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from fptquant import pipeline, planning
-from fptquant.loading import load_model
 from fptquant.planning import Plan
 from fptquant.recipe import Recipe
 from fptquant.sensitivity import KINDS, Probe, sites_of
@@ -32,13 +32,12 @@ def make_job(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="module")
 def make_probe(make_job: Callable[..., Plan]) -> MakeProbe:
-    """`make_probe(kinds=..., **recipe)`: calibrated, measuring on three windows of 24 tokens."""
+    """`make_probe(kinds=..., **recipe)`: calibrated, measuring on `tokens`, or three windows of 24."""
 
-    def make(kinds: tuple[str, ...] = KINDS, **fields: Any) -> Probe:
+    def make(kinds: tuple[str, ...] = KINDS, tokens: Tensor | None = None, **fields: Any) -> Probe:
         job = make_job(**fields)
-        model = load_model(job.source)
-        pipeline.transform(job, model)
-        probe = Probe(job, model, job.windows[:3, :24])
+        tokens = job.windows[:3, :24] if tokens is None else tokens
+        probe = Probe(job, pipeline.transformed(job), tokens)
         assert list(probe.calibrate(sites_of(job, kinds))) == [0, 1]
         return probe
 

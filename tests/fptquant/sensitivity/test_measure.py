@@ -149,6 +149,66 @@ def test_keys_alone() -> None:
         torch.testing.assert_close(found, expected)
 
 
+# -- a constant first token --
+
+
+@pytest.mark.parametrize("kind", ["qkv_input", "o_input", "down_input", "values", "o_weights"])
+def test_with_a_sink_all_tokens_but_the_first_are_quantized(kind: str, make_probe: MakeProbe) -> None:
+    """Ranges, Hessians and what is measured leave the constant token alone."""
+    probe = make_probe((kind,), transforms=[], sink="auto")
+    assert probe.job.config.sink is not None and bool((probe.tokens[:, 0] == probe.job.config.sink.token).all())
+    assert probe.unquantized.kl < 1e-6
+    model = load_model(probe.job.source)
+    expected = model(probe.tokens).logits
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    gain = model.model.layers[0].input_layernorm.weight if kind == "qkv_input" else torch.ones(())
+    watched = {"qkv_input": attention.q_proj, "down_input": mlp.down_proj, "values": attention.v_proj}
+    layer = watched.get(kind, attention.o_proj)
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda m, args, y: seen.append(y if kind == "values" else args[0]))
+    model(probe.job.windows)
+    handle.remove()
+    counted = (seen[0] / gain)[:, 1:]
+    scale, zero_point = search_range(counted, 4, False, RangeOptions())
+    bounds = code_bounds(zero_point, 4)
+
+    def rounded(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :1], (quantize_codes(x / gain, scale, *bounds) * scale * gain)[:, 1:]), 1)
+
+    if kind == "values":
+        layer.register_forward_hook(lambda m, args, y: rounded(y))
+    elif kind == "o_weights":
+        x = counted.flatten(0, 1)
+        hessian = x.T @ x / len(x)
+        weight_scale = weight_scales(layer.weight, 4, WeightRangeOptions(), hessian.diagonal())
+        weight = round_gptq(layer.weight, weight_scale, 4, hessian, RoundingOptions()) * weight_scale
+        layer.register_forward_hook(
+            lambda m, args, y: torch.cat((y[:, :1], torch.nn.functional.linear(args[0][:, 1:], weight, m.bias)), 1)
+        )
+    else:
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj) if kind == "qkv_input" else (layer,):
+            module.register_forward_pre_hook(lambda m, args: (rounded(args[0]),))
+    found = probe.measure({Site(kind, 0): False})
+    assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
+    assert found.kl > 1e-6
+
+
+def test_windows_that_start_otherwise_have_no_constant(make_probe: MakeProbe, make_job: Callable[..., Plan]) -> None:
+    """Each window counts by itself, whatever the others start with."""
+    windows = make_job(sink="auto").windows[:2, :24]
+    other = torch.cat((windows[1:, 1:], windows[1:, :1]), 1)
+    sites = {Site("values", 0): False, Site("down_input", 0): False}
+
+    def measured(tokens: Tensor) -> tuple[float, float]:
+        probe = make_probe(("values", "down_input"), tokens, sink="auto")
+        return probe.unquantized.kl, probe.measure(sites).kl
+
+    alone = [measured(tokens)[1] for tokens in (windows[:1], other)]
+    for mixed in (torch.cat((windows[:1], other)), torch.cat((other, windows[:1]))):
+        unquantized, found = measured(mixed)
+        assert unquantized < 1e-6 and found == pytest.approx(sum(alone) / 2, rel=1e-3)
+
+
 PRECISION = Recipe.parse({"precision": "w4a4kv4"}).precision
 
 

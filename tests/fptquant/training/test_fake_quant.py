@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptquant.checkpoint import code_bounds, quantize
+from fptquant.quantizers import channel_scale, log_clip_of
 from fptquant.training.fake_quant import (
     StaticQuantizer,
-    channel_scale,
     fake_quantize,
-    log_clip_of,
 )
 
 

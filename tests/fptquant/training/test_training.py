@@ -46,10 +46,10 @@ def folded(kind: str) -> Any:
     return model
 
 
-def make_job(kind: str, path: Path, **fields: Any) -> planning.Plan:
+def make_job(kind: str, path: Path, sizes: dict[str, int] | None = None, /, **fields: Any) -> planning.Plan:
     model = path / "model"
     if not model.is_dir():
-        build_model(kind).save_pretrained(model)
+        build_model(kind, **(sizes or {})).save_pretrained(model)
         build_tokenizer(bos=True).save_pretrained(model)
         (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
     calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32}
@@ -71,7 +71,11 @@ def quantized(job: planning.Plan) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["gqa", "bias", "tied"])
-@pytest.mark.parametrize("names", [NAMES, ["T_k", "T_v", "T_u"]], ids=["all", "no T_r, T_d, S_n"])
+@pytest.mark.parametrize(
+    "names",
+    [NAMES, ["T_k", "T_v", "T_u"], ["T_v", "T_r", "T_s"]],
+    ids=["all", "no T_r, T_d, S_n", "T_s"],
+)
 def test_transform_student_is_the_quantized_model(kind: str, names: list[str], tmp_path: Path) -> None:
     """Weights through the transforms in every step give what merging them gives, the sink included."""
     job = make_job(kind, tmp_path, precision="w4a8kv8", transforms=names, head_bits=16, rounding={"method": "nearest"})
@@ -248,12 +252,60 @@ def test_killed_run_continues_to_the_same_checkpoint(
     assert len(lines[0]) == len(lines[1]) == 6 + 5 + 7
 
 
+def test_gradient_checkpointing_changes_memory_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a run that ran out of memory may go on with it."""
+
+    def job(checkpointing: bool) -> planning.Plan:
+        stage = {"steps": 3, "batch": 2, "gradient_checkpointing": checkpointing}
+        return make_job("gqa", tmp_path, **{**TRAINED, "end_to_end": stage, "scales": stage})
+
+    pipeline.quantize(job(False), tmp_path / "whole")
+    recorded = stages.MetricsFile.__call__
+
+    def record(self: Any, name: str, at: int, values: dict[str, float]) -> None:
+        recorded(self, name, at, values)
+        if (name, at) == ("end_to_end", 3):  # state of step 2
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages.MetricsFile, "__call__", record)
+        pipeline.quantize(job(False), tmp_path / "out")
+    pipeline.quantize(job(True), tmp_path / "out")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("last", ["local", "end_to_end"])
+def test_finished_training_is_restored_without_the_model(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when rounding: the second run reads the original once, for what is left to do."""
+    fields = {**TRAINED, "scales": {"steps": 0}, **({"end_to_end": {"steps": 0}} if last == "local" else {})}
+    pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "whole")
+
+    def stop(*arguments: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "calibrate_and_round", stop)
+        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "merge_transforms", stop)  # the first thing done with a model that is to be trained
+        patch.setattr(stages, "train_local", stop)
+        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
 def one_of_two(rank: int, path: Path, results: Any) -> None:
     torch.set_num_threads(1)
     if rank >= 0:
         address = f"file://{path / 'rendezvous'}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    job = make_job("gqa", path, **{**TRAINED, "end_to_end": {"steps": 5, "batch": 4}, "local": {"steps": 0}})
+    end_to_end = {"steps": 5, "batch": 4, "weights": "float"}
+    job = make_job("gqa", path, **{**TRAINED, "end_to_end": end_to_end, "local": {"steps": 0}})
     name = "alone" if rank < 0 else "two"
     pipeline.quantize(job, path / name)
 

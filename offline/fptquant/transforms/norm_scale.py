@@ -1,0 +1,57 @@
+"""T_s: one positive scale per channel between a norm and the linear layers that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fptquant.architectures import Role, Shape
+from fptquant.transforms.base import Transform, TransformOptions
+
+_SMALLEST = 1e-5  # of a channel's largest magnitude
+_NORMS = {Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1}  # which of a layer's norms is read
+
+
+class NormScaleOptions(TransformOptions):
+    """Where T_s starts."""
+
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text; none: at one"
+    )
+
+
+class NormScale(Transform):
+    """x' = x diag(1 / s) in the norm's gain, W' = W diag(s) in the linear layers behind it.
+
+    SmoothQuant (arXiv 2211.10438) eq. 3 and 4; trained, it is the equivalent transformation of OmniQuant
+    (arXiv 2308.13137) without shifts and the scaling between norms and layers of OSTQuant (arXiv 2501.13987).
+    """
+
+    name = "T_s"
+    Options = NormScaleOptions
+    in_weights = False
+
+    def __init__(self, shape: Shape, options: NormScaleOptions, generator: torch.Generator) -> None:
+        """Starts at the identity; `start` is for those who have seen activations."""
+        super().__init__(shape, options, generator)
+        self.log_scale = nn.Parameter(torch.zeros(shape.layers, 2, shape.hidden))  # s = exp(.) > 0
+
+    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scales the columns of what reads a norm."""
+        if role in _NORMS:
+            weight = weight * self.log_scale[layer, _NORMS[role]].to(weight.dtype).exp()
+        return weight, bias
+
+    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
+        """1 / s."""
+        return torch.exp(-self.log_scale[layer, _NORMS[role]].to(dtype))
+
+    @torch.no_grad()
+    def start(self, role: Role, layer: int, inputs: Tensor, weights: Tensor) -> None:
+        """Sets s = max|x|^alpha / max|w|^(1 - alpha), each (hidden,) the largest magnitude of a channel."""
+        alpha: float = self.options.alpha
+        logs: list[Any] = [values.clamp_min(_SMALLEST).log() for values in (inputs, weights)]
+        self.log_scale[layer, _NORMS[role]] = alpha * logs[0] - (1 - alpha) * logs[1]

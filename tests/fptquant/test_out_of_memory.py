@@ -1,0 +1,129 @@
+"""Memory that runs out: one line that names the stage and the setting, and finished work is kept."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fptquant
+from fptquant.errors import is_out_of_memory
+from tests.conftest import TEXT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+ROOT = Path(fptquant.__file__).parents[1]
+
+# The command, in a process that may take some MB more from the start of a stage on.
+LIMITED = """
+import resource, sys
+from fptquant import cli
+
+stage, megabytes, *arguments = sys.argv[1:]
+
+class Limited(cli.RichStages):
+    def begin(self, name):
+        super().begin(name)
+        if name == stage:
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            limit = used + int(megabytes) * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+cli.RichStages = Limited
+sys.argv = ["fptquant", *arguments]
+cli.main()
+"""
+
+RECIPE = {
+    "precision": "w4a4kv4",
+    "transforms": ["T_u"],
+    "rounding": {"method": "nearest"},
+    "head_bits": 16,
+    "calibration": {"source": str(TEXT), "sequences": 2, "length": 512},
+    "local": {"steps": 2},
+    "training": {"sequences": 1, "length": 1024},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path, save_model: Callable[..., Path]) -> Path:
+    """Narrow but for its MLP, whose activations are what takes memory."""
+    return save_model(tmp_path / "model", "gqa", intermediate_size=4096)
+
+
+def command(stage: str, megabytes: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    line = [sys.executable, "-c", LIMITED, stage, str(megabytes), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """`recipe(**changes)`: a file."""
+
+    def write(**changes: object) -> Path:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **changes}))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def last_line(result: "subprocess.CompletedProcess[str]") -> str:
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_what_was_finished(model: Path, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The advice is taken, and the state of before goes on: the setting changes no result."""
+    arguments = ("quantize", model, "-o", tmp_path / "out", "--recipe")
+    result = command("train transforms end to end", 150, *arguments, recipe(end_to_end={"steps": 1}))
+    assert last_line(result) == (
+        "error: out of memory in stage 'train transforms end to end': set end_to_end.gradient_checkpointing: true, "
+        "lower training.length, or free some memory, and run again to continue"
+    )
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.partial*"))
+    state = tmp_path / ".out.state" / "local.safetensors"
+    finished = state.stat().st_mtime_ns
+    changed = recipe(end_to_end={"steps": 1, "gradient_checkpointing": True})
+    result = command("calibrate and round", 10, *arguments, changed)
+    assert last_line(result) == (
+        "error: out of memory in stage 'calibrate and round': lower calibration.sequences or calibration.length, "
+        "or free some memory, and run again to continue"
+    )
+    assert state.stat().st_mtime_ns == finished and (state.parent / "end_to_end.safetensors").is_file()
+    assert command("none", 0, *arguments, changed).returncode == 0
+    rows = (tmp_path / "out" / "fptquant" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["stage"] for row in rows] == ["local", "local", "end_to_end"]
+
+
+@pytest.mark.slow
+def test_training_of_scales(model: Path, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    scales = {"scales": {"steps": 1, "gradient_checkpointing": True}, "local": {"steps": 0}}
+    result = command(
+        "train scales and ranges", 150, "quantize", model, "-o", tmp_path / "out", "--recipe", recipe(**scales)
+    )
+    line = last_line(result)
+    assert line.startswith("error: out of memory in stage 'train scales and ranges': lower training.length, or free")
+    assert len(list((tmp_path / ".out.state").glob("layer-*.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_evaluate(model: Path) -> None:
+    result = command("evaluate", 10, "evaluate", model, "--text", TEXT, "--windows", 1, "--length", 1024)
+    assert last_line(result).startswith("error: out of memory in stage 'evaluate': lower --length, or free")
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    full = OSError(errno.EDQUOT, "I/O error: Disk quota exceeded (os error 122)")
+    assert not is_out_of_memory(full) and not is_out_of_memory(RuntimeError("shapes differ"))

@@ -1,0 +1,93 @@
+"""What a plan refuses or leaves out, before any work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fptquant import pipeline, planning
+from fptquant.errors import FPTQuantError
+from fptquant.loading import load_model
+from fptquant.planning import Plan
+from fptquant.recipe import Recipe
+from tests.conftest import TEXT
+
+MakePlan = Callable[..., Plan]
+LIMIT = 64  # positions of the model
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, save_model: Callable[..., Path]) -> MakePlan:
+    """`make_plan(recipe fields, **config changes)`."""
+
+    def make(fields: dict[str, Any], **changes: Any) -> Plan:
+        model = save_model(tmp_path / "model", "gqa", **{"max_position_embeddings": LIMIT, **changes})
+        calibration = {"source": str(TEXT), "sequences": 2, "length": 32, **fields.pop("calibration", {})}
+        return planning.plan(model, Recipe.parse({"calibration": calibration, **fields}))
+
+    return make
+
+
+def rope(kind: str, **settings: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **settings}}
+
+
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+UNSCALED: dict[str, dict[str, Any]] = {
+    "default": rope("default"),
+    "linear": rope("linear", factor=2.0),
+    "llama3": rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    "yarn without scaling": rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.0),
+}
+
+
+def first_keys(job: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of the original's layer 1 at a BOS, (KV heads, head_dim): as projected, and as attention reads them."""
+    model = load_model(job.source)
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    cached = model(torch.tensor([[0]]), use_cache=True).past_key_values.layers[1].keys[0, :, 0]
+    return seen[0].view(cached.shape), cached
+
+
+@pytest.mark.parametrize("case", UNSCALED)
+def test_rope_that_leaves_the_first_key_alone(case: str, make_plan: MakePlan) -> None:
+    """The constants are what attention reads at position 0 of the float model."""
+    job = make_plan({"transforms": []}, **UNSCALED[case])
+    assert job.config.sink is not None and planning.sink_obstacle(job.source, job.recipe) is None
+    _, cached = first_keys(job)
+    attention = pipeline.transformed(job).get_submodule("model.layers.1.self_attn")
+    assert torch.allclose(attention.k_sink, cached, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_rope_that_scales_keys_has_no_constant(make_plan: MakePlan) -> None:
+    """yarn multiplies keys by 1 + 0.1 log(factor): a constant put in front of it would not be what it leaves."""
+    job = make_plan({}, **YARN)
+    assert job.config.sink is None
+    assert planning.sink_obstacle(job.source, job.recipe) == "RoPE of type yarn scales the keys by 1.139"
+    projected, cached = first_keys(job)
+    assert torch.allclose(cached, projected * 1.1386, rtol=1e-3)
+    with pytest.raises(FPTQuantError, match="'<s>' can't be constant, RoPE of type yarn scales the keys by 1.139"):
+        make_plan({"sink": "<s>"}, **YARN)
+    assert make_plan({"sink": "none"}, **YARN).config.sink is None
+
+
+# -- lengths --
+
+
+@pytest.mark.parametrize("setting", ["calibration", "training"])
+def test_more_tokens_than_positions(setting: str, make_plan: MakePlan) -> None:
+    message = rf"^{setting}\.length: {LIMIT + 1} tokens are more than the {LIMIT} that the model has positions for"
+    fields = {"scales": {"steps": 1}, "training": {"sequences": 1, "length": LIMIT}}
+    with pytest.raises(FPTQuantError, match=message):
+        make_plan({**fields, setting: {"sequences": 1, "length": LIMIT + 1}})
+    job = make_plan({**fields, setting: {"sequences": 1, "length": LIMIT}})
+    assert (job.windows if setting == "calibration" else job.training_windows).shape == (1, LIMIT)
+
+
+def test_training_length_counts_only_where_text_is_trained_on(make_plan: MakePlan) -> None:
+    make_plan({"local": {"steps": 1}, "training": {"length": LIMIT + 1}})

@@ -1,0 +1,58 @@
+"""T_s as SmoothQuant sets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fptquant import planning
+from fptquant.architectures.llama import LLAMA
+from fptquant.calibration.smoothing import start_from_activations
+from fptquant.errors import FPTQuantError
+from fptquant.merging import merge_transforms
+from fptquant.recipe import Recipe
+from fptquant.transforms import TransformSet
+from tests.conftest import build_model
+
+WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) -> None:
+    """eq. 4 on what the merged model's norms put out: after it, max|x|^(1-alpha) max|w|^-(1-alpha) is left of x."""
+    model = build_model("gqa")
+    shape = LLAMA.shape(model.config)
+    others = Recipe.parse({"transforms": ["T_r"] * rotated})
+    recipe = Recipe.parse({"transforms": {**dict.fromkeys(others.transforms, True), "T_s": {"alpha": alpha}}})
+    transforms = TransformSet(recipe.transforms, shape, 0)
+    merged = build_model("gqa")
+    for _ in merge_transforms(merged, LLAMA, TransformSet(others.transforms, shape, 0)):
+        pass
+    for _ in merge_transforms(model, LLAMA, TransformSet({}, shape, 0)):
+        pass
+    start_from_activations(model, LLAMA, transforms, WINDOWS, first)
+    for index, layer in enumerate(merged.model.layers):
+        for which, (norm, readers) in enumerate(
+            (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            )
+        ):
+            outputs: list[torch.Tensor] = []
+            handle = norm.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
+            merged(WINDOWS)
+            handle.remove()
+            largest = outputs[0][:, first:].abs().amax((0, 1))
+            weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
+            expected = largest**alpha / weights ** (1 - alpha)
+            found = transforms.transforms["T_s"].log_scale[index, which].exp()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def test_norm_scales_and_residual_scale_exclude_each_other(model_dir: Path) -> None:
+    with pytest.raises(FPTQuantError, match="T_s is in the norms' gains, which S_n does away with"):
+        planning.plan(model_dir, Recipe.parse({"transforms": ["T_s", "S_n"]}))

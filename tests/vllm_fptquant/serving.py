@@ -1,0 +1,62 @@
+"""Checkpoints to serve, and vLLM serving them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fptquant import pipeline, planning
+from fptquant.recipe import Recipe
+from tests.conftest import ROOT, TEXT, build_model, build_tokenizer
+from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
+
+SERVE = Path(__file__).with_name("serve_tokens.py")
+NEW_TOKENS = 8
+TOLERANCE = 1e-4  # float32 against float64; one flipped 4-bit code would show as 1e-2
+TRANSFORMS = ["T_k", "T_v", "T_u", "T_r", "T_d"]
+
+
+def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs `serve_tokens.py`, which leaves its answers in `answer.json`."""
+    request = checkpoint / "request.json"
+    request.write_text(json.dumps({"prompts": prompts, "max_tokens": NEW_TOKENS}))
+    command = [sys.executable, str(SERVE), str(checkpoint), str(request), str(checkpoint / "answer.json"), *flags]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": paths})
+
+
+def check_served(model: TinyLlama, directory: Path, *flags: str) -> None:
+    """Tokens and log-probabilities of `model` as vLLM serves it are those of the reference."""
+    checkpoint = model.write(directory / "checkpoint")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in (3, 17, 40)]
+    process = serve(checkpoint, prompts, *flags)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    for prompt, answer in zip(prompts, json.loads((checkpoint / "answer.json").read_text()), strict=True):
+        assert answer["tokens"] == model.greedy(prompt, NEW_TOKENS)
+        # Prefill gives the prompt's rows, decoding with the KV cache the others: here one forward pass.
+        expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
+        served = torch.tensor(answer["logprobs"], dtype=torch.float64)
+        torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+
+
+def quantized(path: Path, **fields: Any) -> Path:
+    """A tiny checkpoint whose second layer is steady."""
+    model = build_model("gqa", hidden_size=64, intermediate_size=128, head_dim=32)
+    model.save_pretrained(path / "model")
+    build_tokenizer(bos=True).save_pretrained(path / "model")
+    (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 64}
+    recipe = Recipe.parse({"precision": "w4a4kv4", "calibration": calibration, **fields})
+    pipeline.quantize(planning.plan(path / "model", recipe), path / "out")
+    tensors = load_file(path / "out" / "model.safetensors")
+    tensors["model.layers.1.self_attn.sink_steady"].fill_(1)
+    save_file(tensors, path / "out" / "model.safetensors", metadata={"format": "pt"})
+    return path / "out"

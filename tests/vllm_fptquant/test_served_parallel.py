@@ -1,0 +1,44 @@
+"""Tensor and pipeline parallelism for real: two processes on a CPU serve what one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fptquant.checkpoint import CheckpointConfig
+from tests.vllm_fptquant.serving import check_served, serve
+from tests.vllm_fptquant.tiny_llama import TinyLlama
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+EVERYTHING: dict[str, Any] = {
+    "activations": {"bits": 4, "symmetric": False},
+    "kv_cache": {"bits": 4, "strategy": "head"},
+    "transforms": {"down_hadamard": {"block": 16}, "residual_scale": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "flags"),
+    [
+        pytest.param(2, ("--tensor-parallel", "2"), id="tensor"),
+        pytest.param(1, ("--tensor-parallel", "2", "--compile", "inductor"), id="tensor-shared-head-compiled"),
+        pytest.param(2, ("--pipeline-parallel", "2", "--compile", "inductor"), id="pipeline-compiled"),
+    ],
+)
+def test_served_equals_reference(kv_heads: int, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Biases, per-head KV scales, S_n and T_d; float32 sums of two ranks stay within the tolerance of one."""
+    model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True, kv_heads=kv_heads)
+    check_served(model, tmp_path, *flags)
+
+
+def test_split_hadamard_block_stops_the_engine_with_one_clear_line(tmp_path: Path) -> None:
+    """96 channels in blocks of 32 are three blocks."""
+    fields = {**EVERYTHING, "transforms": {"down_hadamard": {"block": 32}}}
+    checkpoint = TinyLlama.random(CheckpointConfig.model_validate(fields)).write(tmp_path / "checkpoint")
+    process = serve(checkpoint, [[1, 2, 3]], "--tensor-parallel", "2")
+    assert process.returncode != 0
+    message = "down_proj: tensor-parallel size 2 leaves 48 input features to a rank, which splits the Hadamard blocks"
+    assert message in process.stdout + process.stderr

