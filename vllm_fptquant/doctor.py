@@ -135,7 +135,12 @@ def _deviation(kernel: type[Kernel], spec: LinearSpec, rows: int, scaled: bool) 
         return float((output.double() - expected).abs().max() / expected.abs().max())
     if spec.device == "cpu":
         return float((output - expected.float()).abs().max())
-    return float(steps_apart(output, expected.to(spec.dtype)).max())
+    apart = steps_apart(output, expected.to(spec.dtype))
+    # Marlin scales parts of a sum before it adds them in float32: where they cancel, their rounding remains, far less
+    # than one step of the integer sum.
+    step = weights.output_scale.double() / (scale.double() if scaled else 1)
+    apart[(output.double() - expected).abs() < step / 64] = 0
+    return float(apart.max())
 
 
 def random_layer(spec: LinearSpec, rows: int) -> tuple[LinearWeights, Tensor, Tensor]:

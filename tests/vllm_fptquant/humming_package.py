@@ -6,6 +6,7 @@ The package is not a dependency of ours. Fetch it, and NVIDIA's run-time compile
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib
 import json
 import os
@@ -13,10 +14,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fetch_humming import DIRECTORY
+from tests.vllm_fptquant import ptx
 
 GPUS = {  # capability: multiprocessors, shared memory of a block
     75: (40, 64 << 10),
@@ -72,7 +75,10 @@ class Package:
         self.tune = importlib.import_module("humming.tune")
         self.compiler = importlib.import_module("humming.jit.compiler").NVRTCCompiler
         self.schema = importlib.import_module("humming.schema")
-        self.kernel.prepare = self.kernel.register_kernel = lambda _: None  # no machine code: nothing to run it on
+        self.repacking = importlib.import_module("humming.kernel.repack_weight").RepackWeightKernel
+        self.runtime = importlib.import_module("humming.jit.runtime").KernelRuntime
+        # No machine code: there is nothing to run it on.
+        self.runtime.prepare = self.kernel.register_kernel = lambda _: None
 
     def pretend(self, capability: int, cuda: tuple[int, int] = (13, 0)) -> None:
         """Believes in a GPU of this capability and a compiler of this version."""
@@ -84,7 +90,7 @@ class Package:
         instances[0]._value = gpu  # the same instance for all: vLLM 0.32 keeps it
         self.device.current_device._value = gpu
         self.transform.DeviceInfo = lambda device: gpu
-        self.kernel._get_compiler = staticmethod(COMPILERS[cuda])
+        self.runtime._get_compiler = staticmethod(COMPILERS[cuda])
 
     def kernels(self, config: str, compute: str) -> list[tuple[int, int, dict[str, Any], Any]]:
         """For each range of rows (more than, up to): Humming's choice of tiles, and the kernel's source."""
@@ -99,6 +105,19 @@ class Package:
             fields.pop("num_sms", None)
             found.append((low, high, tiles, self.kernel(**fields)))
         return found
+
+    def repack(self, inputs: torch.Tensor, capability: int, **options: Any) -> torch.Tensor:
+        """`humming.ops.repack_weight` for weights (1, N, K / 8): its CUDA kernel, executed here."""
+        fields = {field.name for field in dataclasses.fields(self.repacking)}
+        kernel = self.repacking(**{name: value for name, value in options.items() if name in fields})
+        kernel.code = "#define NDEBUG\n" + kernel.code  # without its assertions: they are calls
+        program = ptx.Program(self.compile(kernel, f"compute_{capability}").rstrip(b"\0").decode(), threads=32)
+        (_, n, words), memory = inputs.shape, ptx.Memory()
+        k, shape = words * 8, (words // 4, n * 4)
+        source, target = memory.place(inputs.numpy()), memory.place(np.zeros(shape, np.int32))
+        arguments = [source, target, 0, n, k, n, k, options["interleave_mode"]]
+        ptx.run(program, memory, arguments, (-(-n // 64), -(-k // 64)), 1 << 16)
+        return torch.from_numpy(memory.read(target, shape, np.int32))[None]
 
     def compile(self, kernel: Any, architecture: str) -> bytes:
         """PTX of a kernel for `compute_80`, or machine code for `sm_80`, by NVIDIA's run-time compiler."""

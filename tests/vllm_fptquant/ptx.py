@@ -47,13 +47,18 @@ def operands_of(text: str) -> tuple[Any, ...]:
 class Program:
     """A parsed kernel."""
 
-    def __init__(self, text: str) -> None:
-        """Parses the one `.entry` of a PTX module."""
+    def __init__(self, text: str, threads: int = 0) -> None:
+        """Parses the one `.entry` of a PTX module; `threads` of a block where it does not say itself."""
         text = re.sub(r"//[^\n]*", "", text)
         entry = text[text.index(".entry") :]
         header, body = entry.split("{", 1)
         self.parameters = re.findall(r"\.param[^,)]*?(\w+)(?:\[\d+\])?\s*(?=[,)])", header)
-        self.threads = int(re.search(r"\.maxntid\s+(\d+)", header)[1])  # type: ignore[index]
+        self.threads = threads or int(re.search(r"\.maxntid\s+(\d+)", header)[1])  # type: ignore[index]
+        shared = re.findall(r"\.shared [^;]*?(\w+)(?:\[\d+\])?;", body)
+        assert len(shared) <= 1  # one variable, at address 0; another name for what the launch adds
+        # A parameter's address is its place among them.
+        self.symbols = {name: place for place, name in enumerate(self.parameters)}
+        self.symbols |= dict.fromkeys(("shared_memory", *shared), 0)
         constants = re.findall(r"\.const \S+ \S+ \.u32 (\w+)(?: = (\d+))?;", text)
         self.constants = {name: int(value or 0) for name, value in constants}
         self.labels: dict[str, int] = {}
@@ -89,9 +94,10 @@ class Memory:
         return self.bytes[address : address + size].copy().view(dtype).reshape(shape)
 
 
-def run(program: Program, memory: Memory, arguments: list[int], blocks: int, shared_bytes: int) -> int:
-    """Executes every block of the grid, one after the other; returns how many instructions that took."""
-    return sum(Block(program, memory, arguments, index, blocks, shared_bytes).run() for index in range(blocks))
+def run(program: Program, memory: Memory, arguments: list[int], grid: tuple[int, ...], shared_bytes: int) -> None:
+    """Executes every block of the grid, one after the other."""
+    for index in np.ndindex(*grid):
+        Block(program, memory, arguments, index, grid, shared_bytes).run()
 
 
 def gather(data: Array, addresses: Array, size: int) -> Array:
@@ -114,37 +120,40 @@ class Block:
     """One thread block: registers (uint64 for each thread), shared memory and program counters."""
 
     def __init__(
-        self, program: Program, memory: Memory, arguments: list[int], index: int, blocks: int, shared: int
+        self,
+        program: Program,
+        memory: Memory,
+        arguments: list[int],
+        index: tuple[int, ...],
+        grid: tuple[int, ...],
+        shared: int,
     ) -> None:
         self.program, self.memory = program, memory
         self.shared = np.full(shared, 0xA5, np.uint8)  # not zero: what is read must have been written
         self.threads = np.arange(program.threads)
-        self.registers: dict[str, Array] = {
-            "%tid.x": self.threads.astype(np.uint64),
-            "%ctaid.x": np.full(program.threads, index, np.uint64),
-            "%nctaid.x": np.full(program.threads, blocks, np.uint64),
-        }
+        one = np.ones(program.threads, np.uint64)
+        self.registers: dict[str, Array] = {"%tid.x": self.threads.astype(np.uint64), "%ntid.x": one * program.threads}
+        for dimension, axis in enumerate("xyz"):
+            self.registers[f"%ctaid.{axis}"] = one * (index[dimension] if dimension < len(index) else 0)
+            self.registers[f"%nctaid.{axis}"] = one * (grid[dimension] if dimension < len(grid) else 1)
         self.arguments = np.array(arguments, np.uint64)
-        # A parameter's address is its place among them.
-        self.symbols = {name: place for place, name in enumerate(program.parameters)} | {"shared_memory": 0}
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Threads diverge at branches; those furthest behind go first, until all wait at a barrier or are done."""
-        count, size = 0, len(self.program.instructions)
+        size = len(self.program.instructions)
         counter = np.zeros(self.threads.size, np.int64)
         waiting = np.zeros(self.threads.size, bool)
         while True:
             runnable = (counter < size) & ~waiting
             if not runnable.any():
                 if not waiting.any():
-                    return count
+                    return
                 waiting[:] = False
                 continue
             pc = int(counter[runnable].min())
             active = runnable & (counter == pc)
             instruction = self.program.instructions[pc]
             counter[active] = pc + 1
-            count += 1
             if instruction.guard is not None:
                 guard = self.registers[instruction.guard].astype(bool)
                 active = active & (~guard if instruction.negated else guard)
@@ -162,7 +171,8 @@ class Block:
         """The operand for the active threads: a register, a constant or an address."""
         if operand in self.registers:
             return self.registers[operand][active]
-        number = self.symbols[operand] if operand in self.symbols else int(operand, 0)
+        symbols = self.program.symbols
+        number = symbols[operand] if operand in symbols else int(operand, 0)
         return np.full(int(active.sum()), number & (2**64 - 1), np.uint64)
 
     def store(self, register: str, values: Array, active: Array) -> None:

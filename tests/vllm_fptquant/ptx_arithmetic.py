@@ -84,6 +84,12 @@ def compute(name: str, inputs: list[Array]) -> Array:
     if operation == "setp":
         first, second = (sign_extend(item, width) if kind[0] == "s" else item & mask for item in inputs)
         return COMPARE[parts[1]](first, second).astype(np.uint64)
+    if name == "lop3.b32":  # bit i of the table is the result where the inputs' bits spell i
+        result = np.zeros_like(inputs[0])
+        for index in (index for index in range(8) if int(inputs[3][0]) >> index & 1):
+            bits = (item if index & place else ~item for item, place in zip(inputs[:3], (4, 2, 1), strict=True))
+            result |= np.bitwise_and.reduce(list(bits))
+        return result & mask
     if operation in ("add", "sub"):
         return (inputs[0] + inputs[1] if operation == "add" else inputs[0] - inputs[1]) & mask
     if name.startswith(("mul.lo", "mad.lo")):

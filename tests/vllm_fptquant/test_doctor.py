@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fptquant import cli
 from fptquant.errors import FPTQuantError
+from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import pretended_platform
 from vllm_fptquant import doctor
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
@@ -59,7 +60,9 @@ def emulated(operators: None, pretend_gpu: Callable[[int], None], monkeypatch: p
     monkeypatch.setattr(doctor, "torch_device", lambda: "cpu")
 
 
-def test_gpu_kernels_pass_when_they_compute_what_they_should(emulated: None) -> None:
+@pytest.mark.parametrize(("blocks", "warps"), [(1, 1), (8, 2)])
+def test_gpu_kernels_pass_when_they_compute_what_they_should(blocks: int, warps: int, emulated: None) -> None:
+    gpu_emulation.split.update(blocks=blocks, warps=warps)  # as Marlin does with few columns on many processors
     results = list(doctor.check_kernels())
     passed = {r.kernel for r in results if r.status == "pass"}
     assert passed >= {"marlin-int8", "marlin", "cutlass-int8", "triton-int8", "humming-int4", "humming-int8"}

@@ -108,7 +108,7 @@ def executed(package: Package, kernel: Any, built: Humming, codes: Tensor, capab
     )
     # A, B, C, AS, AS2, BS, BZP, bias, BS2, four for mixtures of experts, descriptors, locks, M, top k, a flag.
     arguments = [inputs, weight, output, shift, 0, unit, 0, 0, 0, 0, 0, 0, 0, 0, 0, shape[0], 1, 0]
-    ptx.run(program, memory, arguments, blocks, program.constants["SMEM_SIZE"])
+    ptx.run(program, memory, arguments, (blocks,), program.constants["SMEM_SIZE"])
     return memory.read(output, shape, np.float16)
 
 
@@ -149,6 +149,22 @@ def test_its_device_code_computes_the_model(
     built = kernel(weights, torch.float16)
     (chosen,) = (source for above, up_to, _, source in package.kernels(built.config, COMPUTE) if above < rows <= up_to)
     output = executed(package, chosen, built, codes, capability, blocks=3)
+    assert np.array_equal(output, expected_sums(built, codes, weights))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_weights_widened_in_software(package: Package, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:  # noqa: F811
+    """Without patched machine code: another layout, made by a CUDA kernel, which is executed here too."""
+    monkeypatch.setenv("HUMMING_DISABLE_PATCH_CUBIN", "1")
+    monkeypatch.setattr(
+        package.transform.ops, "repack_weight", lambda inputs, **options: package.repack(inputs, 80, **options)
+    )
+    weights = weights_of(8, 96, 576)
+    codes = torch.randint(-128, 128, (rows, 576), dtype=torch.int8, generator=torch.Generator().manual_seed(rows))
+    built = HummingInt8Kernel(weights, torch.float16)
+    (chosen,) = (source for above, up_to, _, source in package.kernels(built.config, COMPUTE) if above < rows <= up_to)
+    assert not chosen.use_ldmatrix_dequant
+    output = executed(package, chosen, built, codes, 80, blocks=3)
     assert np.array_equal(output, expected_sums(built, codes, weights))
 
 
