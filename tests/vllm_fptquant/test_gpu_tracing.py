@@ -201,6 +201,7 @@ def test_one_graph_without_breaks(case: tuple[str, int, int, bool]) -> None:
 @pytest.mark.parametrize("kernel", ["marlin-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"])
 def test_inductor(kernel: str) -> None:
     """The compiler's code hands kernels what they need: contiguous codes and row scales."""
+    torch._dynamo.reset()
     layer = build("down", kernel, 4, 4 if kernel == "humming-int4" else 8, True, params_dtype=torch.bfloat16)
     layer.quant_method.process_weights_after_loading(layer)
     for S in (None, torch.rand(5, 1) + 0.5):
