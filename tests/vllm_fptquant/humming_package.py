@@ -90,6 +90,7 @@ class Package:
         instances[0]._value = gpu  # the same instance for all: vLLM 0.32 keeps it
         self.device.current_device._value = gpu
         self.transform.DeviceInfo = lambda device: gpu
+        self.runtime._instances.clear()  # kernels made for another compiler, or with other options
         self.runtime._get_compiler = staticmethod(COMPILERS[cuda])
 
     def kernels(self, config: str, compute: str) -> list[tuple[int, int, dict[str, Any], Any]]:

@@ -84,14 +84,15 @@ class TestGpus:
     def test_every_preset_on_every_gpu(
         self, precision: str, capability: int, humming: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Int4 tensor cores, which 8.0 to 8.9 have and Humming alone uses, need symmetric 4-bit activations."""
+        """Humming is for those who ask for it, whether or not it is installed."""
         monkeypatch.setattr("vllm_fptquant.kernels.humming.unavailable", lambda: None if humming else "not installed")
-        int4 = humming and precision == "w4a4kv4-symmetric" and 80 <= capability < 90
         chosen = PRECISIONS[precision]
         scheme = LinearScheme(weights=chosen.weights, activations=chosen.activations)
         for dtype in (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,):
-            expected = "humming-int4" if int4 else LAYERS[precision]
-            assert select_kernel(on_gpu(scheme, capability, dtype), None, "x")[0].name == expected
+            assert select_kernel(on_gpu(scheme, capability, dtype), None, "x")[0].name == LAYERS[precision]
+        int4 = humming and precision == "w4a4kv4-symmetric" and 80 <= capability < 90
+        wanted = select_kernel(on_gpu(scheme, capability), "humming-int4,marlin-int8,marlin", "x")[0].name
+        assert wanted == ("humming-int4" if int4 else LAYERS[precision])
 
     @pytest.mark.parametrize("capability", CAPABILITIES)
     @pytest.mark.parametrize("bits", [7, 8])

@@ -11,13 +11,13 @@ from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 
-# Of each device, best first; the first that can compute a layer gets it. Humming rounds once more than Marlin, so it is
-# preferred only where it alone reaches int4 tensor cores.
+# Of each device, best first; the first that can compute a layer gets it. Humming comes last: it rounds once more than the
+# others and compiles dozens of kernels at the first start, and what its int4 tensor cores gain was never measured.
 KERNELS: tuple[type[Kernel], ...] = (
-    HummingInt4Kernel,
     MarlinInt8Kernel,
     CutlassInt8Kernel,
     TritonInt8Kernel,
+    HummingInt4Kernel,
     HummingInt8Kernel,
     MarlinKernel,
     FbgemmKernel,
