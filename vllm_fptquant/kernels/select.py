@@ -11,8 +11,8 @@ from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 
-# Of each device, best first; the first that can compute a layer gets it. Humming comes last: it rounds once more than the
-# others and compiles dozens of kernels at the first start, and what its int4 tensor cores gain was never measured.
+# Of each device, best first; the first that can compute a layer gets it. Humming is for those who ask for it: it rounds
+# once more than the others, compiles dozens of kernels at the first start, and its gain was never measured.
 KERNELS: tuple[type[Kernel], ...] = (
     MarlinInt8Kernel,
     CutlassInt8Kernel,
