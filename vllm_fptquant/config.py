@@ -132,7 +132,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """Treatment of one layer; None leaves it to vLLM (embeddings, lm_head, unquantized KV cache).
 
         Raises:
-            FPTQuantError: the shards of a fused layer differ, or a layer of a kind that we cannot quantize.
+            FPTQuantError: the shards of a fused layer differ, a layer of a kind that we cannot quantize, or LoRA.
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -143,6 +143,11 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm_fptquant.linear import FPTQuantLinearMethod
 
         vllm_config = get_current_vllm_config_or_none()
+        if getattr(vllm_config, "lora_config", None) is not None:
+            raise FPTQuantError(
+                "LoRA adapters don't work on fptquant checkpoints: merge them into the model before it is quantized, "
+                "and leave --enable-lora out"
+            )
         options = ServingOptions.of(vllm_config)
         if current_platform.is_cuda():
             if options.exact:

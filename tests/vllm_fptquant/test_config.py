@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import LoRAConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
@@ -50,6 +50,13 @@ def test_old_gpus_are_refused(capability: int, served: bool, pretend_gpu: Callab
         return
     with pytest.raises(FPTQuantError, match=r"compute capability 7.5 \(Turing\) or newer.*this one has 7.0"):
         FPTQuantConfig.from_config(CheckpointConfig().to_dict())
+
+
+def test_lora_is_refused(serving: Callable[..., None]) -> None:
+    serving()
+    get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
+    with pytest.raises(FPTQuantError, match="LoRA adapters don't work on fptquant checkpoints"):
+        build_linear("down", quant_config())
 
 
 def test_exact_mode_is_for_cpus(pretend_gpu: Callable[[int], None], serving: Callable[..., None]) -> None:
