@@ -26,8 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
 ALL = list(FPTQUANT)
-STAGE_2 = {"steps": 90, "weights": "float", "transform_rate": 3e-3, "rotation_rate": 1e-3}
-SCALES = {"steps": 150}
+TRAINED = Recipe.load("fptquant").to_dict()
 
 # Each rung adds to the one before.
 LADDER: dict[str, dict[str, Any]] = {
@@ -47,9 +46,9 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ S_n": {"transforms": ALL},
     "+ GPTQ": {"rounding": {"method": "gptq"}},
     "+ first token constant": {"sink": "auto"},
-    "+ scales and ranges trained": {"scales": SCALES},
-    "+ stage 1": {"local": {"steps": 40}},
-    "+ stage 2": {"end_to_end": STAGE_2},
+    "+ scales and ranges trained": {"scales": TRAINED["scales"]},
+    "+ stage 1": {"local": TRAINED["local"]},
+    "+ stage 2": {"end_to_end": TRAINED["end_to_end"]},
 }
 DYNAMIC = "+ first token constant, dynamic per token"
 RECIPES = (
