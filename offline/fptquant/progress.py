@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Stages:
             remedy = f"{spare_memory}, or free some memory" if spare_memory else "free some memory"
             raise FPTQuantError(f"out of memory in stage '{name}': {remedy}, and run again to continue") from None
         finally:
+            gc.collect()  # models and their hooks refer to each other, and are as large as the next stage's
             self.seconds[name] = round(time.perf_counter() - start, 2)
             self.end(name)
 

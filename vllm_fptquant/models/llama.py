@@ -69,9 +69,8 @@ def project(
         output, bias = FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
     else:
         output, bias = projection(x * scale)  # float32, which the quantizer gets and ranks sum
-    if undo:
-        output = output.div_(scale)
-    return output.to(x.dtype), bias
+    output = output.to(x.dtype)
+    return output.div_(scale) if undo else output, bias
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
