@@ -15,7 +15,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,7 @@ def derive(wheel: Path) -> dict[str, Any]:
         }
         exports = exports_of(archive.read(FACADE).decode())
         humming = required_humming(archive)
-        with tempfile.TemporaryFile() as file:
-            file.write(archive.read(LIBRARY))
-            file.seek(0)
-            library = file.read()
+        library = archive.read(LIBRARY)
     return {
         "version": wheel.name.split("-")[1],
         "signatures": signatures,

@@ -102,7 +102,9 @@ def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: boo
     if refusal is not None:
         return Result(kernel.name, title, chosen, "not here", refusal)
     try:
-        deviation = max(_deviation(kernel, spec, rows, scaled) for rows in ROWS for scaled in (False, True))
+        weights = random_weights(spec)
+        layer = _prepared(kernel, weights, spec.dtype)
+        deviation = max(_deviation(layer, weights, spec, rows, scaled) for rows in ROWS for scaled in (False, True))
     except Exception as error:  # whatever a kernel or its compiler raises is the finding
         return Result(kernel.name, title, chosen, "fail", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     if spec.scheme.activations.bits == 16:
@@ -114,23 +116,34 @@ def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: boo
     return Result(kernel.name, title, chosen, "pass" if passed else "fail", detail)
 
 
-def _deviation(kernel: type[Kernel], spec: LinearSpec, rows: int, scaled: bool) -> float:
-    """Largest distance of a kernel's output from the format's.
+def _prepared(kernel: type[Kernel], weights: LinearWeights, dtype: torch.dtype) -> GpuLinear | PreparedLinear:
+    """A layer as it would be served, on this device."""
+    if issubclass(kernel, GpuKernel):
+        tensors = {name: value.to(torch_device()) for name, value in vars(weights).items() if isinstance(value, Tensor)}
+        moved = LinearWeights(**{**vars(weights), **tensors})
+        return GpuLinear(kernel(moved, dtype), moved, None)
+    assert issubclass(kernel, CpuKernel)
+    return PreparedLinear(kernel(weights), weights, None)
+
+
+def _deviation(
+    layer: GpuLinear | PreparedLinear, weights: LinearWeights, spec: LinearSpec, rows: int, scaled: bool
+) -> float:
+    """Largest distance of a layer's output from the format's.
 
     On CPUs absolute, on GPUs in units in the last place, of weight-only layers relative to the largest output.
     """
-    weights, x, scale = random_layer(spec, rows)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
+    scale = torch.rand(rows, 1, generator=generator) + 0.5
     expected = reference(weights, x, scale if scaled else None)
-    if issubclass(kernel, GpuKernel):
-        device = torch_device()
-        layer = GpuLinear(kernel(_moved(weights, device), spec.dtype), _moved(weights, device), None)
-        given = x.to(device)
-        output = layer(ScaledInput(given, scale.to(device), undo=True) if scaled else given, None).cpu()
+    if isinstance(layer, GpuLinear):
+        given = x.to(torch_device())
+        output = layer(ScaledInput(given, scale.to(torch_device()), undo=True) if scaled else given, None).cpu()
         if scaled:
             expected /= scale.double()
     else:
-        assert issubclass(kernel, CpuKernel)
-        output = PreparedLinear(kernel(weights), weights, None)(x, None, scale if scaled else None)
+        output = layer(x, None, scale if scaled else None)
     if spec.scheme.activations.bits == 16:
         return float((output.double() - expected).abs().max() / expected.abs().max())
     if spec.device == "cpu":
@@ -143,21 +156,19 @@ def _deviation(kernel: type[Kernel], spec: LinearSpec, rows: int, scaled: bool) 
     return float(apart.max())
 
 
-def random_layer(spec: LinearSpec, rows: int) -> tuple[LinearWeights, Tensor, Tensor]:
-    """Weights, input (rows, K) and S (rows, 1), on the CPU."""
+def random_weights(spec: LinearSpec) -> LinearWeights:
+    """Weights and input quantizer of a layer, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     weights, activations = spec.scheme.weights, spec.scheme.activations
     top, half = 2 ** (weights.bits - 1), 2 ** (activations.bits - 1)
     zero_point = None if activations.symmetric or activations.bits == 16 else torch.tensor(3, dtype=torch.int32)
-    layer = LinearWeights(
+    return LinearWeights(
         scheme=spec.scheme,
         codes=torch.randint(-top, top, (spec.out_features, spec.in_features), generator=generator).to(torch.int8),
         weight_scale=round_scale(torch.rand(spec.out_features, generator=generator) * 0.01 + 1e-4),
         input_scale=None if activations.bits == 16 else torch.tensor(2.5 / half),
         input_zero_point=zero_point,
     )
-    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
-    return layer, x, torch.rand(rows, 1, generator=generator) + 0.5
 
 
 def reference(weights: LinearWeights, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -175,9 +186,5 @@ def steps_apart(a: Tensor, b: Tensor) -> Tensor:
         bits = x.contiguous().view(torch.int16).int()
         return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
+    assert a.dtype == b.dtype
     return (ordered(a) - ordered(b)).abs()
-
-
-def _moved(weights: LinearWeights, device: str) -> LinearWeights:
-    tensors = {name: value.to(device) for name, value in vars(weights).items() if isinstance(value, Tensor)}
-    return LinearWeights(**{**vars(weights), **tensors})

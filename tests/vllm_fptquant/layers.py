@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from fptquant.checkpoint import CheckpointConfig, pack_codes
+from fptquant.checkpoint import CheckpointConfig, code_bounds, pack_codes, quantize, quantized_linear
 from vllm_fptquant.config import FPTQuantConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -98,3 +98,14 @@ def build_attention(config: FPTQuantConfig | None, heads: int = HEADS, kv_heads:
         quant_config=config,
         prefix="model.layers.0.self_attn.attn",
     )
+
+
+def expected(tensors: dict[Any, dict[str, Tensor]], x: Tensor, bits: int) -> Tensor:
+    """The contract's result for the shards of a layer, side by side, in float32."""
+    outputs = []
+    for shard in tensors.values():
+        zero_point = shard.get("input_zero_point", torch.tensor(0))
+        codes = quantize(x, shard["input_scale"], *code_bounds(zero_point, bits))
+        scale = shard["input_scale"] * shard["weight_scale"].flatten()
+        outputs.append(quantized_linear(codes, shard["codes"].float(), scale))
+    return torch.cat(outputs, -1)

@@ -30,7 +30,17 @@ from fptquant.checkpoint import (
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import unpack_gptq
-from tests.vllm_fptquant.layers import COLUMNS, HIDDEN, SHARDS, build_linear, load, quant_config, random_tensors
+from tests.vllm_fptquant.layers import (
+    COLUMNS,
+    HIDDEN,
+    SHARDS,
+    build_linear,
+    expected,
+    load,
+    quant_config,
+    random_tensors,
+)
+from vllm_fptquant.doctor import steps_apart
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
@@ -58,17 +68,6 @@ def weights_of(
         input_scale=None if bits == 16 else torch.tensor(scale),
         input_zero_point=None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32),
     )
-
-
-def steps_apart(a: Tensor, b: Tensor) -> Tensor:
-    """Distance of 16-bit floating-point numbers in units of the last place."""
-
-    def ordered(x: Tensor) -> Tensor:
-        bits = x.contiguous().view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    assert a.dtype == b.dtype
-    return (ordered(a) - ordered(b)).abs()
 
 
 @st.composite
@@ -223,17 +222,6 @@ def test_scale_that_16_bits_cannot_hold_is_refused(kernel: type[GpuKernel], dtyp
     with pytest.raises(FPTQuantError, match=r"layer.weight_scale 0.1\d+ is not exact in b?float16.*cutlass-int8"):
         kernel(weights, dtype)
     CutlassInt8Kernel(weights, dtype)  # takes float32
-
-
-def expected(tensors: dict[Any, dict[str, Tensor]], x: Tensor, bits: int) -> Tensor:
-    """The contract's result for the shards of a layer, side by side, in float32."""
-    outputs = []
-    for shard in tensors.values():
-        zero_point = shard.get("input_zero_point", torch.tensor(0))
-        codes = quantize(x, shard["input_scale"], *code_bounds(zero_point, bits))
-        scale = shard["input_scale"] * shard["weight_scale"].flatten()
-        outputs.append(quantized_linear(codes, shard["codes"].float(), scale))
-    return torch.cat(outputs, -1)
 
 
 def exact_tensors(kind: str, config: Any) -> dict[Any, dict[str, Tensor]]:

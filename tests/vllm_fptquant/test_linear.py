@@ -16,10 +16,7 @@ from fptquant.checkpoint import (
     TransformRecord,
     WeightScheme,
     block_hadamard,
-    code_bounds,
     hadamard_factors,
-    quantize,
-    quantized_linear,
 )
 from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.layers import (
@@ -27,6 +24,7 @@ from tests.vllm_fptquant.layers import (
     HIDDEN,
     SHARDS,
     build_linear,
+    expected,
     load,
     quant_config,
     random_tensors,
@@ -36,17 +34,6 @@ KINDS = list(SHARDS)
 HADAMARD = TransformRecord(down_hadamard=DownHadamard(block=32))
 
 pytestmark = pytest.mark.usefixtures("parallel_world")
-
-
-def expected(tensors: dict[Any, dict[str, Tensor]], x: Tensor, bits: int) -> Tensor:
-    """The contract's result for the shards of a layer, side by side."""
-    outputs = []
-    for shard in tensors.values():
-        zero_point = shard.get("input_zero_point", torch.tensor(0))
-        codes = quantize(x, shard["input_scale"], *code_bounds(zero_point, bits))
-        scale = shard["input_scale"] * shard["weight_scale"].flatten()
-        outputs.append(quantized_linear(codes, shard["codes"].float(), scale))
-    return torch.cat(outputs, -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import LinearScheme, code_bounds
+from fptquant.checkpoint import ActivationScheme, LinearScheme, code_bounds
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,21 @@ class LinearWeights:
     @property
     def codes_hold_zero_point(self) -> bool:
         """Whether int8 activation codes are `q`, because `q - z` needs more than a byte: asymmetric 8 bits."""
-        return self.scheme.activations.bits == 8 and not self.scheme.activations.symmetric
+        return holds_zero_point(self.scheme.activations)
+
+
+def holds_zero_point(activations: ActivationScheme) -> bool:
+    """See `LinearWeights.codes_hold_zero_point`."""
+    return activations.bits == 8 and not activations.symmetric
+
+
+def codes_refusal(activations: ActivationScheme) -> str | None:
+    """Why a kernel whose int8 input is `q - z` can't take these activations; None when it can."""
+    if activations.bits == 16:
+        return "needs quantized activations, these have 16 bits"
+    if holds_zero_point(activations):
+        return "takes no zero point, which asymmetric 8-bit activations need"
+    return None
 
 
 class Kernel(ABC):

@@ -19,7 +19,7 @@ from vllm.utils.import_utils import has_humming
 
 from fptquant.checkpoint import pack_codes
 from fptquant.checkpoint.arithmetic import accumulator_bound
-from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
 
 TILE_N, TILE_K = 256, 128  # sizes are padded to multiples of these, as vLLM does
 HALF_MAX = 65504
@@ -140,14 +140,8 @@ class HummingInt8Kernel(Humming):
     @classmethod
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """Activations whose `q - z` fits a byte."""
-        activations = spec.scheme.activations
-        if activations.bits == 16:
-            return "needs quantized activations, these have 16 bits"
-        if activations.bits == 8 and not activations.symmetric:
-            return "takes no zero point, which asymmetric 8-bit activations need"
-        if capability < 75:
-            return "needs compute capability 7.5"
-        return cls.shape_refusal(spec)
+        too_old = "needs compute capability 7.5" if capability < 75 else None
+        return codes_refusal(spec.scheme.activations) or too_old or cls.shape_refusal(spec)
 
 
 @lru_cache(maxsize=1)

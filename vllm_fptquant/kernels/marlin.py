@@ -13,7 +13,7 @@ from vllm.scalar_type import scalar_types
 
 from fptquant.checkpoint import pack_codes
 from vllm_fptquant.checks import require_exact
-from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
 
 
 class Marlin(GpuKernel):
@@ -81,13 +81,9 @@ class MarlinInt8Kernel(Marlin):
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """4-bit weights; activations whose `q - z` fits a byte."""
         weights, activations = spec.scheme.weights, spec.scheme.activations
-        if activations.bits == 16:
-            return "needs quantized activations, these have 16 bits"
-        if weights.bits != 4:
+        if activations.bits < 16 and weights.bits != 4:
             return f"multiplies int8 activations by 4-bit weights only, these have {weights.bits} bits"
-        if activations.bits == 8 and not activations.symmetric:
-            return "takes no zero point, which asymmetric 8-bit activations need"
-        return turing_refusal(spec, capability)
+        return codes_refusal(activations) or turing_refusal(spec, capability)
 
 
 class MarlinKernel(Marlin):

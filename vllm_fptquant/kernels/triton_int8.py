@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm import triton_scaled_mm
 
-from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights
+from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
 
 
 class TritonInt8Kernel(GpuKernel):
@@ -21,14 +21,8 @@ class TritonInt8Kernel(GpuKernel):
     @classmethod
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """Activations whose `q - z` fits a byte."""
-        activations = spec.scheme.activations
-        if activations.bits == 16:
-            return "needs quantized activations, these have 16 bits"
-        if activations.bits == 8 and not activations.symmetric:
-            return "takes no zero point, which asymmetric 8-bit activations need"
-        if capability < 80:
-            return "Triton needs compute capability 8.0"
-        return None
+        too_old = "Triton needs compute capability 8.0" if capability < 80 else None
+        return codes_refusal(spec.scheme.activations) or too_old
 
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
         """Keeps the codes as they are, (N, K)."""

@@ -43,8 +43,13 @@ class LayerInputs:
         """Outputs of `layer`, batch by batch."""
         for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
             self.locate(tokens)
-            output = layer(hidden, **self.arguments)
-            yield output[0] if isinstance(output, tuple) else output
+            yield self.output(layer, hidden)
+
+    def output(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states that leave `layer`, of the shape of `hidden`."""
+        output = layer(hidden, **self.arguments)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     def sequence(self, index: int) -> Tensor:
         """Hidden states of one sequence, (1, length, hidden), which a layer is about to see."""

@@ -17,7 +17,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
 from fptquant.training.end_to_end import batch
 from fptquant.training.fake_quant import Estimator
-from fptquant.training.optimization import Optimization
+from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.student import Student
 from fptquant.transforms import TransformSet
 
@@ -88,13 +88,8 @@ def _optimization(student: Student, transforms: TransformSet, options: BlockWise
     """Over one layer's clipping and all transforms; those of other layers get no gradient and have no moments."""
     prefix = f"{student.architecture.layers}.{index}."
     clipping = {name: value for name, value in student.weight_parameters().items() if name.startswith(prefix)}
-    moving = {
-        f"{transform.name}.{key}": parameter
-        for transform in transforms
-        if transform.name != "T_r"
-        for key, parameter in transform.named_parameters()
-    }
-    groups = {"transform": (options.transform_rate, moving), "weight": (options.weight_rate, clipping)}
+    groups = transform_groups(transforms, options.transform_rate, rotation_rate=0.0)
+    groups["weight"] = (options.weight_rate, clipping)
     return Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
 
 
@@ -108,13 +103,12 @@ def _step(
         for sequence in chosen:
             goal = expected.sequence(sequence)
             goal = goal if rotation is None else goal @ rotation.detach()
-            output = layer(inputs.sequence(sequence), **inputs.arguments)
-            found = output[0] if isinstance(output, tuple) else output
+            found = inputs.output(layer, inputs.sequence(sequence))
             error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
             loss = error.square().mean() / size.square().mean() / len(chosen)
             if not bool(torch.isfinite(loss)):
                 raise FPTQuantError("the loss is not finite; lower the learning rates")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
     return total
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import FPTQuantError
+from fptquant.transforms import TransformSet
 
 
 class Optimization:
@@ -101,3 +102,15 @@ class Optimization:
             }
             if found:
                 self._adam.state[parameter] = found
+
+
+def transform_groups(
+    transforms: TransformSet, rate: float, rotation_rate: float, *, in_weights: bool = False
+) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
+    """Parameter groups; with `in_weights` only of transforms that an objective on weights alone sees all of."""
+    found: dict[str, dict[str, nn.Parameter]] = {"transform": {}, "rotation": {}}
+    for transform in transforms:
+        if transform.in_weights or not in_weights:
+            group = found["rotation" if transform.name == "T_r" else "transform"]
+            group.update({f"transforms.{transform.name}.{key}": p for key, p in transform.named_parameters()})
+    return {"transform": (rate, found["transform"]), "rotation": (rotation_rate, found["rotation"])}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.calibration import calibrate_and_round
@@ -24,7 +24,7 @@ from fptquant.training import parallel
 from fptquant.training.block_wise import train_block_wise
 from fptquant.training.end_to_end import EndToEndOptions, range_groups, train_end_to_end
 from fptquant.training.local import train_local
-from fptquant.training.optimization import Optimization
+from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.state import RunState
 from fptquant.training.student import Student, integer_student, transform_student
 from fptquant.training.teacher import Teacher
@@ -117,7 +117,7 @@ def train_transforms(
     if recipe.local.steps:
         with stages.stage("train transforms on weights"):
             local = recipe.local
-            groups = _transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
+            groups = transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
             optimization = Optimization(groups, local.steps, clip=None)
             steps = train_local(model, architecture, transforms, local, optimization)
             _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
@@ -150,7 +150,7 @@ def train_transforms(
         assert teacher is not None
         with stages.stage("train transforms end to end", spare_memory("end_to_end", options)):
             groups = range_groups(student, options)
-            groups |= _transform_groups(transforms, options.transform_rate, options.rotation_rate)
+            groups |= transform_groups(transforms, options.transform_rate, options.rotation_rate)
             optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
             steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
             extra = _clipping_state(student.weight_parameters())
@@ -234,18 +234,6 @@ def _run_block_wise(job: Plan, student: Student, state: RunState, stages: Stages
         stages.note(f"loss {values['loss']:.4f}")
         if step % options.steps == 0:
             state.save(BLOCK_WISE, _transform_state(transforms) | _clipping_state(clipping), {"step": step})
-
-
-def _transform_groups(
-    transforms: TransformSet, rate: float, rotation_rate: float, *, in_weights: bool = False
-) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
-    """Parameter groups; with `in_weights` only of transforms that an objective on weights alone sees all of."""
-    found: dict[str, dict[str, nn.Parameter]] = {"transform": {}, "rotation": {}}
-    for transform in transforms:
-        if transform.in_weights or not in_weights:
-            group = found["rotation" if transform.name == "T_r" else "transform"]
-            group.update({f"transforms.{transform.name}.{key}": p for key, p in transform.named_parameters()})
-    return {"transform": (rate, found["transform"]), "rotation": (rotation_rate, found["rotation"])}
 
 
 _TRANSFORMS, _CLIPPING = "transforms/", "parameter/weight/"  # prefixes in a saved state

@@ -22,7 +22,7 @@ from fptquant.training.block_wise import BlockWiseOptions, train_block_wise
 from fptquant.training.student import Student, transform_student
 from fptquant.transforms import TransformSet
 from tests.conftest import build_model
-from tests.fptquant.training.test_training import folded, make_job, quantized
+from tests.fptquant.training.test_training import Killed, folded, make_job, quantized
 
 FIELDS: dict[str, Any] = {
     "precision": "w4a8kv8",
@@ -98,10 +98,6 @@ def test_checkpoint_has_the_clipping_that_was_learned(tmp_path: Path) -> None:
     assert (transformed(tokens).logits - expected).abs().max() < 1e-4 * expected.abs().max()
     assert bool((tensors["model.layers.0.input_layernorm.weight"] != 1).all())
     load_model(open_source(tmp_path / "out"))
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("at", [3, 12, 17, 24])

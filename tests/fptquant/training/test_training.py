@@ -22,7 +22,7 @@ from fptquant.recipe import Recipe
 from fptquant.simulation.sink import record_sink, sink_state
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
-from fptquant.training.optimization import Optimization
+from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.student import integer_student, transform_student
 from fptquant.training.teacher import Teacher
 from fptquant.transforms import TransformSet
@@ -117,7 +117,7 @@ def test_every_parameter_learns(tmp_path: Path) -> None:
             return super().update()
 
     base = folded("bias")
-    groups = stages._transform_groups(transforms, 1e-3, 1e-3)
+    groups = transform_groups(transforms, 1e-3, 1e-3)
     list(local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=1), Watched(groups, 1)))
     trained = {name for name, _ in transforms.named_parameters()}
     assert {name.split("/")[1] for name in seen} == trained and min(seen.values()) > 0
@@ -126,7 +126,7 @@ def test_every_parameter_learns(tmp_path: Path) -> None:
     simulation = quantized(job)
     student = transform_student(base, LLAMA, transforms, simulation, estimator="ste", float_weights=False)
     options = TransformTrainingOptions(steps=1, batch=6)
-    groups = range_groups(student, options) | stages._transform_groups(transforms, 1e-3, 1e-3)
+    groups = range_groups(student, options) | transform_groups(transforms, 1e-3, 1e-3)
     teacher = Teacher(build_model("bias"), LLAMA, job.training_windows, None)
     list(end_to_end.train_end_to_end(student, teacher, options, Watched(groups, 1), 0, transforms))
     kinds = {"scale": 2 * (4 + 2), "zero_point": 2 * (4 + 2), "weight": 2 * 7}  # a layer: 4 inputs, K, V; 7 weights
@@ -141,7 +141,7 @@ def test_stage_one_lowers_its_objective_and_keeps_the_function(tmp_path: Path) -
     transforms = random_transforms("gqa")
     base = folded("gqa")
     expected = base(TOKENS).logits
-    optimization = Optimization(stages._transform_groups(transforms, 1e-2, 1e-2), 40, clip=None)
+    optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2), 40, clip=None)
     losses = [m["loss"] for m in local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=40), optimization)]
     assert losses[-1] < 0.97 * losses[0]
     rotation = transforms.rotation(torch.float64)
