@@ -112,7 +112,13 @@ class Results:
     def __init__(self, file: Path) -> None:
         """Reads what is there."""
         self.file = file
-        self.rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is there, also from a run beside this one."""
+        if self.file.is_file():
+            self.rows = json.loads(self.file.read_text())
 
     def twin(self, name: str, fields: dict[str, Any], windows: int) -> dict[str, Any] | None:
         """A row with the same recipe under another name."""
@@ -123,6 +129,7 @@ class Results:
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keeps a row."""
+        self.read()
         self.rows[name] = row
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(self.rows, indent=2) + "\n")
