@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from results_page import write_page
 
 from fptquant.recipe import Recipe
 from fptquant.transforms import FPTQUANT
@@ -25,8 +26,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
+# Parts of the page, and at which precisions they are measured.
+PARTS = {
+    "ladder": PRECISIONS,
+    "recipes": ("w4a8kv8", "w4a4kv4"),
+    "left out": ("w4a4kv4",),
+    "choices": ("w4a4kv4",),
+}
 ALL = list(FPTQUANT)
 TRAINED = Recipe.load("fptquant").to_dict()
+# A third of the training of "fptquant", for comparisons of many rows.
+SHORT: dict[str, Any] = {
+    "recipe": "fptquant",
+    "local": {"steps": 20},
+    "end_to_end": {"steps": 30},
+    "scales": {"steps": 50},
+}
+
+
+def short_with(**fields: Any) -> dict[str, Any]:
+    """The shortened recipe with other settings in both stages that train against the original."""
+    return {**SHORT, **{stage: {**SHORT[stage], **fields} for stage in ("end_to_end", "scales")}}
+
 
 # Each rung adds to the one before.
 LADDER: dict[str, dict[str, Any]] = {
@@ -63,24 +84,20 @@ RECIPES = (
     "fptquant",
     "fptquant-best",
 )
-# "fptquant" without one of its parts.
-LEFT_OUT = {f"without {name}": {"transforms": [other for other in ALL if other != name]} for name in ALL}
-LEFT_OUT["without the constant first token"] = {"sink": "none"}
-
-
-INTRODUCTION = """# Results
-
-    make results
-
-SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serves equals the simulation, see
-accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
-only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
-and 8-bit activations. KL: of the original's next-token distribution from the model's, nats per token. Agreement:
-share of tokens with the same most likely successor. Several seeds: each figure. Time (of the last run, where one was
-stopped and continued) and peak memory of `fptquant quantize` on two virtual cores, beside other jobs. A row that is
-missing was not measured yet.
-
-"""
+LEFT_OUT = {
+    "nothing": SHORT,
+    **{name: {**SHORT, "transforms": [other for other in ALL if other != name]} for name in ALL},
+    "constant first token": {**SHORT, "sink": "none"},
+    "stage 1": {**SHORT, "local": {"steps": 0}},
+    "stage 2": {**SHORT, "end_to_end": {"steps": 0}},
+    "scales and ranges": {**SHORT, "scales": {"steps": 0}},
+}
+CHOICES = {
+    **{f"objective {name}": short_with(objective=name) for name in ("jsd", "kl", "kl_top", "cross_entropy")},
+    "gradients: trust estimator": short_with(estimator="trust"),
+    "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
+    **{f"fptquant-light, p = {p}": {"recipe": "fptquant-light", "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
+}
 
 
 def main() -> None:
@@ -88,9 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "results")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained rows run with each")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained recipes run with each")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--parts", nargs="*", choices=["ladder", "recipes", "left-out"], default=["ladder", "recipes"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
     parser.add_argument("--keep", action="store_true", help="keep every checkpoint, not only its results")
     parser.add_argument("--report", action="store_true", help="write the page from what was measured, measure nothing")
@@ -101,9 +118,8 @@ def main() -> None:
         for name, fields in rows(arguments):
             if name not in results.rows or results.rows[name]["windows"] != arguments.windows:
                 results.add(name, results.twin(name, fields, arguments.windows) or measure(name, fields, arguments))
-    page = report(results.rows, arguments.windows)
-    (ROOT / "docs" / "results.md").write_text(page, encoding="utf-8")
-    print(page)
+    order = [*LADDER, DYNAMIC, *RECIPES, *LEFT_OUT, *CHOICES]
+    print(write_page(results.rows, arguments.windows, order, ROOT / "docs"))
 
 
 class Results:
@@ -149,18 +165,18 @@ def rungs() -> dict[str, dict[str, Any]]:
 
 def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
+    parts: dict[str, dict[str, dict[str, Any]]] = {
+        "ladder": {**rungs(), DYNAMIC: rungs()["+ first token constant"]},
+        "recipes": {name: {"recipe": name} for name in RECIPES},
+        "left out": LEFT_OUT,
+        "choices": CHOICES,
+    }
     found: list[tuple[float, str, dict[str, Any]]] = [(0.0, "float32", {})]
-    for precision in arguments.precisions:
-        parts: dict[str, dict[str, dict[str, Any]]] = {
-            "ladder": rungs(),
-            "recipes": {name: {"recipe": name} for name in RECIPES},
-            "left-out": {name: {"recipe": "fptquant", **change} for name, change in LEFT_OUT.items()},
-        }
-        parts["ladder"][DYNAMIC] = parts["ladder"]["+ first token constant"]
-        for part in arguments.parts:
+    for part in arguments.parts:
+        for precision in sorted(set(PARTS[part]) & set(arguments.precisions)):
             for name, fields in parts[part].items():
                 seconds = training_seconds(row_recipe(fields))
-                for seed in arguments.seeds if seconds else arguments.seeds[:1]:
+                for seed in arguments.seeds if seconds and part == "recipes" else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
                     if not arguments.only or any(word in key for word in arguments.only):
                         found.append((seconds, key, {**fields, "precision": precision, "seed": seed}))
@@ -183,7 +199,7 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
     from fptquant.training.teacher import Teacher
 
     source = open_source(fetch())
-    row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None}
+    row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None, "commit": commit()}
     row["recipe"] = row_recipe(fields).digest() if fields else None
     path = source.path
     if fields:
@@ -204,6 +220,12 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
     return row
 
 
+def commit() -> str:
+    """Of the code that runs."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def row_recipe(fields: dict[str, Any]) -> Recipe:
     """The recipe of a row, without its name."""
     rest = dict(fields)
@@ -221,48 +243,6 @@ def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
         command = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
         subprocess.run([*command, "--recipe", file, "--overwrite"], check=True)
     return output
-
-
-def report(rows: dict[str, dict[str, Any]], windows: int) -> str:
-    """The page."""
-    lines = INTRODUCTION.format(windows=windows).splitlines()
-    if "float32" in rows:
-        wiki, moby = (rows["float32"][text]["perplexity"] for text in TEXTS)
-        lines += [f"float32: wiki {wiki:.2f}, moby {moby:.2f}.", ""]
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for key, row in rows.items():
-        if key != "float32":
-            precision, part, name, _ = key.split(" | ")
-            groups.setdefault((precision, part), {}).setdefault(name, []).append(row)
-    for precision in PRECISIONS:
-        for part in ("ladder", "recipes", "left-out"):
-            found = groups.get((precision, part))
-            if not found:
-                continue
-            lines += [f"## {precision}, {part}", "", "| | wiki | moby | KL wiki | agreement | minutes | GB |"]
-            lines.append("|---|---|---|---|---|---|---|")
-            order = [*LADDER, DYNAMIC, *RECIPES, *LEFT_OUT]
-            lines += [table_row(name, found[name]) for name in order if name in found]
-            lines.append("")
-    return "\n".join(lines)
-
-
-def table_row(name: str, measured: list[dict[str, Any]]) -> str:
-    """One line of a table; several seeds are separated by slashes."""
-
-    def cell(values: list[float], digits: int) -> str:
-        return " / ".join(f"{value:.{digits}f}" for value in values)
-
-    cells = [
-        name,
-        cell([row["wiki"]["perplexity"] for row in measured], 2),
-        cell([row["moby"]["perplexity"] for row in measured], 2),
-        cell([row["wiki"]["kl"] for row in measured], 3),
-        cell([100 * row["wiki"]["agreement"] for row in measured], 1),
-        cell([row["seconds"] / 60 for row in measured], 1),
-        cell([row["memory"] / 1e9 for row in measured], 1),
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

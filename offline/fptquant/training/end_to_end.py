@@ -124,6 +124,13 @@ def train_end_to_end(
         model.eval()
 
 
+def asked_for(options: EndToEndOptions, sequences: int, seed: int) -> set[int]:
+    """Which of the teacher's sequences a stage needs."""
+    if options.objective == "cross_entropy":
+        return set()
+    return {sequence for step in range(options.steps) for sequence in batch(step, options.batch, sequences, seed)}
+
+
 def batch(step: int, size: int, sequences: int, seed: int) -> list[int]:
     """Sequences of a step: every one once in each pass over the data, in an order drawn from `seed`."""
     chosen = []

@@ -22,7 +22,7 @@ from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
 from fptquant.training.block_wise import train_block_wise
-from fptquant.training.end_to_end import EndToEndOptions, range_groups, train_end_to_end
+from fptquant.training.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
 from fptquant.training.local import train_local
 from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.state import RunState
@@ -71,13 +71,15 @@ class MetricsFile:
 
 
 def make_teacher(job: Plan, state: RunState, stages: Stages) -> Teacher:
-    """The original model's final hidden states on the training sequences."""
+    """The original model's final hidden states on the sequences that will be trained on."""
+    trained = (job.recipe.end_to_end, job.recipe.scales)
     options = job.recipe.end_to_end if job.recipe.end_to_end.steps else job.recipe.scales
     cache = state.directory / "teacher" if options.teacher == "cached" else None
     teacher = Teacher(load_model(job.source), job.source.architecture, job.training_windows, cache)
     if cache is not None:
         state.start()
-        for sequence in stages.track(range(len(teacher.windows)), len(teacher.windows)):
+        seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
+        for sequence in stages.track(sorted(seen), len(seen)):
             teacher.hidden(sequence)
         teacher.release()
     return teacher

@@ -16,7 +16,7 @@ from fptquant.architectures import Architecture
 class Teacher:
     """Final hidden states, computed when first asked for and kept on disk; far smaller than logits.
 
-    The model is only needed until every sequence has been seen, and is let go of with `release`.
+    The model is only needed until every sequence to be asked for has been seen, and is let go of with `release`.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, windows: Tensor, cache: Path | None) -> None:
@@ -56,5 +56,5 @@ class Teacher:
         return states
 
     def release(self) -> None:
-        """Lets go of the model; all sequences must be in the cache."""
+        """Lets go of the model; all sequences to be asked for must be in the cache."""
         self._model = None

@@ -18,11 +18,13 @@ from fptquant.calibration import calibrate_and_round
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model
 from fptquant.merging import merge_transforms
+from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.simulation.sink import record_sink, sink_state
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.training.optimization import Optimization, transform_groups
+from fptquant.training.state import RunState
 from fptquant.training.student import integer_student, transform_student
 from fptquant.training.teacher import Teacher
 from fptquant.transforms import TransformSet
@@ -172,6 +174,18 @@ def test_every_sequence_is_seen_once_in_each_pass() -> None:
     seen = list(itertools.chain(*steps))
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     assert steps == [batch(step, 4, 10, seed=3) for step in range(5)] != [batch(s, 4, 10, seed=4) for s in range(5)]
+
+
+@pytest.mark.parametrize("objective", ["jsd", "cross_entropy"])
+def test_teacher_computes_only_what_is_trained_on(objective: str, tmp_path: Path) -> None:
+    whole, scales = {"steps": 1, "batch": 2, "objective": objective}, {"steps": 3, "objective": objective}
+    job = make_job("gqa", tmp_path, end_to_end=whole, scales=scales)
+    state = RunState(tmp_path / "state", {})
+    stages.make_teacher(job, state, Stages())
+    expected = {*batch(0, 2, 6, 0), *(sequence for step in range(3) for sequence in batch(step, 1, 6, 0))}
+    found = {int(file.stem) for file in (state.directory / "teacher").glob("*")}
+    assert len(job.training_windows) == 6 > len(expected)
+    assert found == (expected if objective == "jsd" else set())
 
 
 def test_loss_that_is_not_finite_names_step_and_layer(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""The page and the plots of what results.py measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+# Rows of one table by name; several where a row was run with several seeds.
+Table = dict[str, list[dict[str, Any]]]
+
+INTRODUCTION = """# Results
+
+    make results
+
+SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serves equals the simulation, see
+accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
+only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
+and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
+another recipe. KL: of the original's next-token distribution from the model's, nats per token. Agreement:
+share of tokens with the same most likely successor. Several seeds: each figure. Time (of the last run, where one was
+stopped and continued) and peak memory of `fptquant quantize` on two virtual cores, beside other jobs. A row that is
+missing was not measured yet.
+"""
+
+
+def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[str], folder: Path) -> str:
+    """Writes `results.md` and its plots.
+
+    Args:
+        rows: `precision | part | row | seed` to what was measured, and "float32".
+        windows: how many of each text.
+        order: of the rows in a table.
+        folder: to write to.
+
+    Returns:
+        The page.
+    """
+    lines = INTRODUCTION.format(windows=windows).splitlines()
+    commits = sorted({row["commit"] for row in rows.values() if "commit" in row})
+    lines += ["", f"Commits: {', '.join(commits)}."] if commits else []
+    reference = rows.get("float32")
+    if reference:
+        lines += [
+            "",
+            "float32: wiki {:.2f}, moby {:.2f}.".format(*(reference[t]["perplexity"] for t in ("wiki", "moby"))),
+        ]
+    for (precision, part), table in tables(rows, order).items():
+        lines += ["", f"## {precision}, {part}", "", "| | wiki | moby | KL wiki | agreement | minutes | GB |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        lines += [table_row(name, measured) for name, measured in table.items()]
+        if reference and len(table) > 1:
+            plot = f"results-{precision}-{part.replace(' ', '-')}.svg"
+            lines += ["", f"![{precision}, {part}]({plot})"]
+            plot_table(table, reference, f"{precision}, {part}", folder / plot)
+    page = "\n".join(lines) + "\n"
+    (folder / "results.md").write_text(page, encoding="utf-8")
+    return page
+
+
+def tables(rows: dict[str, dict[str, Any]], order: Sequence[str]) -> dict[tuple[str, str], Table]:
+    """Rows by precision and part, each table in the order given."""
+    found: dict[tuple[str, str], Table] = {}
+    for key in sorted(rows.keys() - {"float32"}, key=lambda key: order.index(key.split(" | ")[2])):
+        precision, part, name, _ = key.split(" | ")
+        found.setdefault((precision, part), {}).setdefault(name, []).append(rows[key])
+    return dict(sorted(found.items(), reverse=True))
+
+
+def table_row(name: str, measured: list[dict[str, Any]]) -> str:
+    """One line of a table; several seeds are separated by slashes."""
+
+    def cell(values: list[float], digits: int) -> str:
+        return " / ".join(f"{value:.{digits if value < 1000 else 0}f}" for value in values)
+
+    cells = [
+        name,
+        cell([row["wiki"]["perplexity"] for row in measured], 2),
+        cell([row["moby"]["perplexity"] for row in measured], 2),
+        cell([row["wiki"]["kl"] for row in measured], 3),
+        cell([100 * row["wiki"]["agreement"] for row in measured], 1),
+        cell([row["seconds"] / 60 for row in measured], 1),
+        cell([row["memory"] / 1e9 for row in measured], 1),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot_table(table: Table, reference: dict[str, Any], title: str, file: Path) -> None:
+    """Perplexity of each row on both texts (logarithmic), a dot for each seed, and lines for the original."""
+    figure = Figure(figsize=(7, 0.3 * len(table) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for text, color in (("wiki", "tab:blue"), ("moby", "tab:orange")):
+        dots = [(row[text]["perplexity"], place) for place, found in enumerate(table.values()) for row in found]
+        axes.scatter(*zip(*dots, strict=True), color=color, label=text, zorder=2)
+        axes.axvline(reference[text]["perplexity"], color=color, linestyle=":", label=f"{text}, float32")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(table)), list(table))
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.set_xlabel("perplexity")
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    # the same figures make the same bytes
+    with rc_context({"svg.hashsalt": "results", "svg.fonttype": "none"}):
+        figure.savefig(file, metadata={"Date": None})
