@@ -4,6 +4,7 @@
 PYTHON      ?= python3
 BACKEND     ?= cpu
 PYTEST_ARGS ?=
+TEST_JOBS   ?= 2
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml scripts/install.sh
 demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
 	$(BIN)/python scripts/demo.py
 
-test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones, TEST_JOBS=1 one by one)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
 	$(BIN)/python benchmarks/bench.py

@@ -86,6 +86,12 @@ def build_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes (pytest-xdist), each takes whole files, and one takes all that use the real model."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in item.path.parts else str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Keeps the suite on one core, and its float sums in one order."""
