@@ -31,7 +31,7 @@ PARTS = {
     "ladder": PRECISIONS,
     "recipes": ("w4a8kv8", "w4a4kv4"),
     "left out": ("w4a4kv4",),
-    "choices": ("w4a4kv4",),
+    "choices": ("w4a8kv8", "w4a4kv4"),
 }
 ALL = list(FPTQUANT)
 TRAINED = Recipe.load("fptquant").to_dict()
@@ -97,6 +97,7 @@ CHOICES = {
     "gradients: trust estimator": short_with(estimator="trust"),
     "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
     **{f"fptquant-light, p = {p}": {"recipe": "fptquant-light", "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
+    "fptquant-light, 12 sites of 8 bits": {"recipe": "fptquant-light", "budget": {"sites": 12}},
 }
 
 
