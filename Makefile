@@ -31,7 +31,7 @@ demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones, TEST_JOBS=1 one by one)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
 	$(BIN)/python benchmarks/bench.py
