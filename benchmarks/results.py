@@ -97,7 +97,10 @@ CHOICES = {
     "gradients: trust estimator": short_with(estimator="trust"),
     "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
     **{f"fptquant-light, p = {p}": {"recipe": "fptquant-light", "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
-    "fptquant-light, 64 calibration sequences": {"recipe": "fptquant-light", "calibration": {"sequences": 64}},
+    **{
+        f"{recipe}, 64 calibration sequences": {"recipe": recipe, "calibration": {"sequences": 64}}
+        for recipe in ("fptquant-light", "fptquant")
+    },
     "fptquant-light, 12 sites of 8 bits": {"recipe": "fptquant-light", "budget": {"sites": 12}},
 }
 
