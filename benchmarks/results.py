@@ -34,14 +34,18 @@ PARTS = {
     "choices": ("w4a8kv8", "w4a4kv4"),
 }
 ALL = list(FPTQUANT)
+# So that recipes differ in nothing but their methods; fptquant and fptquant-light take more as shipped.
+SAME_CALIBRATION: dict[str, Any] = {"calibration": {"sequences": 16}}
 TRAINED = Recipe.load("fptquant").to_dict()
 # A third of the training of "fptquant", for comparisons of many rows.
 SHORT: dict[str, Any] = {
     "recipe": "fptquant",
+    **SAME_CALIBRATION,
     "local": {"steps": 20},
     "end_to_end": {"steps": 30},
     "scales": {"steps": 50},
 }
+LIGHT: dict[str, Any] = {"recipe": "fptquant-light", **SAME_CALIBRATION}
 
 
 def short_with(**fields: Any) -> dict[str, Any]:
@@ -70,6 +74,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ scales and ranges trained": {"scales": TRAINED["scales"]},
     "+ stage 1": {"local": TRAINED["local"]},
     "+ stage 2": {"end_to_end": TRAINED["end_to_end"]},
+    "+ 64 calibration sequences": {"calibration": TRAINED["calibration"]},
 }
 DYNAMIC = "+ first token constant, dynamic per token"
 RECIPES = (
@@ -96,12 +101,9 @@ CHOICES = {
     **{f"objective {name}": short_with(objective=name) for name in ("jsd", "kl", "kl_top", "cross_entropy")},
     "gradients: trust estimator": short_with(estimator="trust"),
     "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
-    **{f"fptquant-light, p = {p}": {"recipe": "fptquant-light", "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
-    **{
-        f"{recipe}, 64 calibration sequences": {"recipe": recipe, "calibration": {"sequences": 64}}
-        for recipe in ("fptquant-light", "fptquant")
-    },
-    "fptquant-light, 12 sites of 8 bits": {"recipe": "fptquant-light", "budget": {"sites": 12}},
+    **{f"fptquant-light, p = {p}": {**LIGHT, "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
+    **{f"{recipe}, 64 calibration sequences": {"recipe": recipe} for recipe in ("fptquant-light", "fptquant")},
+    "fptquant-light, 12 sites of 8 bits": {**LIGHT, "budget": {"sites": 12}},
 }
 
 
@@ -172,7 +174,7 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
     parts: dict[str, dict[str, dict[str, Any]]] = {
         "ladder": {**rungs(), DYNAMIC: rungs()["+ first token constant"]},
-        "recipes": {name: {"recipe": name} for name in RECIPES},
+        "recipes": {name: {"recipe": name, **SAME_CALIBRATION} for name in RECIPES},
         "left out": LEFT_OUT,
         "choices": CHOICES,
     }
