@@ -20,10 +20,10 @@ SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serv
 accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
 only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
 and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
-another recipe. All rows calibrate on the same 16 sequences unless they say otherwise (`fptquant` and
-`fptquant-light` as shipped: 64). KL: of the original's next-token distribution from the model's, nats per token.
-Agreement: share of tokens with the same most likely successor. Several seeds: each figure. Time (of the last run,
-where one was stopped and continued) and peak memory of `fptquant quantize` on two virtual cores, beside other jobs;
+another recipe. All rows calibrate on the same 16 sequences unless they say 64, which is the default. KL: of the
+original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same most
+likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
+memory of `fptquant quantize` on two virtual cores, beside other jobs;
 from commit 4a0c75b on with MKL told to use AVX-512 (log.md). A row that is missing was not measured yet.
 """
 

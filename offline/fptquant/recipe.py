@@ -63,7 +63,7 @@ class CalibrationOptions(BaseModel):
     config: str | None = Field(None, description="configuration name of a dataset")
     split: str = "train"
     field: str = Field("text", description="column of a dataset that holds the text")
-    sequences: PositiveInt = 16
+    sequences: PositiveInt = 64
     length: int = Field(512, ge=8)
     special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")
 

@@ -41,7 +41,7 @@ def source() -> Source:
 def default_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w4a8kv8, all transforms, GPTQ, the first token constant; what can be done without training end to end.
 
-    A quarter of the recipe's calibration text, to save time.
+    A quarter of the default calibration text, to save time.
     """
     output = tmp_path_factory.mktemp("models") / "smollm2-w4a8kv8"
     return quantize(source.path, output, "--recipe", "fptquant-light", "--sequences", "16")
