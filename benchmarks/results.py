@@ -229,8 +229,8 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
 
 
 def commit() -> str:
-    """Of the code that runs."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    """The last that changed the package."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "offline"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ and 8-bit activations. "Left out" and "choices" train a third of the steps of `f
 another recipe. All rows calibrate on the same 16 sequences unless they say 64, which is the default. KL: of the
 original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same most
 likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
-memory of `fptquant quantize` on two virtual cores, beside other jobs;
-from commit 4a0c75b on with MKL told to use AVX-512 (log.md). A row that is missing was not measured yet.
+memory of `fptquant quantize` on two virtual cores, beside other jobs; from commit 9120d21 on with MKL told to use
+AVX-512 (log.md). A row that is missing was not measured yet.
 """
 
 
 def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[str], folder: Path) -> str:
-    """Writes `results.md` and its plots.
+    """Writes `results.md`, its plots, and `results.json` with all figures.
 
     Args:
         rows: `precision | part | row | seed` to what was measured, and "float32".
@@ -59,6 +60,7 @@ def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[st
             plot_table(table, reference, f"{precision}, {part}", folder / plot)
     page = "\n".join(lines) + "\n"
     (folder / "results.md").write_text(page, encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return page
 
 
