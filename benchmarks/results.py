@@ -88,7 +88,6 @@ RECIPES = (
     "ostquant",
     "fptquant-light",
     "fptquant",
-    "fptquant-best",
 )
 LEFT_OUT = {
     "nothing": SHORT,
@@ -104,6 +103,7 @@ CHOICES = {
     "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
     **{f"fptquant-light, p = {p}": {**LIGHT, "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
     **{f"{recipe}, 64 calibration sequences": {"recipe": recipe} for recipe in ("fptquant-light", "fptquant")},
+    "fptquant-best": {"recipe": "fptquant-best"},
     "fptquant-light, 12 sites of 8 bits": {**LIGHT, "budget": {"sites": 12}},
 }
 
