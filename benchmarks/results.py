@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_page import write_page
+from results_page import TEXTS, write_page
 
 from fptquant.recipe import Recipe
 from fptquant.transforms import FPTQUANT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-TEXTS = ("wiki", "moby")
 PRECISIONS = ("w4a8kv8", "w4a4kv8", "w4a4kv4")
 # Parts of the page, and at which precisions they are measured.
 PARTS = {

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+TEXTS = ("wiki", "moby")
 # Rows of one table by name; several where a row was run with several seeds.
 Table = dict[str, list[dict[str, Any]]]
 
@@ -21,7 +22,8 @@ SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serv
 accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
 only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
 and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
-another recipe. All rows calibrate on the same 16 sequences unless they say 64, which is the default. KL: of the
+another recipe. Rows calibrate on the same 16 sequences; 64 (the default) where they say so, 128 in `fptquant-best`.
+KL: of the
 original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same most
 likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
 memory of `fptquant quantize` on two virtual cores, beside other jobs; from commit 9120d21 on with MKL told to use
@@ -48,7 +50,7 @@ def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[st
     if reference:
         lines += [
             "",
-            "float32: wiki {:.2f}, moby {:.2f}.".format(*(reference[t]["perplexity"] for t in ("wiki", "moby"))),
+            "float32: wiki {:.2f}, moby {:.2f}.".format(*(reference[t]["perplexity"] for t in TEXTS)),
         ]
     for (precision, part), table in tables(rows, order).items():
         lines += ["", f"## {precision}, {part}", "", "| | wiki | moby | KL wiki | agreement | minutes | GB |"]
@@ -96,7 +98,7 @@ def plot_table(table: Table, reference: dict[str, Any], title: str, file: Path) 
     """Perplexity of each row on both texts (logarithmic), a dot for each seed, and lines for the original."""
     figure = Figure(figsize=(7, 0.3 * len(table) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for text, color in (("wiki", "tab:blue"), ("moby", "tab:orange")):
+    for text, color in zip(TEXTS, ("tab:blue", "tab:orange"), strict=True):
         dots = [(row[text]["perplexity"], place) for place, found in enumerate(table.values()) for row in found]
         axes.scatter(*zip(*dots, strict=True), color=color, label=text, zorder=2)
         axes.axvline(reference[text]["perplexity"], color=color, linestyle=":", label=f"{text}, float32")
