@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from results_page import TEXTS, write_page
 
 from fptquant.recipe import Recipe
@@ -152,11 +153,12 @@ class Results:
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keeps a row."""
-        self.read()
-        self.rows[name] = row
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.rows, indent=2) + "\n")
-        partial.replace(self.file)
+        with FileLock(self.file.with_suffix(".lock")):
+            self.read()
+            self.rows[name] = row
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.rows, indent=2) + "\n")
+            partial.replace(self.file)
         print(name, row, file=sys.stderr, flush=True)
 
 
@@ -173,7 +175,7 @@ def rungs() -> dict[str, dict[str, Any]]:
 def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Names and recipes, the cheap ones first: `precision | part | row | seed`."""
     parts: dict[str, dict[str, dict[str, Any]]] = {
-        "ladder": {**rungs(), DYNAMIC: rungs()["+ first token constant"]},
+        "ladder": {DYNAMIC: rungs()["+ first token constant"], **rungs()},  # so it leaves the rung its checkpoint
         "recipes": {name: {"recipe": name, **SAME_CALIBRATION} for name in RECIPES},
         "left out": LEFT_OUT,
         "choices": CHOICES,

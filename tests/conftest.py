@@ -1,5 +1,6 @@
 """Tiny random models and a tiny tokenizer, made here: no test needs a network or a real model."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "e2e" if nodeid.startswith("tests/e2e/") else str(super()._split_scope(nodeid))
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what the imports left out of garbage collection, or each stage of a run spends a second on it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets extensions that check for leaks at exit see everything gone."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -217,16 +217,22 @@ def test_without_trainable_transforms_only_scales_are_trained(names: list[str], 
     assert [json.loads(row)["stage"] for row in rows] == ["scales"] * 7
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole")
+    pipeline.quantize(make_job("gqa", path, **TRAINED), path / "out")
+    return path / "out"
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("where", ["local 1", "local 5", "end_to_end 3", "layer 1", "scales 1", "scales 6", "write"])
 def test_killed_run_continues_to_the_same_checkpoint(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make_job("gqa", tmp_path, **TRAINED)
-    pipeline.quantize(whole, tmp_path / "whole")
     stage, _, step = where.partition(" ")
 
     def stop(*arguments: Any, **named: Any) -> None:
@@ -258,11 +264,11 @@ def test_killed_run_continues_to_the_same_checkpoint(
     assert (tmp_path / ".out.state").is_dir() and not (tmp_path / "out").exists()
     pipeline.quantize(make_job("gqa", tmp_path, **TRAINED), tmp_path / "out")
     assert not (tmp_path / ".out.state").exists()
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    expected, found = (load_file(path / "model.safetensors") for path in (whole, tmp_path / "out"))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
-    lines = [(tmp_path / name / "fptquant" / "metrics.jsonl").read_text().splitlines() for name in ("whole", "out")]
+    lines = [(path / "fptquant" / "metrics.jsonl").read_text().splitlines() for path in (whole, tmp_path / "out")]
     assert len(lines[0]) == len(lines[1]) == 6 + 5 + 7
 
 
