@@ -22,10 +22,9 @@ SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serv
 accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
 only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
 and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
-another recipe. Rows calibrate on the same 16 sequences; 64 (the default) where they say so, 128 in `fptquant-best`.
-KL: of the
-original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same most
-likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
+another recipe. Rows calibrate on the same 16 sequences, but those "as shipped" on 64, `fptquant-best` on 128. KL: of
+the original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same
+most likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
 memory of `fptquant quantize` on two virtual cores, beside other jobs; from commit 9120d21 on with MKL told to use
 AVX-512 (log.md). A row that is missing was not measured yet.
 """
