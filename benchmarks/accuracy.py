@@ -29,6 +29,8 @@ ROWS = {
     "w4a4kv4, S_n off": ["--precision", "w4a4kv4", "--without", "S_n"],
     "w4a4kv4-symmetric": ["--precision", "w4a4kv4-symmetric"],
     "w4a4kv4, no transform": ["--precision", "w4a4kv4", "--recipe", "gptq"],
+    "w4a8kv8, fptquant": ["--precision", "w4a8kv8", "--recipe", "fptquant"],
+    "w4a4kv4, fptquant": ["--precision", "w4a4kv4", "--recipe", "fptquant"],
     "w4a8kv8, nearest": ["--precision", "w4a8kv8", "--rounding", "nearest"],
 }
 

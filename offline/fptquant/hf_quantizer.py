@@ -74,6 +74,7 @@ def _require_tensors(model: PreTrainedModel, files: list[str]) -> None:
     for path in files:
         with safe_open(path, framework="pt") as file:
             stored.update(file.keys())
-    missing = sorted({name for name, _ in model.named_buffers() if name in model.state_dict()} - stored)
+    expected = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    missing = sorted(expected - stored)
     if files and missing:
         raise FPTQuantError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}: it is damaged")

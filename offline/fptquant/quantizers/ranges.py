@@ -99,14 +99,23 @@ def _representatives(values: Tensor) -> tuple[Tensor, Tensor]:
     count = values.numel()
     if count <= _SAMPLE + 2 * _EXTREMES:
         return values, torch.ones_like(values)
-    top = torch.topk(values, _EXTREMES).values
-    bottom = torch.topk(values, _EXTREMES, largest=False).values
     # Drawn at random: a fixed stride could share a factor with the number of channels and miss most of them.
     drawn = torch.randint(count, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
     bulk = values[drawn]
+    top = _largest(values, bulk)
+    bottom = -_largest(-values, -bulk)
     bulk = bulk[(bulk <= top[-1]) & (bulk >= bottom[-1])]
     weight = (count - 2 * _EXTREMES) / max(1, bulk.numel())
     points = torch.cat((bottom, bulk, top))
     counts = torch.ones_like(points)
     counts[_EXTREMES:-_EXTREMES] = weight
     return points, counts
+
+
+def _largest(values: Tensor, sample: Tensor) -> Tensor:
+    """The `_EXTREMES` largest values, falling; a sample of them says above which threshold to look, which is faster."""
+    expected = -(-3 * _EXTREMES * sample.numel() // values.numel())  # of the sample, three times as many as needed
+    if expected < sample.numel():
+        above = values[values >= torch.topk(sample, expected).values[-1]]
+        values = above if above.numel() >= _EXTREMES else values
+    return torch.topk(values, _EXTREMES).values

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fptquant.checkpoint import round_scale
 
+_IN_CACHE = 1 << 17  # weights handled at once, so that temporaries stay in the cache
+
 
 class WeightRangeOptions(BaseModel):
     """How a channel's scale is chosen."""
@@ -41,6 +43,15 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
     best = round_scale(full)
     if options.method == "minmax":
         return best
+    rows = max(1, _IN_CACHE // weight.shape[1])
+    parts = zip(weight.split(rows), full.split(rows), best.split(rows), strict=True)
+    return torch.cat([_search_scales(*part, bits, options, importance) for part in parts])
+
+
+def _search_scales(
+    weight: Tensor, full: Tensor, best: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None
+) -> Tensor:
+    """Of the candidates for each row's scale, (N, 1), the one with the smallest error."""
     best_error = torch.full_like(full, torch.inf)
     for shrink in torch.linspace(1.0, options.smallest, options.grid).tolist():
         scale = round_scale(full * shrink)
