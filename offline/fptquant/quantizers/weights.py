@@ -38,20 +38,18 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
     Returns:
         (N, 1) float32, positive.
     """
+    rows = max(1, _IN_CACHE // weight.shape[1])
+    parts = range(0, weight.shape[0], rows)
+    return torch.cat([_search_scales(weight[i : i + rows], bits, options, importance) for i in parts])
+
+
+def _search_scales(weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None) -> Tensor:
+    """`weight_scales` of a few rows."""
     largest_code = 2 ** (bits - 1) - 1
     full = weight.abs().amax(1, keepdim=True).float() / largest_code
     best = round_scale(full)
     if options.method == "minmax":
         return best
-    rows = max(1, _IN_CACHE // weight.shape[1])
-    parts = zip(weight.split(rows), full.split(rows), best.split(rows), strict=True)
-    return torch.cat([_search_scales(*part, bits, options, importance) for part in parts])
-
-
-def _search_scales(
-    weight: Tensor, full: Tensor, best: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None
-) -> Tensor:
-    """Of the candidates for each row's scale, (N, 1), the one with the smallest error."""
     best_error = torch.full_like(full, torch.inf)
     for shrink in torch.linspace(1.0, options.smallest, options.grid).tolist():
         scale = round_scale(full * shrink)

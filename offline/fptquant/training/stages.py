@@ -32,6 +32,7 @@ from fptquant.transforms import TransformSet
 
 # names of states and in the metrics file
 LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
+_FIRST_SEQUENCES = 16  # for ranges that are trained next
 
 
 class Metrics(Protocol):
@@ -132,7 +133,8 @@ def train_transforms(
         install_simulation(calibrated, architecture, job.config)
         record_sink(calibrated, architecture, job.first_tokens)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
-        for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, job.windows), job.layers):
+        windows = job.windows[:_FIRST_SEQUENCES]
+        for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, windows), job.layers):
             pass
     options = recipe.end_to_end
     student = transform_student(
