@@ -90,12 +90,13 @@ def build_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes, each takes whole files, and one takes all that use the real model, quantized once."""
+    """Of several processes, each takes whole files, and one all that use the recipe on the real model, run once."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "e2e" if nodeid.startswith("tests/e2e/") else str(super()._split_scope(nodeid))
+            shared = nodeid.startswith("tests/e2e/") and "unscaled_checkpoint" not in nodeid
+            return "e2e" if shared else str(super()._split_scope(nodeid))
 
     return ByFile(config, log)
 
