@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "offline" / "fptquant"
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
 PRECISION = "w4a8kv8"
-# minutes; the default recipe trains for most of an hour, and calibrates on four times as much text
+# minutes; the default recipe trains for half an hour, and calibrates on four times as much text
 RECIPE = ("--recipe", "fptquant-light", "--sequences", "16")
 WINDOWS, LENGTH = 20, 512
 QUESTION = "What is the capital of France, and what is it known for?"
