@@ -104,6 +104,7 @@ CHOICES = {
     "stage 2 with rounded weights": {**SHORT, "end_to_end": {**SHORT["end_to_end"], "weights": "quantized"}},
     **{f"fptquant-light, p = {p}": {**LIGHT, "local": {"p": p}} for p in (2.0, 4.0, 8.0)},
     "fptquant-light, 12 sites of 8 bits": {**LIGHT, "budget": {"sites": 12}},
+    "spinquant, constant first token": {"recipe": "spinquant", **SAME_CALIBRATION, "sink": "auto"},
 }
 # With the calibration that they come with: 64 sequences, 128 in the last.
 SHIPPED = {name: {"recipe": name} for name in ("fptquant-light", "fptquant", "fptquant-best")}
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "results")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained recipes run with each")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained rows of recipes run with each")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
@@ -187,7 +188,7 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         for precision in sorted(set(PARTS[part]) & set(arguments.precisions)):
             for name, fields in parts[part].items():
                 seconds = training_seconds(row_recipe(fields))
-                for seed in arguments.seeds if seconds and part in ("recipes", "as shipped") else arguments.seeds[:1]:
+                for seed in arguments.seeds if seconds and part == "recipes" else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
                     if not arguments.only or any(word in key for word in arguments.only):
                         found.append((seconds, key, {**fields, "precision": precision, "seed": seed}))
