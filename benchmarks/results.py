@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "results")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="the trained rows of recipes run with each")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of the trained rows of recipes")
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
