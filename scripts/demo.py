@@ -135,8 +135,8 @@ def demo(cache: Path) -> None:
 
     step("Serve it with vLLM (about a minute to start)")
     log = home / "server.log"
-    print(f"$ vllm serve {quantized} --quantization fptquant    (log: {log})")
     flags = ["--quantization", "fptquant", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    print(f"$ vllm serve {quantized} {' '.join(flags)}    (log: {log})")
     started = time.monotonic()
     with serve(quantized, *flags, log=log, progress=waiting) as server:
         print(f"\r    ready after {time.monotonic() - started:.0f} s")
@@ -172,7 +172,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"\ndemo: fptquant ended with code {error.returncode}", file=sys.stderr)
         return 1
-    except (ServerError, RuntimeError, openai.OpenAIError) as error:
+    except (ServerError, RuntimeError, OSError, openai.OpenAIError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     return 0

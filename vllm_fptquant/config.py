@@ -177,6 +177,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return FPTQuantHeadMethod(scheme, (prefix,), kernel=options.kernel)
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
+                if options.exact:
+                    raise FPTQuantError("--additional-config, key 'fptquant': exact needs a quantized KV cache")
                 return None
             require_decoder_attention(layer, prefix)
             sink = self.checkpoint.sink is not None

@@ -43,6 +43,9 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
             weight_loader=load,
         )
 
+    def _require_rows(self, layer: ParallelLMHead, index: int, rows: int) -> None:
+        """The vocabulary's, which the layer's own loader has checked."""
+
     def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
         """Gives the padded rows a scale, then as `FPTQuantLinearMethod.process_weights_after_loading`."""
         if hasattr(layer, "weight_scale"):

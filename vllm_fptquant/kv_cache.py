@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
 from fptquant.errors import FPTQuantError
-from vllm_fptquant.checks import require_positive
+from vllm_fptquant.checks import require_positive, require_zero_point
 
 CACHE_DTYPES = {
     "float32": torch.float32,
@@ -100,7 +100,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         """
         name = layer.layer_name.removesuffix(".attn")
         largest = 2 ** (self.scheme.bits - 1) if self.scheme.symmetric else 2**self.scheme.bits - 1
-        require_exact_cache(name, layer, largest)
+        require_exact_cache(name, layer, largest, sink=self.sink)
         per_head = self.scheme.strategy == "head"
         size = layer.num_kv_heads if per_head else 1
         for side in ("k", "v"):
@@ -148,7 +148,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
             if not self.scheme.symmetric:
                 zero_point = layer.get_parameter(f"{side}_zero_point").data
-                self._require_zero_point(f"{name}.{side}_zero_point", zero_point)
+                require_zero_point(f"{name}.{side}_zero_point", zero_point, self.scheme.bits)
                 delattr(layer, f"{side}_zero_point")
             delattr(layer, f"{side}_scale")
             scales[side] = scale
@@ -163,44 +163,45 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             layer.register_buffer(f"fptquant_kv_{suffix}", torch.cat(flat), persistent=False)
         if self.sink:
             flat = [
-                self._take_constant(layer, name, side) / spread(scales[side], layer.num_kv_heads, sizes[side])
+                self._take_constant(layer, name, side, spread(scales[side], layer.num_kv_heads, sizes[side]))
                 for side in ("k", "v")
             ]
             layer.register_buffer("fptquant_sink_codes", torch.cat(flat), persistent=False)
-            steady = layer.get_parameter("sink_steady").data == 1  # a tensor: compiled graphs outlive a checkpoint
-            layer.register_buffer("fptquant_sink_steady", steady, persistent=False)
+            steady = layer.get_parameter("sink_steady").data
+            if bool(((steady != 0) & (steady != 1)).any()):
+                raise FPTQuantError(f"{name}.sink_steady is missing or neither 0 nor 1: quantize the model again")
+            # a tensor: compiled graphs outlive a checkpoint
+            layer.register_buffer("fptquant_sink_steady", steady == 1, persistent=False)
             delattr(layer, "sink_steady")
         for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
             flat_scale = spread(scales[side], layer.num_heads, sizes[side])
             layer.register_buffer(f"fptquant_{buffer}", flat_scale, persistent=False)
 
     @staticmethod
-    def _take_constant(layer: Attention, name: str, side: str) -> Tensor:
-        """The constant keys or values (kv_heads * head_dim), off the layer."""
-        constant: Tensor = layer.get_parameter(f"{side}_sink").data
-        if not bool(torch.isfinite(constant).all()):
-            raise FPTQuantError(f"{name}.{side}_sink is missing or not finite: quantize the model again")
+    def _take_constant(layer: Attention, name: str, side: str, scale: Tensor) -> Tensor:
+        """The constant keys or values (kv_heads * head_dim) as the cache holds them, off the layer."""
+        codes: Tensor = layer.get_parameter(f"{side}_sink").data.flatten() / scale
+        if bool((~torch.isfinite(codes)).any()):
+            raise FPTQuantError(
+                f"{name}.{side}_sink is missing, not finite, or too large for its scale: quantize the model again"
+            )
         delattr(layer, f"{side}_sink")
-        return constant.flatten()
+        return codes
 
     def _add_parameter(self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
         def load(parameter: Tensor, loaded: Tensor) -> None:
-            if per_head:
-                loaded = local_heads(f"{module}.{tensor}", loaded, len(parameter))
-            loaded = loaded.reshape(parameter.shape) if loaded.numel() == parameter.numel() else loaded
-            if loaded.numel() != parameter.numel():
-                raise FPTQuantError(f"{module}.{tensor}: {loaded.numel()} values, but strategy 'tensor' needs one")
-            parameter.data.copy_(loaded)
+            values = local_heads(f"{module}.{tensor}", loaded, len(parameter)) if per_head else loaded
+            if values.numel() != parameter.numel():
+                raise FPTQuantError(
+                    f"{module}.{tensor} has shape {list(loaded.shape)}, but {list(parameter.shape)} is needed here: "
+                    "quantize the model again"
+                )
+            parameter.data.copy_(values.reshape(parameter.shape))
 
         parameter.weight_loader = load  # type: ignore[attr-defined]
         layer.register_parameter(tensor, parameter)
-
-    def _require_zero_point(self, name: str, zero_point: Tensor) -> None:
-        limit = 2 ** (self.scheme.bits - 1)
-        if bool(((zero_point < -limit) | (zero_point >= limit)).any()):
-            raise FPTQuantError(f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again")
 
 
 def local_heads(name: str, values: Tensor, count: int) -> Tensor:
@@ -210,15 +211,15 @@ def local_heads(name: str, values: Tensor, count: int) -> Tensor:
         FPTQuantError: the checkpoint has another number of heads than the model.
     """
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    total = len(values)
+    total = len(values) if values.dim() else 1
     if total != count * ranks and not (count == 1 and ranks % total == 0):
         raise FPTQuantError(f"{name}: {total} heads, but the model has {count} KV heads on each of {ranks} ranks")
     first = rank * total // ranks
-    return values[first : first + count]
+    return values.reshape(total, *values.shape[1:])[first : first + count]
 
 
-def require_exact_cache(name: str, layer: Attention, largest: int) -> None:
-    """Refuses a cache type in which not every integer up to `largest` is exact.
+def require_exact_cache(name: str, layer: Attention, largest: int, *, sink: bool) -> None:
+    """Refuses a cache type in which not every integer up to `largest` is exact; with a `sink`, any of 8 bits.
 
     Raises:
         FPTQuantError: names the type and the remedy.
@@ -226,6 +227,11 @@ def require_exact_cache(name: str, layer: Attention, largest: int) -> None:
     chosen = layer.kv_cache_dtype
     dtype = layer.kv_cache_torch_dtype if chosen == "auto" else CACHE_DTYPES.get(chosen)
     exact = 0 if dtype is None else int(2 / torch.finfo(dtype).eps)
+    if sink and dtype is not None and dtype.itemsize < 2:
+        raise FPTQuantError(
+            f"{name}: a KV cache of type {chosen} would round the first token's constants: "
+            "serve with --kv-cache-dtype auto"
+        )
     if largest > exact:
         raise FPTQuantError(
             f"{name}: a KV cache of type {chosen} cannot hold integers up to {largest} exactly, which this "

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
 from fptquant.errors import FPTQuantError
-from vllm_fptquant.checks import require_positive
+from vllm_fptquant.checks import require_positive, require_zero_point
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
@@ -32,6 +32,7 @@ from vllm_fptquant.kernels.select import select_kernel
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own loggers only
 
 WORD = 32  # bits of a packed word
+SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for parts of qkv_proj; those of others are numbers
 
 
 class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
@@ -77,7 +78,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.kernel = kernel
         self.hadamard_dtype = torch.float64 if exact else torch.float32
         self.fast_hadamard = fast_hadamard
-        self.loaded: dict[str, set[Any]] = {}
+        self.loaded: dict[str, dict[int, torch.Size]] = {}  # shapes in the checkpoint, by tensor and shard
 
     def create_weights(
         self,
@@ -120,8 +121,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         loader = extra_weight_attrs["weight_loader"]
 
         def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
-            seen = self.loaded.setdefault(name, set())
-            layer.register_parameter(name, parameter(data=data, weight_loader=recording(loader, seen), **attributes))
+            seen = self.loaded.setdefault(name, {})
+            recorded = recording(loader, [f"{shard}.{name}" for shard in self.shards], seen)
+            layer.register_parameter(name, parameter(data=data, weight_loader=recorded, **attributes))
 
         words = packed_words(in_features, weights.bits)
         add(
@@ -154,11 +156,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not hasattr(layer, "weight_packed"):
             return  # done already
         self._require_loaded()
-        for name, shape in zip(self.shards, layer.weight_shape.tolist(), strict=True):
-            if shape[1] != self.in_features:
-                raise FPTQuantError(
-                    f"{name}.weight_shape: {shape[1]} input features, but the model has {self.in_features}"
-                )
+        self._require_shapes(layer)
         scales = layer.weight_scale.data.split(self.output_partition_sizes)
         for name, scale in zip(self.shards, scales, strict=True):
             require_positive(f"{name}.weight_scale", scale)
@@ -169,6 +167,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             input_scale = self._shared("input_scale", layer.input_scale.data)
             if not self.scheme.activations.symmetric:
                 zero_point = self._shared("input_zero_point", layer.input_zero_point.data)
+                require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
 
         bits = self.scheme.weights.bits
         shape = torch.Size((layer.fptquant_out_features, layer.input_size_per_partition))
@@ -211,10 +210,13 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return prepared(x, bias)
 
     @staticmethod
-    def apply_scaled(layer: LinearBase, x: Tensor, scale: Tensor) -> Tensor:
-        """`apply` to `scale * x` in eager mode, for a layer that is `fptquant_plain`: one rank, no bias."""
+    def apply_scaled(layer: LinearBase, x: Tensor, scale: Tensor, *, undo: bool) -> Tensor:
+        """`apply` to `scale * x` in eager mode, for a layer that is `fptquant_plain`: one rank, no bias.
+
+        With `undo`, the product is divided by `scale` again.
+        """
         prepared: PreparedLinear = layer.fptquant_prepared
-        return prepared(x, None, scale)
+        return prepared(x, None, scale, undo=undo)
 
     def _check_partition(self, in_features: int, total: int) -> None:
         """Refuses tensor-parallel sizes that cut through a packed word or a Hadamard block."""
@@ -240,6 +242,29 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 "(for all of them): it is incomplete, quantize the model again"
             )
 
+    def _require_shapes(self, layer: LinearBase) -> None:
+        """Refuses tensors of which vLLM took a part only, or that contradict each other."""
+        for index, (name, (rows, columns)) in enumerate(zip(self.shards, layer.weight_shape.tolist(), strict=True)):
+            if columns != self.in_features:
+                raise FPTQuantError(
+                    f"{name}.weight_shape: {columns} input features, but the model has {self.in_features}"
+                )
+            self._require_rows(layer, index, rows)
+            words = packed_words(columns, self.scheme.weights.bits)
+            for tensor, shape in (("weight_packed", [rows, words]), ("weight_scale", [rows, 1])):
+                found = list(self.loaded[tensor][index])
+                if found != shape:
+                    raise FPTQuantError(f"{name}.{tensor} has shape {found}, not {shape}: quantize the model again")
+
+    def _require_rows(self, layer: LinearBase, index: int, rows: int) -> None:
+        """Refuses a shard of more or fewer output features than the ranks have together."""
+        local, ranks = self.output_partition_sizes[index], getattr(layer, "tp_size", 1)
+        if not local <= rows <= local * ranks or rows % local:  # ranks may share key and value heads
+            raise FPTQuantError(
+                f"{self.shards[index]}.weight_shape: {rows} output features, "
+                f"but the model has {local} on each of {ranks} ranks"
+            )
+
     def _shared(self, tensor: str, values: Tensor) -> Tensor:
         """The one value that all shards have: their product is computed from one quantized input."""
         if bool((values != values[0]).any()):
@@ -257,11 +282,27 @@ def device_capability() -> int | None:
     return None if capability is None else capability.to_int()
 
 
-def recording(loader: Callable[..., None], seen: set[Any]) -> Callable[..., None]:
-    """Wraps a weight loader to note which shards were loaded."""
+def recording(loader: Callable[..., None], names: list[str], seen: dict[int, torch.Size]) -> Callable[..., None]:
+    """Wraps the weight loader of a parameter.
+
+    Args:
+        loader: vLLM's.
+        names: of the checkpoint's tensors, one for each shard.
+        seen: gets the shape of each tensor, by shard.
+
+    Returns:
+        A loader that raises `FPTQuantError` where a tensor is of another type, or vLLM can't place it.
+    """
 
     def load(parameter: Any, loaded_weight: Tensor, *shard: Any) -> None:
-        loader(parameter, loaded_weight, *shard)
-        seen.add(shard)
+        index = SHARDS.get(shard[0], shard[0]) if shard else 0
+        found = f"{names[index]} is {loaded_weight.dtype} of shape {list(loaded_weight.shape)}"
+        if loaded_weight.dtype != parameter.dtype:
+            raise FPTQuantError(f"{found}, expected {parameter.dtype}: quantize the model again")
+        try:
+            loader(parameter, loaded_weight, *shard)
+        except (AssertionError, RuntimeError):
+            raise FPTQuantError(f"{found}, which doesn't fit the model: quantize the model again") from None
+        seen[index] = loaded_weight.shape
 
     return load

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +25,7 @@ from rich.table import Table
 
 import fptquant
 from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
+from fptquant.files import require_writable
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _err = Console(stderr=True)
 _out = Console()
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """What runs the model."""
 
     transformers = "transformers"
@@ -62,9 +64,9 @@ class RichStages(Stages):
         """Moves the bar."""
         self._bar.update(self._task, total=total, advance=1)
 
-    def resume(self, done: int) -> None:
+    def resume(self, done: int, total: int) -> None:
         """Starts the bar where an earlier run stopped."""
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
         """Shows the loss."""
@@ -121,6 +123,8 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
+    import torch
+
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
     from fptquant.planning import plan
@@ -141,7 +145,10 @@ def quantize(
     if rounding is not None:
         fields["rounding"] = {"method": rounding}
     if budget is not None:
-        fields["budget"] = dict([budget.partition("=")[::2]])
+        name, equals, value = budget.partition("=")
+        if not equals:
+            raise FPTQuantError(f"--budget: '{budget}' is no limit: give sites=N, extra_bytes=N or target_kl=X")
+        fields["budget"] = {name: value}
     chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
     if kv_strategy is not None:
         kept = chosen.precision.model_dump(mode="json")
@@ -149,16 +156,20 @@ def quantize(
         chosen = chosen.changed("--kv-strategy", precision=kept)
 
     parallel.start()
-    publication = Publication(output, overwrite=overwrite)
+    Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
     with _err.status("checking model, recipe and calibration text"):
         job = plan(model, chosen)
-    publication.require_space(job.output_bytes)
-    _print_plan(job, output)
+        pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
+    if parallel.is_main():
+        _print_plan(job, output)
     if dry_run:
         _out.print("dry run: nothing was written")
         return
-    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=RichStages())
+    stages = RichStages() if parallel.is_main() else Stages()
+    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages)
+    if not parallel.is_main():
+        return
     table = Table(title=f"{output}", show_header=False)
     for name, seconds in summary.seconds.items():
         table.add_row(name, f"{seconds:.1f} s")
@@ -166,7 +177,11 @@ def quantize(
     table.add_row("weights before", _size(summary.source_bytes))
     table.add_row("weights after", _size(summary.output_bytes))
     _out.print(table)
-    _out.print(f"serve it: vllm serve {output} --quantization fptquant")
+    if summary.budget:
+        _out.print(summary.budget, soft_wrap=True)
+    # a CPU would round the activations of a float32 model to 16 bits, as vLLM does on GPUs
+    precise = "" if torch.cuda.is_available() else " --dtype float32"
+    _out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
 
 
 @app.command()
@@ -182,6 +197,8 @@ def verify(
 ) -> None:
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
     from importlib import resources
+
+    import torch
 
     from fptquant.evaluation.equivalence import (
         check_function_preserved,
@@ -216,7 +233,7 @@ def verify(
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
             engine.close()
-        if job.config.kv_cache.bits < 16:
+        if job.config.kv_cache.bits < 16 and not torch.cuda.is_available():  # the exact mode is for CPUs
             with _err.status("vLLM, exact mode"):
                 set_exact(simulated)
                 engine = VLLMEngine(checkpoint, length + 1, exact=True)
@@ -247,16 +264,18 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
 ) -> None:
     """Measure perplexity."""
+    from fptquant.calibration.text import require_known
     from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine
     from fptquant.loading import load_model, open_source
 
     _quiet_transformers()
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise FPTQuantError(f"--json: '{json_file.absolute().parent}' is not a directory")
+    if json_file:
+        require_writable("--json", json_file)
     source = open_source(model)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
+    require_known(int(tokens.max()), source.config.vocab_size)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
     score = engine.score if engine else transformers_scorer(load_model(source))
     stages = RichStages()
@@ -274,7 +293,7 @@ def evaluate(
         json_file.write_text(content + "\n", encoding="utf-8")
 
 
-class Granularity(str, Enum):
+class Granularity(StrEnum):
     """What is quantized together in one measurement."""
 
     kind = "kind"
@@ -304,10 +323,14 @@ def sensitivity(
     ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="draw them (.png, .svg, .pdf)")] = None,
 ) -> None:
-    """Measure which parts of MODEL quantization hurts most: one is quantized, all else stays in floating point."""
+    """Measure which parts of MODEL quantization hurts most: one is quantized, all else stays in floating point.
+
+    Transforms are where the recipe starts them, not trained.
+    """
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.loading import model_fingerprint
     from fptquant.planning import plan
     from fptquant.recipe import Recipe
     from fptquant.sensitivity import KINDS, Probe, sites_of
@@ -338,7 +361,7 @@ def sensitivity(
                 "lower --windows or --length, or give a --text"
             )
     settings = {
-        "model": model,
+        "model": model_fingerprint(job.source.path),
         "recipe": job.recipe.digest(),
         "calibration": fingerprint(job.windows),
         "measured on": fingerprint(tokens),
@@ -348,7 +371,7 @@ def sensitivity(
     groups = missing(sites, results, per_layer=per_layer)
     if groups:
         with stages.stage("load and transform"):
-            network = pipeline.transformed(job, stages)
+            network = pipeline.started(job, stages)
         probe = Probe(job, network, tokens)
         with stages.stage("fit sites", "lower --sequences or calibration.length"):
             for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
@@ -367,7 +390,7 @@ def sensitivity(
     _out.print(table)
     _out.print(f"in floating point: perplexity {reference:.3f} on {windows} windows of {length} tokens")
     if plot_file:
-        plot(results, plot_file)
+        plot(results, plot_file, job.source.path.resolve().name)
 
 
 @app.command()
@@ -376,7 +399,7 @@ def doctor() -> None:
     from fptquant.evaluation.vllm_backend import vllm_installed
 
     if not vllm_installed():
-        raise FPTQuantError("vLLM is not installed, so nothing can be served here: pip install 'vllm-fptquant[cpu]'")
+        raise FPTQuantError("vLLM is not installed, so nothing can be served here: run scripts/install.sh")
     from vllm_fptquant import doctor as examination
 
     for name, version in examination.versions().items():
@@ -393,11 +416,25 @@ def doctor() -> None:
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes, the precisions and the transforms."""
-    from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+def recipes(
+    name: Annotated[str, typer.Argument(help="print all settings of this recipe (a name, or a YAML file)")] = "",
+    fields: Annotated[bool, typer.Option("--fields", help="list what a recipe may set, with the defaults")] = False,
+) -> None:
+    """List the shipped recipes, the precisions and the transforms; or what is in a recipe."""
+    import yaml
+
+    from fptquant.recipe import PRECISIONS, Recipe, settings, shipped_recipes
     from fptquant.transforms import TRANSFORMS
 
+    if name:
+        typer.echo(yaml.safe_dump(Recipe.load(name).to_dict(), sort_keys=False), nl=False)
+        return
+    if fields:
+        table = Table("field", "default", "")
+        for setting in settings(Recipe):
+            table.add_row(*map(escape, setting))
+        _out.print(table)
+        return
     table = Table("recipe", "description")
     for name in shipped_recipes():
         table.add_row(name, Recipe.load(name).description)
@@ -432,7 +469,8 @@ def main() -> None:
         _fail("out of memory: free some, or give shorter or fewer sequences")
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C
-            _err.print("interrupted: run the same command again to continue")
+            resumable = sys.argv[1:2] == ["quantize"] or (sys.argv[1:2] == ["sensitivity"] and "--json" in sys.argv)
+            _err.print("interrupted" + ": run the same command again, without --fresh, to continue" * resumable)
         raise
 
 

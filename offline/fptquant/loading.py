@@ -72,6 +72,8 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     except Exception as error:  # transformers raises many kinds, all of them the file's fault
         raise FPTQuantError(f"{path / 'config.json'}: {_first_line(error)}") from None
     architecture = architecture_of(config)
+    if architecture.shape(config).layers < 1:
+        raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
     shapes = check_weight_files(path)
     if getattr(config, "quantization_config", None) is None:
         _check_tensors(path, config, shapes)
@@ -93,7 +95,7 @@ def load_model(source: Source) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
     except FPTQuantError:
         raise
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError, ImportError) as error:  # ImportError: quantized by another tool
         if is_out_of_memory(error):
             raise
         raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
@@ -146,8 +148,12 @@ def _check_tensors(path: Path, config: PretrainedConfig, stored: dict[str, list[
 
     transformers would replace missing ones by random values.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # an impossible configuration fails in many ways
+        name = type(error).__name__
+        raise FPTQuantError(f"{path / 'config.json'} describes no model: {name}: {_first_line(error)}") from None
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
         shape = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}.")))
@@ -161,13 +167,11 @@ def _check_tensors(path: Path, config: PretrainedConfig, stored: dict[str, list[
 
 
 def model_fingerprint(path: Path) -> str:
-    """Short hash by which a model is known again: its configuration, and the size, start and end of its weights."""
-    found, part = hashlib.sha256((path / "config.json").read_bytes()), 1 << 20
+    """Short hash by which a model is known again: its configuration and its weights."""
+    found = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
-            found.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(part))
-            stream.seek(max(0, file.stat().st_size - part))
-            found.update(stream.read())
+            found.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return found.hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.calibration import calibrate_and_round
+from fptquant.calibration.smoothing import start_is_measured
 from fptquant.checkpoint.publication import Publication
 from fptquant.checkpoint.writer import EXTRAS, write_checkpoint
 from fptquant.errors import FPTQuantError
@@ -26,7 +27,15 @@ from fptquant.sensitivity import spend
 from fptquant.simulation import install_simulation
 from fptquant.simulation.sink import record_sink
 from fptquant.training import parallel
-from fptquant.training.stages import MetricsFile, make_teacher, spare_memory, train_scales, train_transforms
+from fptquant.training.stages import (
+    SHORTER,
+    MetricsFile,
+    checkpointing,
+    make_teacher,
+    start_transforms,
+    train_scales,
+    train_transforms,
+)
 from fptquant.training.state import RunState
 
 
@@ -39,6 +48,8 @@ class Summary:
     peak_memory_bytes: int
     source_bytes: int
     output_bytes: int
+    source_fingerprint: str = ""
+    budget: str = ""
 
 
 def quantize(
@@ -57,38 +68,41 @@ def quantize(
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
     """
     stages = stages or Stages()
-    publication = Publication(output, overwrite=overwrite)
-    source = job.source.path.resolve()
-    if publication.target == source or publication.target in source.parents:
-        raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
-    publication.require_space(2 * job.output_bytes)  # finished layers are kept beside it until the end
-    state = RunState(publication.target.with_name(f".{publication.target.name}.state"), job.signature(), fresh=fresh)
+    publication, state = prepare(job, output, overwrite=overwrite, fresh=fresh)
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
-    with publication if parallel.is_main() else nullcontext(Path()) as staging:
+    with publication if parallel.is_main() else nullcontext(Path()) as staging, state:
         if recipe.end_to_end.steps or recipe.scales.steps:
-            with stages.stage("teacher", "lower training.length"):
+            with stages.stage("teacher", SHORTER):
                 teacher = make_teacher(job, state, stages)
         clipping = train_transforms(job, teacher, state, stages, metrics)
+        if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
+            return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
         spending = None
         if recipe.budget is not None:
+            narrow = {name: job.config.scheme_for(name) for name in clipping}
             job, spending = spend_budget(job, state, stages)
+            for name, scheme in narrow.items():
+                widened = job.config.scheme_for(name)
+                if scheme and widened and scheme.weights != widened.weights:
+                    del clipping[name]  # it was learned for fewer bits
             publication.require_space(2 * job.output_bytes)
         with stages.stage("load"):
             model = load_model(job.source)
-        with stages.stage("merge transforms", "lower calibration.length"):
+        with stages.stage("merge transforms", "lower calibration.length and pass --fresh"):
             before = observe(job, model)
             transform(job, model, stages)
             record_sink(model, job.source.architecture, job.first_tokens)
             after = observe(job, model)
             round_floats(model, job.source.architecture, job.config, job.dtype)
-        with stages.stage("calibrate and round", "lower calibration.sequences or calibration.length"):
+        fewer = "lower calibration.sequences or calibration.length and pass --fresh"
+        with stages.stage("calibrate and round", fewer):
             rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
             for _ in stages.track(rounding, job.layers):
                 pass
         if recipe.scales.steps:
             assert teacher is not None
-            with stages.stage("train scales and ranges", spare_memory("scales", recipe.scales)):
+            with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
         if not parallel.is_main():  # the others only helped to train
             return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
@@ -107,12 +121,27 @@ def quantize(
             peak_memory_bytes=peak_memory(),
             source_bytes=weight_bytes(job.source.path),
             output_bytes=weight_bytes(staging),
+            source_fingerprint=state.signature["model"],
+            budget="" if spending is None else _bought(spending),
         )
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:
             _write_json(staging / EXTRAS / "budget.json", spending)
     state.remove()
     return summary
+
+
+def prepare(job: Plan, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Publication, RunState]:
+    """Checks everything about the output, and writes nothing: arguments and errors are those of `quantize`."""
+    publication = Publication(output, overwrite=overwrite)
+    if parallel.is_main():
+        publication.require_alone()
+    source = job.source.path.resolve()
+    if publication.target == source or publication.target in source.parents:
+        raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
+    publication.require_space(2 * job.output_bytes)  # finished layers are kept beside it until the end
+    state = publication.target.with_name(f".{publication.target.name}.state")
+    return publication, RunState(state, job.signature(), fresh=fresh)
 
 
 def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict[str, Any]]:
@@ -129,6 +158,15 @@ def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict
     return changed, spending.to_dict()
 
 
+def _bought(spending: dict[str, Any]) -> str:
+    """One line for what a budget bought."""
+    chosen = [f"{choice['kind']} {choice['layer']}" for choice in spending["choices"]]
+    if not chosen:
+        return "budget: nothing helps within it, so nothing got more bits"
+    before, after = spending["before"]["kl"], spending["after"]["kl"]
+    return f"budget: more bits for {', '.join(chosen)}; KL divergence {before:.4f} -> {after:.4f} on calibration text"
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -139,6 +177,13 @@ def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -
     for _ in (stages or Stages()).track(merging, job.layers):
         pass
     install_simulation(model, job.source.architecture, job.config)
+
+
+def started(job: Plan, stages: Stages) -> PreTrainedModel:
+    """`transformed`, with the transforms at their start."""
+    if start_is_measured(job.transforms):
+        start_transforms(job, stages)
+    return transformed(job, stages)
 
 
 def transformed(job: Plan, stages: Stages | None = None) -> PreTrainedModel:

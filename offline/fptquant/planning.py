@@ -28,7 +28,7 @@ from fptquant.checkpoint import (
 )
 from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError
-from fptquant.loading import Source, model_fingerprint, open_source
+from fptquant.loading import Source, model_fingerprint, open_source, read_json
 from fptquant.recipe import Recipe
 from fptquant.transforms import TransformSet
 
@@ -165,17 +165,18 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
         checkpoint / EXTRAS / "recipe.yaml",
         checkpoint / EXTRAS / "transforms.safetensors",
     )
-    for file in (recipe_file, transforms_file):
+    summary_file = checkpoint / EXTRAS / "summary.json"
+    for file in (recipe_file, transforms_file, summary_file):
         if not file.is_file():
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
     no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
     job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
+    if read_json(summary_file).get("source_fingerprint") != model_fingerprint(job.source.path):
+        raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': give the model that was quantized")
     try:
         job.transforms.load_state_dict(load_file(transforms_file))
     except SafetensorError as error:
         raise FPTQuantError(f"'{transforms_file}' is corrupt or truncated ({error})") from None
-    except RuntimeError:
-        raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': their sizes differ") from None
     return job
 
 

@@ -23,12 +23,13 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str, spare_memory: str = "") -> Iterator[None]:
+    def stage(self, name: str, spare_memory: str = "", *, neutral: str = "") -> Iterator[None]:
         """Times one stage.
 
         Args:
             name: of the stage.
-            spare_memory: what makes it need less, e.g. "lower --length".
+            spare_memory: what makes it need less and changes the result, e.g. "lower --length".
+            neutral: what does and leaves the result as it is.
 
         Raises:
             FPTQuantError: out of memory.
@@ -40,8 +41,9 @@ class Stages:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            remedy = f"{spare_memory}, or free some memory" if spare_memory else "free some memory"
-            raise FPTQuantError(f"out of memory in stage '{name}': {remedy}, and run again to continue") from None
+            remedy = f"{neutral} or free some memory" if neutral else "free some memory"
+            remedy += ", and run again to continue" + (f"; or {spare_memory}" if spare_memory else "")
+            raise FPTQuantError(f"out of memory in stage '{name}': {remedy}") from None
         finally:
             gc.collect()  # models and their hooks refer to each other, and are as large as the next stage's
             self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -59,8 +61,8 @@ class Stages:
     def advance(self, total: int) -> None:
         """One of `total` steps of the current stage is done."""
 
-    def resume(self, done: int) -> None:
-        """So many steps of the current stage were done by an earlier run."""
+    def resume(self, done: int, total: int) -> None:
+        """So many steps of the current stage were done by an earlier run, out of `total`."""
 
     def note(self, text: str) -> None:
         """Something to show beside the progress of the current stage."""

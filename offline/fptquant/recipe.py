@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -91,7 +91,10 @@ class BudgetOptions(BaseModel):
     sites: PositiveInt | None = Field(None, description="how many sites")
     extra_bytes: PositiveInt | None = Field(None, description="how much larger the checkpoint may be (weights only)")
     target_kl: float | None = Field(
-        None, gt=0, description="nats per token from the unquantized model, reached at the lowest cost in products"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="nats per token from the unquantized model, reached at the lowest cost in products",
     )
     inputs: bool = True
     weights: bool = True
@@ -127,7 +130,8 @@ class Recipe(BaseModel):
         BlockWiseOptions(), description="layer by layer: transforms and clipping trained on each layer's output"
     )
     end_to_end: TransformTrainingOptions = Field(
-        TransformTrainingOptions(), description="stage 2: transforms and ranges trained against the original model"
+        TransformTrainingOptions(),
+        description="stage 2: transforms trained against the original model; ranges with them, to be searched again",
     )
     scales: EndToEndOptions = Field(
         EndToEndOptions(), description="last stage: integers frozen, their scales and all ranges trained"
@@ -173,6 +177,13 @@ class Recipe(BaseModel):
                 except ValidationError as error:
                     fields = TRANSFORMS[name].Options.model_fields
                     raise ValueError(f"transforms.{name}: {_suggest(error, fields)}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Recipe:
+        stages = (self.end_to_end, self.scales)
+        if all(stage.steps for stage in stages) and len({stage.teacher for stage in stages}) > 1:
+            raise ValueError("end_to_end.teacher and scales.teacher have to be the same")
         return self
 
     @classmethod
@@ -241,9 +252,9 @@ def shipped_recipes() -> list[str]:
 
 
 def _parse_transforms(value: Any) -> dict[str, Any]:
-    """A list of names, or a mapping of names to options, true or false."""
+    """A list of names, or of names with options; or a mapping of names to options, true or false."""
     if isinstance(value, list):
-        value = dict.fromkeys(value, True)
+        value = {name: setting for item in value for name, setting in _named(item)}
     if not isinstance(value, dict):
         raise ValueError("transforms: a list of names, or a mapping of names to options")
     options: dict[str, Any] = {}
@@ -253,6 +264,11 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
         if setting is not False:
             options[name] = {} if setting in (True, None) else setting
     return options
+
+
+def _named(item: Any) -> Iterable[tuple[Any, Any]]:
+    """`T_k`, or `T_k: {...}`."""
+    return item.items() if isinstance(item, dict) else [(str(item), True)]
 
 
 def _suggest(error: ValidationError, known: Iterable[str]) -> str:
@@ -266,10 +282,32 @@ def _suggest(error: ValidationError, known: Iterable[str]) -> str:
     return f"unknown field '{where}'" + (f": did you mean '{near[0]}'?" if near else "")
 
 
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, default and description of all fields of a recipe, of its parts too; those of transforms come last."""
+    for name, field in model.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind)]
+        if kinds and name != "precision":
+            yield f"{prefix}{name}", "", field.description or ""
+            yield from settings(kinds[0], f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            shown = isinstance(default, str | int | float | tuple | None)
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            meaning = field.description or ", ".join(map(str, choices))
+            yield f"{prefix}{name}", json.dumps(default) if shown else "", meaning
+    if model is Recipe:
+        for transform, kind in TRANSFORMS.items():
+            yield from settings(kind.Options, f"transforms.{transform}.")
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _field_names(model: type[BaseModel]) -> set[str]:
     names = set(model.model_fields)
     for field in model.model_fields.values():
         for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if _is_model(kind):
                 names |= _field_names(kind)
     return names

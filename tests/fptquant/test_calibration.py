@@ -78,6 +78,17 @@ def test_text_that_is_just_long_enough(tokenizer: PreTrainedTokenizerFast, tmp_p
         windows_of(tokenizer, text, sequences=1, length=count + 1)
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_text_with_fewer_sequences_than_asked_for(
+    bos: bool, tokenizer: PreTrainedTokenizerFast, tokenizer_with_bos: PreTrainedTokenizerFast, short_text: Path
+) -> None:
+    options = CalibrationOptions(source=str(short_text), sequences=100_000, length=16)
+    chosen = tokenizer_with_bos if bos else tokenizer
+    windows = calibration_windows(chosen, options, VOCABULARY, 0, at_most=True)
+    assert 1 < len(windows) < 100_000 and windows.shape[1] == 16
+    assert bool((windows[:, 0] == 0).all()) is bos
+
+
 def test_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerFast, short_text: Path) -> None:
     options = CalibrationOptions(source=str(short_text), sequences=4, length=32)
     with pytest.raises(FPTQuantError, match="vocabulary has 100 entries.*do not belong together"):

@@ -1,8 +1,10 @@
 """The contract: quantizer arithmetic against plain integers, the packed layout, the schema, publication."""
 
 import errno
+import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -220,9 +222,12 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def checkpoint(folder: Path, content: str = "old") -> Path:
+OLD = json.dumps({"quantization_config": {"quant_method": "fptquant"}})
+
+
+def checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(content)
+    (folder / "config.json").write_text(OLD)
     return folder
 
 
@@ -248,10 +253,10 @@ def test_overwrite_replaces_only_when_complete(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Publication(target, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
         raise RuntimeError
-    assert (target / "config.json").read_text() == "old" and listing(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == OLD and listing(tmp_path) == ["out"]
     with Publication(target, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
-        assert (target / "config.json").read_text() == "old"
+        assert (target / "config.json").read_text() == OLD
     assert (target / "config.json").read_text() == "new" and listing(tmp_path) == ["out"]
 
 
@@ -261,9 +266,11 @@ def test_existing_target(tmp_path: Path) -> None:
         Publication(target, overwrite=False)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(FPTQuantError, match="no model directory"):
-        Publication(tmp_path / "home", overwrite=True)
-    with pytest.raises(FPTQuantError, match="no model directory"):
+    for others in ('{"my": "settings"}', '{"quantization_config": {"quant_method": "gptq"}}', "{", None):
+        with pytest.raises(FPTQuantError, match="no checkpoint of fptquant"):
+            Publication(tmp_path / "home", overwrite=True)
+        (tmp_path / "home" / "config.json").write_text(others or "")
+    with pytest.raises(FPTQuantError, match="no checkpoint of fptquant"):
         Publication(tmp_path / "home" / "thesis.tex", overwrite=True)
     with pytest.raises(FPTQuantError, match="not a directory"):
         Publication(tmp_path / "home" / "thesis.tex" / "out", overwrite=False)
@@ -273,7 +280,7 @@ def test_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(FPTQuantError, match="appeared"), Publication(target, overwrite=False):
         checkpoint(target)
-    assert (target / "config.json").read_text() == "old" and listing(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == OLD and listing(tmp_path) == ["out"]
 
 
 def test_link_to_a_directory(tmp_path: Path) -> None:
@@ -307,12 +314,48 @@ def test_leftovers_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp
     assert listing(tmp_path) == sorted([*kept, "out"])
 
 
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """A number that a process got after the folder was made says nothing."""
+    for name in (f".out.partial-{dead_process()}", f".out.partial-{os.getpid()}"):
+        checkpoint(tmp_path / name)
+    publication = Publication(tmp_path / "out", overwrite=False)
+    publication.require_alone()
+    other = checkpoint(tmp_path / f".out.partial-{os.getppid()}")
+    with pytest.raises(FPTQuantError, match=f"process {os.getppid()} is writing .*remove '{re.escape(str(other))}'"):
+        publication.require_alone()
+    os.utime(other, (0, 0))
+    publication.require_alone()
+
+
+def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(FPTQuantError, match="is a mount point.*choose a directory inside it"):
+            Publication(tmp_path / "out", overwrite=overwrite)
+
+
+def test_old_checkpoint_returns_when_the_new_one_cannot_be_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, moved = checkpoint(tmp_path / "out"), Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path.name == f".out.partial-{os.getpid()}":
+            raise OSError(errno.EBUSY, "busy")
+        return moved(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="busy"), Publication(target, overwrite=True):
+        pass
+    assert (target / "config.json").read_text() == OLD and listing(tmp_path) == ["out"]
+
+
 def test_target_moved_aside_by_a_killed_run_returns(tmp_path: Path) -> None:
     """A kill between "old away" and "new there" must not cost the old one."""
     checkpoint(tmp_path / f".out.partial-old-{dead_process()}")
     with pytest.raises(FPTQuantError, match="exists"):
         Publication(tmp_path / "out", overwrite=False)
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == OLD
 
 
 def test_odd_target_names(tmp_path: Path) -> None:
@@ -327,7 +370,7 @@ def test_space_is_checked_before(tmp_path: Path) -> None:
     publication = Publication(tmp_path / "not" / "yet" / "out", overwrite=False)
     free = shutil.disk_usage(tmp_path).free
     publication.require_space(free // 2)
-    with pytest.raises(FPTQuantError, match=r"GB free, but the checkpoint needs about .* GB"):
+    with pytest.raises(FPTQuantError, match=r"MB free, but the checkpoint needs about .* MB"):
         publication.require_space(free * 2)
     assert listing(tmp_path) == []
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import fptquant
 from fptquant import cli, pipeline, planning
 from fptquant.checkpoint import writer
 from fptquant.checkpoint.publication import Publication
+from fptquant.training.state import RunState
 from tests.conftest import TEXT
 
 ROOT = Path(fptquant.__file__).parents[1]
@@ -147,6 +149,20 @@ def test_without(run: Run, model: Path, calibration: Path, tmp_path: Path) -> No
     assert config["quantization_config"]["transforms"]["residual_scale"] is False
 
 
+def test_dry_run_checks_the_output(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--calibration", calibration, *SMALL, "--dry-run")
+    with RunState(tmp_path / ".out.state", {"recipe": "other"}) as state:
+        state.save("x", {"a": torch.zeros(1)})
+        assert "the state of an unfinished run" in one_error(run_quiet(run, model, "-o", tmp_path / "out", *options))
+        assert state.load("x") is not None
+
+
+def test_two_runs_for_one_output(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
+    line = one_error(run_quiet(run, model, "-o", tmp_path / "out", "--calibration", calibration, *SMALL))
+    assert f"process {os.getppid()} is writing" in line and f"remove '{tmp_path}/.out.partial-{os.getppid()}'" in line
+
+
 def test_dry_run_writes_nothing(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
     result = run("quantize", model, "-o", tmp_path / "a" / "out", "--calibration", calibration, *SMALL, "--dry-run")
@@ -157,6 +173,10 @@ def test_dry_run_writes_nothing(run: Run, model: Path, calibration: Path, tmp_pa
 def test_recipes_and_version(run: Run) -> None:
     result = run("recipes")
     assert result.code == 0 and all(word in result.out for word in ("fptquant", "gptq", "rtn", "w4a4kv4", "S_n"))
+    recipe = yaml.safe_load(run("recipes", "fptquant-best").out)
+    assert fptquant.recipe.Recipe.parse(recipe).digest() == fptquant.recipe.Recipe.load("fptquant-best").digest()
+    fields = run("recipes", "--fields").out
+    assert all(word in fields for word in ("rounding.damping", "0.01", "transforms.T_d.block", "kl_top", "nearest"))
     result = run("--version")
     assert result.code == 0 and result.out.strip() == f"fptquant {fptquant.__version__}"
 
@@ -247,6 +267,7 @@ def test_quantize_with_a_budget(run: Run, model: Path, calibration: Path, tmp_pa
     result = run("quantize", model, "-o", tmp_path / "out", *options)
     assert result.code == 0, result.err
     assert "sites 2" in result.out and "measure sites" in result.out
+    assert re.search(r"budget: more bits for \S+ \d, \S+ \d; KL divergence [\d.]+ -> [\d.]+", result.out)
     assert len(json.loads((tmp_path / "out" / "fptquant" / "budget.json").read_text())["choices"]) == 2
     assert verify(run, tmp_path / "out", model).code == 0
 
@@ -298,9 +319,8 @@ def test_verify_notices_transforms_that_do_not_cancel(
 def test_verify_against_another_model(
     run: Run, quantized: Path, save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert verify(run, quantized, save_model(tmp_path / "same_sizes", "bias", seed=9)).code == 1
-    other = save_model(tmp_path / "other_sizes", "gqa")
-    assert "was not made from" in one_error(verify(run, quantized, other))
+    for other in (save_model(tmp_path / "same_sizes", "bias", seed=9), save_model(tmp_path / "other_sizes", "gqa")):
+        assert "was not made from" in one_error(verify(run, quantized, other))
 
 
 # -- bad input --
@@ -401,6 +421,9 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
     "broken tokenizer": (write("tokenizer.json", b"{"), "has no usable tokenizer"),
     "quantized already": (edit_config(quantization_config={"quant_method": "fptquant"}), "is quantized already"),
     "smaller vocabulary": (edit_config(vocab_size=100), "do not belong together"),
+    "no layers": (edit_config(num_hidden_layers=0), "describes a model without layers"),
+    "unknown RoPE": (edit_config(rope_parameters={"rope_type": "round", "rope_theta": 1e4}), "config.json"),
+    "unknown type": (edit_config(dtype="float8_e4m3fn"), "config.json describes no model: TypeError"),
 }  # fmt: skip
 
 
@@ -433,7 +456,9 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "precision": (["--precision", "w4a8kv9"], "unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
     "transform": (["--without", "T_q"], "unknown transform 'T_q': did you mean 'T_"),
     "rounding": (["--rounding", "up"], "rounding.method"),
-    "budget": (["--budget", "4"], "unknown field 'budget.4'"),
+    "budget": (["--budget", "4"], "--budget: '4' is no limit: give sites=N, extra_bytes=N or target_kl=X"),
+    "budget of something": (["--budget", "layers=4"], "unknown field 'budget.layers'"),
+    "endless budget": (["--budget", "target_kl=inf"], "budget.target_kl"),
     "budget without a number": (["--budget", "sites="], "budget.sites: "),
     "two budgets": (["--budget", "sites=2,target_kl=1"], "budget.sites: "),
     "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
@@ -464,6 +489,9 @@ def test_bad_option(
         ("roundin: {method: gptq}", "unknown field 'roundin': did you mean 'rounding'?"),
         ("precision: w4a4", "unknown precision 'w4a4': did you mean"),
         ("transforms: [T_z]", "unknown transform 'T_z'"),
+        ("transforms: [T_k, T_d: {block: 7}]", "block must be a power of two, got 7"),
+        ("transforms: [T_k, [T_d]]", "unknown transform"),
+        ("scales: {steps: 2}\nend_to_end: {steps: 2, teacher: online}", "scales.teacher have to be the same"),
         ("transforms: {T_d: {block: 7}}", "block must be a power of two, got 7"),
         ("transforms: {T_d: {block: 64}}", "block 64 does not divide the intermediate size 72"),
         ("overrides: [{modules: 're:.*nothing'}]", "'re:.*nothing' matches no linear layer"),
@@ -487,8 +515,11 @@ def test_output_that_exists(run: Run, model: Path, calibration: Path, tmp_path: 
     before = tree(tmp_path)
     assert "exists: choose another output or pass --overwrite" in one_error(run("quantize", model, "-o", out, *options))
     line = one_error(run("quantize", model, "-o", home, "--overwrite", *options))
-    assert "is no model directory; --overwrite only replaces one" in line
-    assert "holds the source model" in one_error(run("quantize", model, "-o", model, "--overwrite", *options))
+    assert "is no checkpoint of fptquant; --overwrite only replaces one" in line
+    (home / "config.json").write_text('{"my": "settings"}')
+    assert "is no checkpoint of fptquant" in one_error(run("quantize", model, "-o", home, "--overwrite", *options))
+    (home / "config.json").unlink()
+    assert "is no checkpoint of fptquant" in one_error(run("quantize", model, "-o", model, "--overwrite", *options))
     assert tree(tmp_path) == before
     assert run("quantize", model, "-o", out, "--overwrite", *options).code == 0  # an empty directory
     first = tree(out)
@@ -541,7 +572,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small_is_found_before(run: Run, model: Path, calibration: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * 200_000)
     options = ("-o", small_disk / "out", "--calibration", calibration, *SMALL)
-    assert "GB free, but the checkpoint needs about" in one_error(run("quantize", model, *options))
+    assert "MB free, but the checkpoint needs about" in one_error(run("quantize", model, *options))
     assert os.listdir(small_disk) == ["filler"]
 
 
@@ -553,7 +584,7 @@ def test_disk_that_fills_up(
         (small_disk / "filler").write_bytes(b"x" * filled)
         options = ("-o", small_disk / "out", "--calibration", calibration, *SMALL)
         assert "is full: free some space" in one_error(run_quiet(run, model, *options))
-        assert set(os.listdir(small_disk)) == {"filler", ".out.state"}
+        assert set(os.listdir(small_disk)) - {".out.state"} == {"filler"}
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -570,7 +601,8 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
         text=True,
     )
     deadline = time.monotonic() + 180  # a busy machine takes long to import torch
-    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
+    sign_of_life = ".out.state/local.safetensors" if sign is signal.SIGKILL else ".out.partial-*"
+    while not list(tmp_path.glob(sign_of_life)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(sign)
     error = process.communicate(timeout=60)[1]
@@ -580,10 +612,15 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
     if sign is signal.SIGINT:
         assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
     options = ("-o", tmp_path / "out", "--calibration", calibration, *SMALL)
-    if (tmp_path / ".out.state" / "signature.json").is_file():
-        assert "another data, recipe: finish that run" in one_error(run_quiet(run, model, *options))
-    assert run("quantize", model, *options, "--fresh").code == 0
-    assert sorted(os.listdir(tmp_path)) == ["model", "out"]
+    if sign is signal.SIGINT:
+        assert run("quantize", model, *options, "--fresh").code == 0
+        assert sorted(os.listdir(tmp_path)) == ["model", "out"]
+        return
+    assert "another data, recipe: finish that run" in one_error(run_quiet(run, model, *options))
+    for name in ("out", "whole"):
+        assert run("quantize", model, "-o", tmp_path / name, *long).code == 0
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "whole")["model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["model", "out", "whole"]
 
 
 @pytest.mark.parametrize(
@@ -593,6 +630,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
         (["--text", SHORT, "--windows", "9999"], "need 5119488: lower --windows or --length"),
         (["--text", SHORT, "--length", "1025"], "--length: 1025 tokens are more than the 1024 that the model has"),
         (["--text", SHORT, "--json", "no/such/folder/x.json"], "--json: "),
+        (["--text", SHORT, "--json", "/"], "--json: '/' is a directory: name a file"),
     ],
 )
 def test_evaluate_bad_input(

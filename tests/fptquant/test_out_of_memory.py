@@ -44,7 +44,7 @@ RECIPE = {
     "transforms": ["T_u"],
     "rounding": {"method": "nearest"},
     "head_bits": 16,
-    "calibration": {"source": str(TEXT), "sequences": 2, "length": 512},
+    "calibration": {"source": str(TEXT), "sequences": 4, "length": 1024},
     "local": {"steps": 2},
     "training": {"sequences": 1, "length": 1024},
 }
@@ -84,8 +84,8 @@ def test_training_goes_on_with_what_was_finished(model: Path, recipe: Callable[.
     arguments = ("quantize", model, "-o", tmp_path / "out", "--recipe")
     result = command("train transforms end to end", 150, *arguments, recipe(end_to_end={"steps": 1}))
     assert last_line(result) == (
-        "error: out of memory in stage 'train transforms end to end': set end_to_end.gradient_checkpointing: true, "
-        "lower training.length, or free some memory, and run again to continue"
+        "error: out of memory in stage 'train transforms end to end': set end_to_end.gradient_checkpointing: true "
+        "or free some memory, and run again to continue; or lower training.length and pass --fresh"
     )
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.partial*"))
     state = tmp_path / ".out.state" / "local.safetensors"
@@ -93,8 +93,8 @@ def test_training_goes_on_with_what_was_finished(model: Path, recipe: Callable[.
     changed = recipe(end_to_end={"steps": 1, "gradient_checkpointing": True})
     result = command("calibrate and round", 10, *arguments, changed)
     assert last_line(result) == (
-        "error: out of memory in stage 'calibrate and round': lower calibration.sequences or calibration.length, "
-        "or free some memory, and run again to continue"
+        "error: out of memory in stage 'calibrate and round': free some memory, and run again to continue; "
+        "or lower calibration.sequences or calibration.length and pass --fresh"
     )
     assert state.stat().st_mtime_ns == finished and (state.parent / "end_to_end.safetensors").is_file()
     assert command("none", 0, *arguments, changed).returncode == 0
@@ -109,14 +109,20 @@ def test_training_of_scales(model: Path, recipe: Callable[..., Path], tmp_path: 
         "train scales and ranges", 150, "quantize", model, "-o", tmp_path / "out", "--recipe", recipe(**scales)
     )
     line = last_line(result)
-    assert line.startswith("error: out of memory in stage 'train scales and ranges': lower training.length, or free")
+    assert line == (
+        "error: out of memory in stage 'train scales and ranges': free some memory, and run again to continue; "
+        "or lower training.length and pass --fresh"
+    )
     assert len(list((tmp_path / ".out.state").glob("layer-*.safetensors"))) == 2
+    shorter = recipe(**scales, training={"sequences": 1, "length": 16})
+    result = command("none", 0, "quantize", model, "-o", tmp_path / "out", "--recipe", shorter, "--fresh")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
 def test_evaluate(model: Path) -> None:
     result = command("evaluate", 10, "evaluate", model, "--text", TEXT, "--windows", 1, "--length", 1024)
-    assert last_line(result).startswith("error: out of memory in stage 'evaluate': lower --length, or free")
+    assert last_line(result).startswith("error: out of memory in stage 'evaluate': free some memory, and run")
 
 
 def test_what_counts_as_out_of_memory() -> None:

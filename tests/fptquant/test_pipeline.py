@@ -284,11 +284,17 @@ def test_a_checkpoint_that_reads_back_differently_is_not_published(
 
 
 def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, calibration: dict[str, Any]) -> None:
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "quantized" / "model")
+    config = {"quantization_config": {"quant_method": "fptquant"}}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     before = contents(model)
     job = planning.plan(model, Recipe.parse({"calibration": calibration}))
-    for target in (model, model / ".." / "model"):
-        with pytest.raises(FPTQuantError, match="holds the source model"):
+    for target, message in (
+        (model, "is no checkpoint of fptquant"),
+        (model / ".." / "model", "is no checkpoint of fptquant"),
+        (tmp_path / "quantized", "holds the source model"),
+    ):
+        with pytest.raises(FPTQuantError, match=message):
             pipeline.quantize(job, target, overwrite=True)
     assert contents(model) == before
 

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from fptquant.checkpoint import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
 from fptquant.errors import FPTQuantError
-from tests.vllm_fptquant.layers import FUSED, build_linear, quant_config
+from tests.vllm_fptquant.layers import FUSED, build_attention, build_linear, quant_config
 from vllm_fptquant.config import FPTQuantConfig
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
@@ -63,6 +63,12 @@ def test_exact_mode_is_for_cpus(pretend_gpu: Callable[[int], None], serving: Cal
     serving(additional_config={"fptquant": {"exact": True}})
     with pytest.raises(FPTQuantError, match="exact serves on CPUs only"):
         build_linear("down", quant_config())
+
+
+def test_exact_mode_is_for_quantized_caches(serving: Callable[..., None]) -> None:
+    serving(additional_config={"fptquant": {"exact": True}})
+    with pytest.raises(FPTQuantError, match="exact needs a quantized KV cache"):
+        build_attention(quant_config(kv_cache=KVCacheScheme(bits=16)))
 
 
 DIVISION = "eager_numerics.division_rounding"

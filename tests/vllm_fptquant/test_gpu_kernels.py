@@ -331,6 +331,13 @@ class TestLayer:
         finally:
             torch.set_float32_matmul_precision(before)
 
+    def test_batch_invariant_products_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+        layer = build_linear("down", config, params_dtype=torch.bfloat16)
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        with pytest.raises(FPTQuantError, match="VLLM_BATCH_INVARIANT would change the Hadamard transform"):
+            load(layer, exact_tensors("down", config))
+
 
 TRITON_INTERPRETED = """
 import importlib.util, sys, types

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fptquant.checkpoint import (
     ActivationScheme,
     DownHadamard,
     KVCacheScheme,
+    Sink,
     TransformRecord,
     WeightScheme,
     hadamard_factors,
@@ -30,6 +32,7 @@ from tests.vllm_fptquant.layers import (
     HEADS,
     HIDDEN,
     KV_HEADS,
+    SHARDS,
     build_attention,
     build_linear,
     load,
@@ -67,15 +70,15 @@ CASES = [
 
 
 class SoundCheckpoint(TorchDispatchMode):
-    """Answers what loading asks of values, which fake tensors have none of: no check fails, K is `in_features`."""
+    """Answers what loading asks of values, which fake tensors have none of: no check fails, `weight_shape` is right."""
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.in_features = in_features
+        self.sizes = itertools.cycle(size for _, _, rows in SHARDS[kind] for size in (rows, COLUMNS[kind]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else self.in_features
+            return False if args[0].dtype == torch.bool else next(self.sizes)
         return func(*args, **(kwargs or {}))
 
 
@@ -91,9 +94,9 @@ def cuda_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @contextmanager
-def fake_cuda(in_features: int) -> Iterator[None]:
+def fake_cuda(kind: str) -> Iterator[None]:
     hadamard_factors(BLOCK)  # cached: must not become fake
-    with FakeTensorMode(allow_non_fake_inputs=True), SoundCheckpoint(in_features):
+    with FakeTensorMode(allow_non_fake_inputs=True), SoundCheckpoint(kind):
         yield
 
 
@@ -135,7 +138,7 @@ def test_fake_cuda(case: tuple[str, int, int, bool], kind: str, dtype: torch.dty
     layer = build(kind, *case, params_dtype=dtype, bias=bias)
     layer.quant_method.fast_hadamard = fast
     n = HIDDEN if kind == "down" else 256
-    with fake_cuda(COLUMNS[kind]):
+    with fake_cuda(kind):
         move_to_fake_cuda(layer)
         layer.quant_method.process_weights_after_loading(layer)
         buffers = dict(layer.named_buffers())
@@ -153,7 +156,7 @@ def test_fake_cuda(case: tuple[str, int, int, bool], kind: str, dtype: torch.dty
 @pytest.mark.usefixtures("cuda_guard")
 def test_fake_run_notices_a_tensor_on_the_wrong_device() -> None:
     layer = build("down", "cutlass-int8", 4, 8, True, params_dtype=torch.bfloat16)
-    with fake_cuda(COLUMNS["down"]):
+    with fake_cuda("down"):
         move_to_fake_cuda(layer)
         layer.quant_method.process_weights_after_loading(layer)
         layer.fptquant_gpu.low = torch.zeros(COLUMNS["down"])
@@ -231,12 +234,13 @@ def test_inductor_divides_exactly_on_gpus() -> None:
 @pytest.mark.usefixtures("cuda_guard")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("strategy", ["tensor", "head"])
-def test_kv_cache_on_fake_cuda(strategy: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sink", [None, Sink(token=1)], ids=["no sink", "sink"])
+def test_kv_cache_on_fake_cuda(strategy: Literal["tensor", "head"], sink: Sink | None, dtype: torch.dtype) -> None:
     """Keys and values are quantized where they are; nothing waits for the GPU."""
     scheme = KVCacheScheme(bits=4, strategy=strategy)
-    attention = build_attention(quant_config(kv_cache=scheme))
+    attention = build_attention(quant_config(kv_cache=scheme, sink=sink))
     assert attention.use_direct_call is False  # through vLLM's operators, as it wants it on GPUs
-    with fake_cuda(0):
+    with fake_cuda("qkv"):
         move_to_fake_cuda(attention)
         attention.quant_method.process_weights_after_loading(attention)
         for name, buffer in attention.named_buffers():
@@ -248,5 +252,6 @@ def test_kv_cache_on_fake_cuda(strategy: str, dtype: torch.dtype) -> None:
         first = torch.empty(5, dtype=torch.int64, device="cuda")
         masks = FPTQuantLlamaModel._first_tokens(SimpleNamespace(sink_token=1), first, first, None)
         assert masks is not None and masks.at_token.device.type == "cuda"
-        output = attention(query, key, value)
+        where = masks.at_token | (masks.at_start & attention.fptquant_sink_steady) if sink else None
+        output = attention(query, key, value, sink=where)
         assert output.shape == query.shape and output.dtype == dtype and output.device.type == "cuda"

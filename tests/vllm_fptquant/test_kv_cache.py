@@ -58,6 +58,11 @@ def tensors_for(scheme: KVCacheScheme, heads: int = KV_HEADS, seed: int = 0) -> 
     return tensors
 
 
+def constants() -> dict[str, Tensor]:
+    steady = torch.tensor(1, dtype=torch.int32)
+    return {"k_sink": torch.ones(KV_HEADS, HEAD_DIM), "v_sink": torch.ones(KV_HEADS, HEAD_DIM), "sink_steady": steady}
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """What reaches vLLM's attention; it answers with the query."""
@@ -172,6 +177,27 @@ class TestBadCheckpoints:
         with pytest.raises(FPTQuantError, match=f"model.layers.0.self_attn.{missing} is missing"):
             Model(scheme).load(tensors)
 
+    @pytest.mark.parametrize("missing", ["k_sink", "v_sink", "sink_steady"])
+    def test_missing_constant(self, missing: str) -> None:
+        scheme = KVCacheScheme(bits=4)
+        tensors = tensors_for(scheme) | constants()
+        del tensors[missing]
+        with pytest.raises(FPTQuantError, match=f"model.layers.0.self_attn.{missing} is missing"):
+            Model(scheme, Sink(token=0)).load(tensors)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("sink_steady", torch.tensor(7, dtype=torch.int32), "neither 0 nor 1"),
+            ("k_scale", torch.tensor([1e-39]), "k_sink is missing, not finite, or too large for its scale"),
+            ("v_sink", torch.zeros(KV_HEADS, 5), r"v_sink has shape \[2, 5\], but \[2, 32\] is needed"),
+        ],
+    )
+    def test_bad_constant(self, name: str, value: Tensor, message: str) -> None:
+        scheme = KVCacheScheme(bits=4)
+        with pytest.raises(FPTQuantError, match=message):
+            Model(scheme, Sink(token=0)).load(tensors_for(scheme) | constants() | {name: value})
+
     @pytest.mark.parametrize("bad", [float("nan"), 0.0, -1.0])
     def test_bad_scale(self, bad: float) -> None:
         scheme = KVCacheScheme(bits=4, strategy="head")
@@ -194,8 +220,13 @@ class TestBadCheckpoints:
 
     def test_per_head_scales_for_a_per_tensor_scheme(self) -> None:
         tensors = tensors_for(KVCacheScheme(bits=4, strategy="head"))
-        with pytest.raises(FPTQuantError, match="k_scale: 2 values, but strategy 'tensor' needs one"):
+        with pytest.raises(FPTQuantError, match=r"k_scale has shape \[2\], but \[1\] is needed here"):
             Model(KVCacheScheme(bits=4)).load(tensors)
+
+    def test_one_scale_for_a_scheme_per_head(self) -> None:
+        scheme = KVCacheScheme(bits=4, strategy="head")
+        with pytest.raises(FPTQuantError, match="k_scale: 1 heads, but the model has 2 KV heads"):
+            Model(scheme).load(tensors_for(scheme) | {"k_scale": torch.tensor(0.1)})
 
     def test_scales_nothing_asked_for(self) -> None:
         scheme = KVCacheScheme(bits=16)
@@ -223,10 +254,15 @@ def test_cache_types(cache: str, dtype: torch.dtype, largest: int, exact: bool) 
     attention = build_attention(None)
     attention.kv_cache_dtype, attention.kv_cache_torch_dtype = cache, dtype
     if exact:
-        require_exact_cache("layer", attention, largest)
+        require_exact_cache("layer", attention, largest, sink=False)
     else:
         with pytest.raises(FPTQuantError, match=f"{cache} cannot hold integers up to {largest} exactly"):
-            require_exact_cache("layer", attention, largest)
+            require_exact_cache("layer", attention, largest, sink=False)
+    if cache == "fp8":
+        with pytest.raises(FPTQuantError, match="fp8 would round the first token's constants"):
+            require_exact_cache("layer", attention, largest, sink=True)
+    elif exact and "fp8" not in cache:
+        require_exact_cache("layer", attention, largest, sink=True)
 
 
 def test_backend_that_quantizes_the_query_is_refused() -> None:

@@ -29,6 +29,7 @@ from tests.vllm_fptquant.layers import (
     quant_config,
     random_tensors,
 )
+from vllm_fptquant.models.llama import project
 
 KINDS = list(SHARDS)
 HADAMARD = TransformRecord(down_hadamard=DownHadamard(block=32))
@@ -61,6 +62,20 @@ def test_sixteen_bit_input_gives_sixteen_bit_output(dtype: torch.dtype) -> None:
     assert torch.equal(output, expected(tensors, x, 8).to(dtype))
     # A float32 input, as residual scaling makes it, keeps the output in float32.
     assert torch.equal(layer(x.float())[0], expected(tensors, x, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plain", [True, False], ids=["in the kernel's layer", "around it"])
+def test_division_by_s_comes_before_rounding(dtype: torch.dtype, plain: bool) -> None:
+    """The product alone can be too large for 16 bits."""
+    config = quant_config()
+    tensors = random_tensors("down", config)
+    layer = load(build_linear("down", config, params_dtype=dtype), tensors)
+    layer.fptquant_plain = plain
+    x, S = torch.randn(6, COLUMNS["down"]).to(dtype), torch.full((6, 1), 2.0**20)
+    x = x / 2**14
+    found, _ = project(layer, x, S, undo=True)
+    assert torch.equal(found, (expected(tensors, x * S, 8) / S).to(dtype))
 
 
 def test_scales_keep_their_precision_in_a_16_bit_model() -> None:
@@ -157,6 +172,43 @@ class TestBadCheckpoints:
         tensors = random_tensors("down", quant_config())
         tensors[None]["weight_shape"] = torch.tensor([HIDDEN, 100])
         self.fails("down", tensors, "down_proj.weight_shape: 100 input features, but the model has 96")
+
+    @pytest.mark.parametrize("factor", [2, 0.5])
+    @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+    def test_more_or_fewer_rows(self, kind: str, factor: float) -> None:
+        """vLLM takes the first rows of a larger tensor, and stops without a word at a smaller one."""
+        tensors = random_tensors(kind, quant_config())
+        shard, name, rows = SHARDS[kind][0]
+        given = round(rows * factor)
+        for tensor in ("weight_packed", "weight_scale"):
+            tensors[shard][tensor] = torch.cat([tensors[shard][tensor]] * 2)[:given]
+        tensors[shard]["weight_shape"] = torch.tensor([given, HIDDEN])
+        message = f"{name}.weight_shape: {given} output features, but the model has {rows}"
+        fits = rf"{name}.weight_packed is torch.int32 of shape \[{given}, 8\], which doesn't fit the model"
+        self.fails(kind, tensors, message if factor > 1 else fits)
+
+    def test_columns_that_contradict_the_shape(self) -> None:
+        tensors = random_tensors("down", quant_config())
+        tensors[None]["weight_packed"] = tensors[None]["weight_packed"].repeat(1, 2)
+        self.fails("down", tensors, r"down_proj.weight_packed has shape \[64, 24\], not \[64, 12\]")
+
+    def test_wrong_type(self) -> None:
+        """Words of 32 bits lose some in float32."""
+        tensors = random_tensors("qkv", quant_config())
+        tensors["v"]["weight_packed"] = tensors["v"]["weight_packed"].float()
+        self.fails("qkv", tensors, "v_proj.weight_packed is torch.float32 of shape .* expected torch.int32")
+
+    def test_several_input_scales(self) -> None:
+        tensors = random_tensors("qkv", quant_config())
+        tensors["k"]["input_scale"] = torch.ones(2)
+        self.fails("qkv", tensors, r"k_proj.input_scale is torch.float32 of shape \[2\], which doesn't fit")
+
+    @pytest.mark.parametrize("zero_point", [-9, 8])
+    def test_zero_point_that_is_no_code(self, zero_point: int) -> None:
+        fields = {"activations": ActivationScheme(bits=4, symmetric=False)}
+        tensors = random_tensors("down", quant_config(**fields))
+        tensors[None]["input_zero_point"].fill_(zero_point)
+        self.fails("down", tensors, r"down_proj.input_zero_point is missing or outside of \[-8, 7\]", **fields)
 
 
 class TestTensorParallel:

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 from vllm_fptquant.models.llama import FPTQuantLlamaForCausalLM
 
@@ -126,6 +127,27 @@ def test_buffers_between_stages_have_what_is_passed(stage: Callable[[int, int], 
     assert passed.tensors.keys() == empty.tensors.keys()
     assert all(passed[name].shape == empty[name].shape for name in empty.tensors)
     assert all(passed[name].dtype == empty[name].dtype for name in empty.tensors)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.1.input_layernorm", "model.norm"])
+def test_missing_tensor(name: str, checkpoint: Path, config: VllmConfig) -> None:
+    """VLLM would go on with whatever is in memory."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[f"{name}.weight"]
+    with pytest.raises(FPTQuantError, match=f"the checkpoint has no {name}.weight: it is incomplete"):
+        Stage(0, 1, checkpoint, config, tensors)
+
+
+def test_embeddings_in_place_of_tokens_are_refused(checkpoint: Path, config: VllmConfig) -> None:
+    config.model_config.enable_prompt_embeds = True
+    with pytest.raises(FPTQuantError, match="needs token ids: leave --enable-prompt-embeds out"):
+        Stage(0, 1, checkpoint, config)
+
+
+def test_architecture_without_its_quantization(checkpoint: Path, config: VllmConfig) -> None:
+    config.quant_config = None
+    with pytest.raises(FPTQuantError, match="its quantization_config isn't fptquant's"):
+        Stage(0, 1, checkpoint, config)
 
 
 def compiled(stage: Stage) -> tuple[Callable[..., Any], list[torch.fx.GraphModule]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm import envs
 
 from fptquant.checkpoint import block_hadamard, hadamard_factors, quantize
 from fptquant.errors import FPTQuantError
@@ -106,6 +107,11 @@ class BlockHadamard(torch.nn.Module):
             FPTQuantError: products of float32 matrices are allowed to round their factors.
         """
         super().__init__()
+        if envs.VLLM_BATCH_INVARIANT:  # Triton's products of float32 matrices round them to TF32
+            raise FPTQuantError(
+                "VLLM_BATCH_INVARIANT would change the Hadamard transform at down_proj: unset it, "
+                "or quantize without T_d"
+            )
         precision = torch.get_float32_matmul_precision()
         if precision != "highest":
             raise FPTQuantError(

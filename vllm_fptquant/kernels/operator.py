@@ -32,11 +32,20 @@ class PreparedLinear:
         self.input_scale = weights.input_scale
         self.low, self.high = (bound.item() for bound in weights.bounds)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-        """Computes (..., N) of the type of `x` (..., K), multiplied by `scale` (rows, 1) first where there is one."""
+    def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None, *, undo: bool = False) -> Tensor:
+        """Computes (..., N) of the type of `x` (..., K), rounded to it once.
+
+        Args:
+            x: (..., K).
+            bias: (N,) or None.
+            scale: (rows, 1), what `x` is multiplied by first.
+            undo: divide by `scale` again, before the bias is added.
+        """
         if x.dim() > 2:
-            return self(x.flatten(0, -2), bias, scale).view(*x.shape[:-1], -1)
+            return self(x.flatten(0, -2), bias, scale, undo=undo).view(*x.shape[:-1], -1)
         output = self.kernel.matmul(self.codes(x, scale))
+        if undo and scale is not None:
+            output.div_(scale)
         if bias is not None:
             output += bias
         return output.to(x.dtype)

@@ -29,7 +29,7 @@ from vllm.model_executor.models.llama import (
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from fptquant.checkpoint import residual_scale
+from fptquant.checkpoint import CheckpointConfig, residual_scale
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
@@ -66,11 +66,10 @@ def project(
         scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale, undo))
         return scaled
     elif projection.fptquant_plain and not torch.compiler.is_compiling():
-        output, bias = FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
+        return FPTQuantLinearMethod.apply_scaled(projection, x, scale, undo=undo), None
     else:
         output, bias = projection(x * scale)  # float32, which the quantizer gets and ranks sum
-    output = output.to(x.dtype)
-    return output.div_(scale) if undo else output, bias
+    return (output.div_(scale) if undo else output).to(x.dtype), bias
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -179,9 +178,18 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
     make_empty_intermediate_tensors: Callable[[int, torch.dtype, torch.device], IntermediateTensors]
 
     def __init__(self, *, vllm_config: Any, **arguments: Any) -> None:
-        """Takes `LlamaModel`'s arguments; adds the constant final hidden state."""
+        """Takes `LlamaModel`'s arguments; adds the constant final hidden state.
+
+        Raises:
+            FPTQuantError: vLLM would pass embeddings in place of all tokens, so that the first is not known.
+        """
         super().__init__(vllm_config=vllm_config, **arguments)
         sink = vllm_config.quant_config.checkpoint.sink
+        if sink is not None and vllm_config.model_config.enable_prompt_embeds:
+            raise FPTQuantError(
+                "this checkpoint's first token is a constant, which needs token ids: leave --enable-prompt-embeds out, "
+                "or quantize with `sink: none`"
+            )
         self.sink_token: int | None = None if sink is None else sink.token
         if sink is not None and not isinstance(self.norm, PPMissingLayer):
             missing = torch.full((self.config.hidden_size,), float("nan"), dtype=torch.float32)
@@ -244,7 +252,16 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         prefix: str = "",
         layer_type: type[torch.nn.Module] = ResidualScaledDecoderLayer,
     ) -> None:
-        """Takes `LlamaForCausalLM`'s arguments."""
+        """Takes `LlamaForCausalLM`'s arguments.
+
+        Raises:
+            FPTQuantError: the checkpoint's configuration names this architecture, but another quantization or none.
+        """
+        if not isinstance(getattr(vllm_config.quant_config, "checkpoint", None), CheckpointConfig):
+            raise FPTQuantError(
+                "config.json names an architecture of fptquant, but its quantization_config isn't fptquant's: "
+                "quantize the model again"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
@@ -254,10 +271,15 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """As `LlamaForCausalLM.load_weights`.
 
         Raises:
-            FPTQuantError: a norm before a scaled block has a gain, which our layers leave out; or the constant of a
-                sink is missing.
+            FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; or a norm before a scaled block
+                has a gain, which our layers leave out.
         """
         loaded: set[str] = super().load_weights(weights)
+        missing = [name for name, _ in self.named_parameters() if name not in loaded]
+        if missing:  # vLLM looks at this in unquantized models only
+            raise FPTQuantError(
+                f"the checkpoint has no {', '.join(missing[:3])}: it is incomplete, quantize the model again"
+            )
         for name, module in self.named_modules():
             if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
                 for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -268,5 +290,5 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                         )
         constant = getattr(getattr(self.model, "norm", None), "sink_output", None)
         if constant is not None and not bool(torch.isfinite(constant).all()):
-            raise FPTQuantError("model.norm.sink_output is missing or not finite: quantize the model again")
+            raise FPTQuantError("model.norm.sink_output is not finite: quantize the model again")
         return loaded

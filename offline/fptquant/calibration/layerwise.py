@@ -60,11 +60,18 @@ def calibrate_and_round(
     layers = architecture.layer_modules(model)
     importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
     inputs = first_inputs(model, layers[0], windows)
+    ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
+
+    def catch_up() -> None:
+        for layer in ahead:
+            inputs.hidden = list(inputs.run(layer))
+        ahead.clear()
+
     for index, layer in enumerate(layers):
-        stored = store.load(f"layer-{index}") if store else None
-        if stored is not None:
-            _restore_layer(layer, stored[0])
-        for group in INPUT_GROUPS if stored is None else ():
+        stored = _restored(layer, f"layer-{index}", store)
+        if not stored:
+            catch_up()
+        for group in () if stored else INPUT_GROUPS:
             modules = [layer.get_submodule(architecture.projections[role]) for role in group]
             linears = [x for x in modules if isinstance(x, SimulatedLinear)]
             names = [architecture.projection_name(index, role) for role in group]
@@ -72,24 +79,31 @@ def calibrate_and_round(
             _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
             if Role.VALUE in group:
                 set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
-        if store is not None and stored is None:
+        if store is not None and not stored:
             store.save(f"layer-{index}", layer.state_dict())
-        inputs.hidden = list(inputs.run(layer))
+        ahead.append(layer)
         yield index
     head = model.get_submodule(architecture.head)
-    if isinstance(head, SimulatedLinear):
+    if isinstance(head, SimulatedLinear) and not _restored(head, architecture.head, store):
+        catch_up()
         inputs.arguments = {}
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
         _quantize_group([head], architecture.head, inputs, final, recipe, importance.get(architecture.head))
+        if store is not None:
+            store.save(architecture.head, head.state_dict())
 
 
-def _restore_layer(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Makes a layer what it was when it was stored."""
+def _restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
+    """Makes a layer what it was when it was stored, if it was."""
+    stored = store.load(name) if store else None
+    if stored is None:
+        return False
     for module in layer.modules():
         if isinstance(module, SimulatedLinear) and module.scheme is not None:
             module.weight = None
-    layer.load_state_dict(tensors)
+    layer.load_state_dict(stored[0])
     finish_loading(layer)
+    return True
 
 
 def _quantize_group(
@@ -124,8 +138,7 @@ def _quantize_group(
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
         seen = linears[0].quantized_input(seen)
-    hessian = second_moment(seen, importance)
-    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe, log_clip)
+    codes, scales = rounded_weights(linears, scheme.weights.bits, seen, importance, recipe, log_clip)
     sizes = [linear.out_features for linear in linears]
     for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
         linear.set_weight_codes(part, scale)
@@ -145,13 +158,28 @@ def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def rounded_weights(
-    linears: list[SimulatedLinear], bits: int, hessian: Tensor, recipe: Recipe, log_clip: Tensor | None = None
+    linears: list[SimulatedLinear],
+    bits: int,
+    seen: Tensor,
+    importance: Tensor | None,
+    recipe: Recipe,
+    log_clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass."""
+    """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass.
+
+    Args:
+        linears: the layers.
+        bits: width of the codes.
+        seen: (sequences * tokens, K) inputs.
+        importance: (sequences, tokens), weighs the Hessian's tokens.
+        recipe: ranges and rounding.
+        log_clip: (sum of N, 1), learned clipping in place of the search for scales.
+    """
     stacked = torch.cat([linear.float_weight() for linear in linears]).float()
+    nearest = recipe.rounding.method == "nearest"
+    hessian = torch.empty(0, 0) if nearest else second_moment(seen, importance)
     if log_clip is None:
-        importance = hessian.diagonal() if recipe.rounding.method != "nearest" else None
-        scales = weight_scales(stacked, bits, recipe.weight_range, importance)
+        scales = weight_scales(stacked, bits, recipe.weight_range, None if nearest else hessian.diagonal())
     else:
         scales = round_scale(channel_scale(stacked, log_clip, bits))
     return ROUNDERS[recipe.rounding.method](stacked, scales, bits, hessian, recipe.rounding), scales

@@ -58,15 +58,24 @@ def calibration_windows(
             f"calibration text '{options.source}' has {len(tokens)} tokens, but {options.sequences} sequences of "
             f"{options.length} need {needed}: give a longer text or lower --sequences or --length"
         )
-    if max(tokens) >= vocabulary:
-        raise FPTQuantError(
-            f"the tokenizer produces token {max(tokens)}, but the model's vocabulary has {vocabulary} entries: "
-            "tokenizer and model do not belong together"
-        )
+    require_known(max(tokens), vocabulary)
     count = len(tokens) // body
     windows = torch.tensor(tokens[: count * body]).view(count, body)
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: options.sequences]
-    return torch.cat((torch.tensor(prefix, dtype=torch.int64).repeat(options.sequences, 1), windows[drawn]), 1)
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64).repeat(len(drawn), 1), windows[drawn]), 1)
+
+
+def require_known(token: int, vocabulary: int) -> None:
+    """Refuses a token that the model's embedding has no row for.
+
+    Raises:
+        FPTQuantError: names both.
+    """
+    if token >= vocabulary:
+        raise FPTQuantError(
+            f"the tokenizer produces token {token}, but the model's vocabulary has {vocabulary} entries: "
+            "tokenizer and model do not belong together"
+        )
 
 
 def fingerprint(windows: Tensor) -> str:
@@ -97,7 +106,7 @@ def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
         Its id, None for none.
 
     Raises:
-        FPTQuantError: not a single token.
+        FPTQuantError: not a single token, or a chat template that fails.
     """
     if choice == "none":
         return None
@@ -109,7 +118,14 @@ def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
     first = leading_tokens(tokenizer)
     if not first and tokenizer.chat_template is not None:
         message = [{"role": "user", "content": "a"}]
-        first = encode(tokenizer, str(tokenizer.apply_chat_template(message, tokenize=False)))
+        try:
+            text = str(tokenizer.apply_chat_template(message, tokenize=False))
+        except Exception as error:  # a template is a program
+            raise FPTQuantError(
+                f"sink: the chat template fails on a user's message ({' '.join(str(error).split())}), "
+                "so that its first token isn't known: name the token, or 'none'"
+            ) from None
+        first = encode(tokenizer, text)
     return first[0] if first else None
 
 

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
+import psutil
+
+from fptquant.checkpoint.schema import QUANT_METHOD
 from fptquant.errors import FPTQuantError
+
+
+class _Staged(NamedTuple):
+    """A hidden directory of a run."""
+
+    folder: Path
+    process: int
+    moved_aside: bool  # the old target, not the new one
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it is another process's, which still runs; not one that got the number of a dead one later."""
+        if self.process == os.getpid():
+            return False
+        try:
+            return psutil.Process(self.process).create_time() <= self.folder.stat().st_mtime
+        except (psutil.NoSuchProcess, FileNotFoundError):
+            return False
+        except psutil.AccessDenied:
+            return True
 
 
 class Publication:
@@ -24,19 +49,21 @@ class Publication:
         """Checks the target and creates nothing (an old target that a killed run had moved aside returns).
 
         Raises:
-            FPTQuantError: the target exists (without `overwrite`, or it is no checkpoint), or can't be written.
+            FPTQuantError: the target exists (without `overwrite`, or it is no checkpoint of ours), or can't be written.
         """
         self.target = target.expanduser().resolve()
         if self.target.parent.is_dir() and not self.target.exists():
-            for stale, moved_aside in self._stale():
-                if moved_aside:  # killed between the two renames of `__exit__`
-                    stale.rename(self.target)
+            for stale in self._staged():
+                if stale.moved_aside and not stale.in_use:  # killed between the two renames of `__exit__`
+                    stale.folder.rename(self.target)
                     break
+        if self.target.is_mount():
+            raise FPTQuantError(f"'{target}' is a mount point, which can't be replaced: choose a directory inside it")
         if self.target.exists():
             if not overwrite:
                 raise FPTQuantError(f"'{target}' exists: choose another output or pass --overwrite to replace it")
-            if not self.target.is_dir() or (any(self.target.iterdir()) and not (self.target / "config.json").is_file()):
-                raise FPTQuantError(f"'{target}' is no model directory; --overwrite only replaces one")
+            if not self.target.is_dir() or (any(self.target.iterdir()) and not _is_ours(self.target)):
+                raise FPTQuantError(f"'{target}' is no checkpoint of fptquant; --overwrite only replaces one")
         parent = self.target.parent
         existing = next(p for p in (parent, *parent.parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -47,13 +74,22 @@ class Publication:
         self._old = parent / f".{self.target.name}.partial-old-{os.getpid()}"
         self._created: list[Path] = []
 
+    def require_alone(self) -> None:
+        """Raises FPTQuantError when another process is writing the same target."""
+        for other in self._staged():
+            if other.in_use:
+                raise FPTQuantError(
+                    f"process {other.process} is writing '{self.target}': wait for it or, if it is no fptquant, "
+                    f"remove '{other.folder}'"
+                )
+
     def require_space(self, size: int) -> None:
         """Raises FPTQuantError when the disk has not `size` bytes free."""
         free = shutil.disk_usage(self._existing_parent).free
         if free < size:
             raise FPTQuantError(
-                f"'{self._existing_parent}' has {free / 1e9:.2f} GB free, but the checkpoint needs about "
-                f"{size / 1e9:.2f} GB: free some space or choose another output"
+                f"'{self._existing_parent}' has {free / 1e6:,.1f} MB free, but the checkpoint needs about "
+                f"{size / 1e6:,.1f} MB: free some space or choose another output"
             )
 
     def __enter__(self) -> Path:
@@ -61,8 +97,9 @@ class Publication:
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
-        for stale, _ in self._stale():
-            shutil.rmtree(stale, ignore_errors=True)
+        for stale in self._staged():
+            if not stale.in_use:
+                shutil.rmtree(stale.folder, ignore_errors=True)
         self.staging.mkdir()
         return self.staging
 
@@ -82,7 +119,13 @@ class Publication:
                 self._discard()
                 raise FPTQuantError(f"'{self.target}' appeared while this run was under way: choose another output")
             self.target.rename(self._old)
-        self.staging.rename(self.target)
+        try:
+            self.staging.rename(self.target)
+        except OSError:
+            if self._old.exists():
+                self._old.rename(self.target)
+            self._discard()
+            raise
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _discard(self) -> None:
@@ -92,16 +135,13 @@ class Publication:
             with suppress(OSError):  # not empty: someone else uses it
                 folder.rmdir()
 
-    def _stale(self) -> Iterator[tuple[Path, bool]]:
-        """What killed runs left behind, and whether it is a target that one had moved aside."""
+    def _staged(self) -> Iterator[_Staged]:
+        """What runs for this target have beside it now, or left behind."""
         prefix = f".{self.target.name}.partial-"
-        for stale in sorted(self.target.parent.iterdir()):
-            kind, _, process = stale.name.removeprefix(prefix).rpartition("-")
-            if not stale.name.startswith(prefix) or kind not in ("", "old") or not process.isdigit():
-                continue
-            if int(process) != os.getpid() and _alive(int(process)):
-                continue
-            yield stale, kind == "old"
+        for folder in sorted(self.target.parent.glob("*")) if self.target.parent.is_dir() else ():
+            kind, _, process = folder.name.removeprefix(prefix).rpartition("-")
+            if folder.name.startswith(prefix) and kind in ("", "old") and process.isdigit():
+                yield _Staged(folder, int(process), kind == "old")
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -109,11 +149,10 @@ def is_disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
 
 
-def _alive(process: int) -> bool:
+def _is_ours(directory: Path) -> bool:
+    """Whether fptquant wrote a directory."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    except PermissionError:
-        return True
-    return True

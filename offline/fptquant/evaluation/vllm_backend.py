@@ -42,19 +42,20 @@ class VLLMEngine:
             model: checkpoint directory, ours or any other.
             max_length: longest prompt plus answer.
             exact: independent of the order of float32 sums, for comparing bit by bit (see `vllm_fptquant.exact`).
-            options: passed to `vllm.LLM`; float32 and eager unless said otherwise.
+            options: passed to `vllm.LLM`; eager and on CPUs float32 unless said otherwise (GPU kernels need 16 bits).
 
         Raises:
             FPTQuantError: vLLM is not installed.
         """
         if not vllm_installed():
-            raise FPTQuantError("vLLM is not installed: pip install 'vllm-fptquant[cpu]' (or [vllm] on a GPU)")
+            raise FPTQuantError("vLLM is not installed: run scripts/install.sh (--backend gpu on a GPU)")
         if exact:
             options |= {
                 "additional_config": {"fptquant": {"exact": True}},
                 "compilation_config": {"custom_ops": ["none"]},
             }
-        settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **options}
+        dtype = "auto" if torch.cuda.is_available() else "float32"
+        settings = {"dtype": dtype, "enforce_eager": True, "max_num_seqs": 8, **options}
         with _environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"):
             from vllm import LLM  # reads the logging level on import
 

@@ -20,7 +20,7 @@ class RangeOptions(BaseModel):
     method: Literal["minmax", "percentile", "lp"] = "lp"
     p: float = Field(2.0, gt=0, description="exponent of the error norm (method lp)")
     percentile: float = Field(99.99, gt=50, le=100, description="of the values kept (method percentile)")
-    grid: int = Field(32, ge=2, description="candidates per side (method lp)")
+    grid: int = Field(32, ge=2, description="half the number of candidates for each end (method lp)")
 
 
 @torch.no_grad()
@@ -102,8 +102,7 @@ def _representatives(values: Tensor) -> tuple[Tensor, Tensor]:
     # Drawn at random: a fixed stride could share a factor with the number of channels and miss most of them.
     drawn = torch.randint(count, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
     bulk = values[drawn]
-    top = _largest(values, bulk)
-    bottom = -_largest(-values, -bulk)
+    top, bottom = _extremes(values, bulk, largest=True), _extremes(values, bulk, largest=False)
     bulk = bulk[(bulk <= top[-1]) & (bulk >= bottom[-1])]
     weight = (count - 2 * _EXTREMES) / max(1, bulk.numel())
     points = torch.cat((bottom, bulk, top))
@@ -112,10 +111,14 @@ def _representatives(values: Tensor) -> tuple[Tensor, Tensor]:
     return points, counts
 
 
-def _largest(values: Tensor, sample: Tensor) -> Tensor:
-    """The `_EXTREMES` largest values, falling; a sample of them says above which threshold to look, which is faster."""
+def _extremes(values: Tensor, sample: Tensor, *, largest: bool) -> Tensor:
+    """The `_EXTREMES` largest or smallest values, from the outermost in.
+
+    A sample of them says beyond which threshold to look, which is faster.
+    """
     expected = -(-3 * _EXTREMES * sample.numel() // values.numel())  # of the sample, three times as many as needed
     if expected < sample.numel():
-        above = values[values >= torch.topk(sample, expected).values[-1]]
-        values = above if above.numel() >= _EXTREMES else values
-    return torch.topk(values, _EXTREMES).values
+        threshold = torch.topk(sample, expected, largest=largest).values[-1]
+        beyond = values[values >= threshold if largest else values <= threshold]
+        values = beyond if beyond.numel() >= _EXTREMES else values
+    return torch.topk(values, _EXTREMES, largest=largest).values

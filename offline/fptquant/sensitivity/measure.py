@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
+from fptquant.calibration.layerwise import observe_inputs, rounded_weights, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
 from fptquant.planning import Plan
@@ -134,8 +134,8 @@ class Probe:
                 scale, zero_point = search_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
                 self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
         if weights in wanted:
-            hessian = second_moment(seen, self._importance.get(weights.modules(self.job)[0]))
-            codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
+            importance = self._importance.get(weights.modules(self.job)[0])
+            codes, scale = rounded_weights(linears, scheme.weights.bits, seen, importance, recipe)
             self._codes[weights] = _Codes(codes.to(torch.int8), scale)
 
     def _record_reference(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.errors import FPTQuantError
+from fptquant.files import require_writable
 from fptquant.loading import read_json
 from fptquant.sensitivity.measure import Effect, Probe
 from fptquant.sensitivity.sites import KINDS, Site
@@ -47,8 +48,7 @@ class Results:
         self.rows: dict[tuple[str, int | None], Row] = {}
         if file is None:
             return
-        if not file.absolute().parent.is_dir():
-            raise FPTQuantError(f"--json: '{file.absolute().parent}' is not a directory")
+        require_writable("--json", file)
         if file.exists():
             self._read(read_json(file))
 
@@ -118,8 +118,13 @@ def measure_all(
         yield key
 
 
-def plot(results: Results, file: Path) -> None:
+def plot(results: Results, file: Path, name: str) -> None:
     """Draws the KL divergences: a heat map of kinds and layers where single layers were measured, else bars.
+
+    Args:
+        results: to draw.
+        file: to write.
+        name: of the model.
 
     Raises:
         FPTQuantError: can't write such a file.
@@ -148,7 +153,7 @@ def plot(results: Results, file: Path) -> None:
         axes.set_xscale("log")
         axes.invert_yaxis()
         axes.set_xlabel("KL divergence with this kind quantized in all layers, nats per token")
-    axes.set_title(f"{Path(str(results.settings.get('model'))).name}: one site quantized, all else in floating point")
+    axes.set_title(f"{name}: one site quantized, all else in floating point")
     figure.savefig(file)
 
 
@@ -160,8 +165,7 @@ def check_plot(file: Path) -> None:
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    if not file.absolute().parent.is_dir():
-        raise FPTQuantError(f"--plot: '{file.absolute().parent}' is not a directory")
+    require_writable("--plot", file)
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if file.suffix.removeprefix(".") not in known:
         raise FPTQuantError(f"--plot: '{file.name}' has no known image type; known: {', '.join(known)}")

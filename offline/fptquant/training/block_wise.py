@@ -74,7 +74,7 @@ def train_block_wise(
                 start = time.perf_counter()
                 chosen = batch(optimization.step, options.batch, len(windows), seed + index)
                 try:
-                    loss = _step(layer, inputs, expected, chosen, transforms)
+                    loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
                     optimization.update()
                 except FPTQuantError as error:
                     raise FPTQuantError(f"{architecture.layers}.{index}: {error}") from None
@@ -94,9 +94,14 @@ def _optimization(student: Student, transforms: TransformSet, options: BlockWise
 
 
 def _step(
-    layer: nn.Module, inputs: LayerInputs, expected: LayerInputs, chosen: list[int], transforms: TransformSet
+    layer: nn.Module,
+    inputs: LayerInputs,
+    expected: LayerInputs,
+    chosen: list[int],
+    transforms: TransformSet,
+    step: int,
 ) -> float:
-    """Gradients of one step; its loss."""
+    """Gradients of a step; its loss."""
     total = 0.0
     with transforms.reused(torch.float32):
         rotation = transforms.rotation(torch.float32)
@@ -107,7 +112,7 @@ def _step(
             error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
             loss = error.square().mean() / size.square().mean() / len(chosen)
             if not bool(torch.isfinite(loss)):
-                raise FPTQuantError("the loss is not finite; lower the learning rates")
+                raise FPTQuantError(f"step {step}: the loss is not finite; lower the learning rates")
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
     return total

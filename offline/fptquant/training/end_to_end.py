@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fptquant.errors import FPTQuantError
@@ -38,6 +38,12 @@ class EndToEndOptions(BaseModel):
     weight_rate: float = Field(2e-3, ge=0, description="of log scales, or log clipping, of weights")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
+            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
+        return self
 
 
 class TransformTrainingOptions(EndToEndOptions):
@@ -93,7 +99,7 @@ def train_end_to_end(
         parameter.requires_grad_(True)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        _switch_checkpointing(student, on=True)
     head = model.get_submodule(student.architecture.head)
     while optimization.step < optimization.steps:
         start, total = time.perf_counter(), 0.0
@@ -121,7 +127,13 @@ def train_end_to_end(
         }
     if options.gradient_checkpointing:
         model.gradient_checkpointing_disable()
-        model.eval()
+        _switch_checkpointing(student, on=False)
+
+
+def _switch_checkpointing(student: Student, *, on: bool) -> None:
+    """Layers are checkpointed in training mode; only they are put into it, so that nothing drops out."""
+    for layer in student.architecture.layer_modules(student.model):
+        layer.training = on
 
 
 def asked_for(options: EndToEndOptions, sequences: int, seed: int) -> set[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.errors import FPTQuantError
 from fptquant.training.optimization import Optimization
 from fptquant.transforms import TransformSet
 
@@ -31,10 +32,10 @@ class LocalOptions(BaseModel):
 
 
 def weight_norm(weight: Tensor, p: float) -> Tensor:
-    """(mean |w|^p)^(1/p)."""
+    """(mean |w|^p)^(1/p), with a gradient of 0 where all weights are 0."""
     # even powers without abs(): its gradient costs another pass
     powers = weight.square().square() if p == 4 else weight.abs().pow(p)
-    return powers.mean().pow(1 / p)
+    return powers.mean().clamp_min(torch.finfo(powers.dtype).tiny).pow(1 / p)
 
 
 def train_local(
@@ -55,6 +56,9 @@ def train_local(
 
     Yields:
         Metrics of each step.
+
+    Raises:
+        FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
     """
     layers = architecture.layer_modules(model)
     while optimization.step < optimization.steps:
@@ -65,13 +69,18 @@ def train_local(
                 for role, path in architecture.projections.items():
                     weight, _ = transforms.merge(role, index, layer.get_submodule(path).get_parameter("weight"), None)
                     loss = loss + weight_norm(weight, options.p)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                total += _backward(loss, optimization.step, f"{architecture.layers}.{index}")
             if "T_r" in transforms.names and options.rotation_rate > 0:
                 for role, path in ((Role.EMBEDDING, architecture.embedding), (Role.HEAD, architecture.head)):
                     weight = model.get_submodule(path).get_parameter("weight")
                     loss = weight_norm(transforms.merge(role, -1, weight, None)[0], options.p)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    total += float(loss.detach())
+                    total += _backward(loss, optimization.step, path)
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}
+
+
+def _backward(loss: Tensor, step: int, where: str) -> float:
+    if not bool(torch.isfinite(loss)):
+        raise FPTQuantError(f"step {step}: the loss of {where} is not finite; lower local.rate and local.rotation_rate")
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())

@@ -33,10 +33,18 @@ class Optimization:
             warmup: share of the steps in which the rate rises linearly; it falls by a cosine to a tenth after that.
             clip: largest norm of each group's gradient; None for no limit.
             betas: of Adam.
+
+        Raises:
+            FPTQuantError: no parameter is left to train.
         """
         self.groups = {name: (rate, dict(parameters)) for name, (rate, parameters) in groups.items() if rate > 0}
         self.steps, self.warmup, self.clip = steps, max(1, round(warmup * steps)), clip
         self.step = 0
+        if not self.parameters:
+            raise FPTQuantError(
+                "there is nothing to train: every learning rate of the stage is 0, or what it belongs to is switched "
+                "off; set the stage's steps to 0"
+            )
         for _, parameters in self.groups.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -69,7 +77,9 @@ class Optimization:
         """
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise FPTQuantError(f"step {self.step}: the gradient of {name} is not finite; lower the learning rate")
+                first = torch.argwhere(~torch.isfinite(parameter.grad))[0]
+                where = f"{name}[{int(first[0])}]" if len(first) > 1 else name  # transforms are stacked by layer
+                raise FPTQuantError(f"step {self.step}: the gradient of {where} is not finite; lower the learning rate")
         norms = {}
         for (name, (rate, named)), group in zip(self.groups.items(), self._adam.param_groups, strict=True):
             limit = math.inf if self.clip is None else self.clip

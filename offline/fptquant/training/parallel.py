@@ -29,6 +29,12 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def share(items: list[Item]) -> list[Item]:
     """This process's part of a batch."""
     rank, count = ranks()

@@ -32,6 +32,7 @@ from fptquant.transforms import TransformSet
 
 # names of states and in the metrics file
 LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
+SHORTER = "lower training.length and pass --fresh"  # where memory runs out
 _FIRST_SEQUENCES = 16  # for ranges that are trained next
 
 
@@ -46,8 +47,12 @@ class MetricsFile:
     """JSON lines, one a step; a resumed run drops the steps it does again."""
 
     def __init__(self, file: Path) -> None:
-        """Args: file is made with its first line."""
+        """Args: file is made with its first line; of an earlier run's, a last line that was cut off is dropped."""
         self.file = file
+        if parallel.is_main() and file.is_file():
+            whole, end, torn = file.read_bytes().rpartition(b"\n")
+            if torn:
+                file.write_bytes(whole + end)
 
     def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Appends one line."""
@@ -78,7 +83,6 @@ def make_teacher(job: Plan, state: RunState, stages: Stages) -> Teacher:
     cache = state.directory / "teacher" if options.teacher == "cached" else None
     teacher = Teacher(load_model(job.source), job.source.architecture, job.training_windows, cache)
     if cache is not None:
-        state.start()
         seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
         for sequence in stages.track(sorted(seen), len(seen)):
             teacher.hidden(sequence)
@@ -109,14 +113,7 @@ def train_transforms(
     if finished and finished[1]["step"] == trained[stages_on[-1]]:
         _restore_transforms(transforms, finished[0])
         return layer_clipping(_part(finished[0], _CLIPPING))
-    model = load_model(job.source)
-    for _ in merge_transforms(model, architecture, TransformSet({}, architecture.shape(model.config), 0)):
-        pass
-    transforms.requires_grad_(False)
-    if start_is_measured(transforms):
-        with stages.stage("measure activations", "lower calibration.length"):
-            first = 0 if job.config.sink is None else 1
-            start_from_activations(model, architecture, transforms, job.windows, first)
+    model = start_transforms(job, stages)
     if recipe.local.steps:
         with stages.stage("train transforms on weights"):
             local = recipe.local
@@ -126,7 +123,7 @@ def train_transforms(
             _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
     if not (recipe.block_wise.steps or recipe.end_to_end.steps):
         return {}
-    with stages.stage("first ranges", "lower calibration.sequences or calibration.length"):
+    with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
         calibrated = copy.deepcopy(model)
         for _ in merge_transforms(calibrated, architecture, transforms):
             pass
@@ -148,11 +145,12 @@ def train_transforms(
     del calibrated
     transforms.requires_grad_(False)
     if recipe.block_wise.steps:
-        with stages.stage("train transforms layer by layer", "lower training.sequences or training.length"):
+        fewer = "lower training.sequences or training.length and pass --fresh"
+        with stages.stage("train transforms layer by layer", fewer):
             _run_block_wise(job, student, state, stages, metrics)
     if options.steps:
         assert teacher is not None
-        with stages.stage("train transforms end to end", spare_memory("end_to_end", options)):
+        with stages.stage("train transforms end to end", SHORTER, neutral=checkpointing("end_to_end", options)):
             groups = range_groups(student, options)
             groups |= transform_groups(transforms, options.transform_rate, options.rotation_rate)
             optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
@@ -162,15 +160,27 @@ def train_transforms(
     return layer_clipping(student.weight_parameters())
 
 
+def start_transforms(job: Plan, stages: Stages) -> PreTrainedModel:
+    """Gives transforms whose start depends on activations theirs, and returns the source with its norms folded."""
+    model, architecture = load_model(job.source), job.source.architecture
+    for _ in merge_transforms(model, architecture, TransformSet({}, architecture.shape(model.config), 0)):
+        pass
+    job.transforms.requires_grad_(False)
+    if start_is_measured(job.transforms):
+        with stages.stage("measure activations", "lower calibration.length and pass --fresh"):
+            first = 0 if job.config.sink is None else 1
+            start_from_activations(model, architecture, job.transforms, job.windows, first)
+    return model
+
+
 def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Clipping by the name of the layer, out of a student's parameters."""
     return {name.removesuffix(".log_clip"): value.detach() for name, value in parameters.items()}
 
 
-def spare_memory(name: str, options: EndToEndOptions) -> str:
-    """What makes the stage of the recipe's field `name` need less memory."""
-    checkpointing = "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true, "
-    return f"{checkpointing}lower training.length"
+def checkpointing(name: str, options: EndToEndOptions) -> str:
+    """What makes the stage of the recipe's field `name` need less memory for the same result."""
+    return "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true"
 
 
 def train_scales(
@@ -209,7 +219,7 @@ def _run(
             tensors |= _transform_state(transforms)
         state.save(name, tensors, {"step": optimization.step})
 
-    stages.resume(optimization.step)
+    stages.resume(optimization.step, optimization.steps)
     for values in stages.track(steps, optimization.steps):
         if transforms is not None:
             values |= transforms.metrics()
@@ -232,7 +242,7 @@ def _run_block_wise(job: Plan, student: Student, state: RunState, stages: Stages
     steps = train_block_wise(
         student, load_model(job.source), transforms, options, job.training_windows, job.recipe.seed, finished
     )
-    stages.resume(finished * options.steps)
+    stages.resume(finished * options.steps, job.layers * options.steps)
     for step, values in enumerate(stages.track(steps, job.layers * options.steps), finished * options.steps + 1):
         metrics(BLOCK_WISE, step, values)
         stages.note(f"loss {values['loss']:.4f}")

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,11 +22,14 @@ _SIGNATURE = "signature.json"
 _DIGEST = "sha256"
 
 
-class RunState:
-    """A directory of named states that belong to one model, recipe and data."""
+class RunState(AbstractContextManager["RunState"]):
+    """A directory of named states that belong to one model, recipe and data.
+
+    Entered, it is signed. Left by an error before anything was saved, it is deleted; otherwise by `remove`.
+    """
 
     def __init__(self, directory: Path, signature: Mapping[str, str], *, fresh: bool = False) -> None:
-        """Opens or prepares the state; nothing is written before `start`.
+        """Opens or prepares the state; nothing is written before it is entered.
 
         Args:
             directory: hidden, beside the output.
@@ -34,33 +39,41 @@ class RunState:
         Raises:
             FPTQuantError: the directory holds the state of another run.
         """
-        self.directory, self.signature = directory, dict(signature)
-        if fresh:
-            self.remove()
-        file = directory / _SIGNATURE
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                found = {}
-            differing = sorted(k for k in found.keys() | self.signature.keys() if found.get(k) != self.signature.get(k))
-            if differing:
-                raise FPTQuantError(
-                    f"'{directory}' holds the state of an unfinished run with another {', '.join(differing)}: "
-                    "finish that run with the same command, or pass --fresh to start over"
-                )
+        self.directory, self.signature, self._fresh = directory, dict(signature), fresh
+        if fresh or not self._holds_work():
+            return
+        try:
+            found = json.loads((directory / _SIGNATURE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        differing = sorted(k for k in found.keys() | self.signature.keys() if found.get(k) != self.signature.get(k))
+        if differing:
+            raise FPTQuantError(
+                f"'{directory}' holds the state of an unfinished run with another {', '.join(differing)}: "
+                "finish that run with the same command, or pass --fresh to start over"
+            )
 
-    def start(self) -> None:
+    def __enter__(self) -> RunState:
         """Makes the directory and signs it; before anything is written there."""
-        if parallel.is_main() and not (self.directory / _SIGNATURE).is_file():
+        if parallel.is_main():
+            if self._fresh or not self._holds_work():
+                self.remove()
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
+        parallel.wait()  # so that no other process reads what is about to go
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deletes what nobody will continue."""
+        if parallel.is_main() and error is not None and not self._holds_work():
+            self.remove()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Writes a state under `name`; the one before is kept as a reserve."""
         if not parallel.is_main():
             return
-        self.start()
         partial, file = self._file(name, ".partial"), self._file(name)
         save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial)
         note = {**(facts or {}), _DIGEST: _sha256(partial)}
@@ -87,6 +100,9 @@ class RunState:
     def remove(self) -> None:
         """Deletes the state."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _holds_work(self) -> bool:
+        return any(self.directory.rglob("*.safetensors"))
 
     def _file(self, name: str, suffix: str = "") -> Path:
         return self.directory / f"{name}{suffix}.safetensors"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,18 +45,34 @@ class Teacher:
     def hidden(self, sequence: int) -> Tensor:
         """Final hidden states (length, hidden) of one training sequence."""
         file = None if self.cache is None else self.cache / f"{sequence}.safetensors"
-        if file is not None and file.is_file():
-            stored: Tensor = load_file(file)["hidden"]
+        stored = None if file is None else _read(file)
+        if stored is not None:
             return stored
         assert self._model is not None, "the teacher was released before all sequences were seen"
         states: Tensor = self._model.base_model(self.windows[sequence][None], use_cache=False).last_hidden_state[0]
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may compute the same
-            save_file({"hidden": states.contiguous()}, partial)
+            states = states.contiguous()
+            save_file({"hidden": states}, partial, metadata={"sha256": _sha256(states)})
             partial.rename(file)
         return states
 
     def release(self) -> None:
         """Lets go of the model; all sequences to be asked for must be in the cache."""
         self._model = None
+
+
+def _read(file: Path) -> Tensor | None:
+    """What a file holds, if it is there and undamaged."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            states: Tensor = stored.get_tensor("hidden")
+            digest = (stored.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return None
+    return states if digest == _sha256(states) else None
+
+
+def _sha256(states: Tensor) -> str:
+    return hashlib.sha256(states.numpy().tobytes()).hexdigest()

@@ -60,9 +60,9 @@ def test_plots(tmp_path: Path) -> None:
     results = Results(SETTINGS)
     for row in (Row("keys", None, Effect(0.2, 9)), Row("down_input", None, Effect(0.0, 8))):
         results.add(row)
-    plot(results, tmp_path / "kinds.png")
+    plot(results, tmp_path / "kinds.png", "model")
     results.add(Row("keys", 1, Effect(0.1, 9)))
-    plot(results, tmp_path / "layers.svg")
+    plot(results, tmp_path / "layers.svg", "model")
     assert (tmp_path / "kinds.png").stat().st_size > 5000 and "<svg" in (tmp_path / "layers.svg").read_text()
     with pytest.raises(FPTQuantError, match=r"'x.txt' has no known image type; known: .*png"):
         check_plot(tmp_path / "x.txt")

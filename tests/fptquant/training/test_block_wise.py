@@ -16,7 +16,7 @@ from fptquant.checkpoint import round_scale
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source
 from fptquant.planning import Plan, plan_of
-from fptquant.quantizers import channel_scale
+from fptquant.quantizers import WeightRangeOptions, channel_scale, weight_scales
 from fptquant.training import stages
 from fptquant.training.block_wise import BlockWiseOptions, train_block_wise
 from fptquant.training.student import Student, transform_student
@@ -78,8 +78,10 @@ def test_a_layers_training_leaves_the_others_alone(tmp_path: Path) -> None:
     assert moved == [{"0", "0 clip"}, {"1", "1 clip"}]
 
 
-def test_checkpoint_has_the_clipping_that_was_learned(tmp_path: Path) -> None:
-    job = make_job("gqa", tmp_path, **FIELDS)
+@pytest.mark.parametrize("budget", [None, {"sites": 1, "inputs": False, "length": 16}])
+def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Where a budget widened weights, the clipping of fewer bits is of no use."""
+    job = make_job("gqa", tmp_path, **{**FIELDS, "budget": budget})
     learned: dict[str, torch.Tensor] = {}
     original = stages.layer_clipping
 
@@ -88,14 +90,21 @@ def test_checkpoint_has_the_clipping_that_was_learned(tmp_path: Path) -> None:
         pipeline.quantize(job, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     transformed = load_model(job.source)
-    pipeline.transform(plan_of(tmp_path / "out", job.source.path), transformed)
+    written = plan_of(tmp_path / "out", job.source.path)
+    pipeline.transform(written, transformed)
     assert len(learned) == 2 * 7
+    widened = 0
     for name, log_clip in learned.items():
         weight = transformed.get_submodule(name).float_weight()
-        assert torch.equal(tensors[f"{name}.weight_scale"], round_scale(channel_scale(weight, log_clip, 4))), name
+        expected = round_scale(channel_scale(weight, log_clip, 4))
+        scheme = written.config.scheme_for(name)
+        if scheme is not None and scheme.weights.bits == 7:
+            widened, expected = widened + 1, weight_scales(weight, 7, WeightRangeOptions())
+        assert torch.equal(tensors[f"{name}.weight_scale"], expected), name
+    assert bool(widened) is bool(budget)
     tokens = torch.arange(5, 29)[None]
-    expected = load_model(job.source)(tokens).logits
-    assert (transformed(tokens).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    logits = load_model(job.source)(tokens).logits
+    assert (transformed(tokens).logits - logits).abs().max() < 1e-4 * logits.abs().max()
     assert bool((tensors["model.layers.0.input_layernorm.weight"] != 1).all())
     load_model(open_source(tmp_path / "out"))
 
@@ -133,5 +142,5 @@ def test_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
     steps = train_block_wise(
         student, build_model("gqa"), transforms, BlockWiseOptions(steps=2), job.training_windows, 0
     )
-    with pytest.raises(FPTQuantError, match=r"model.layers.1: the loss is not finite; lower the learning rates"):
+    with pytest.raises(FPTQuantError, match=r"model.layers.1: step 0: the loss is not finite; lower the learn"):
         list(steps)

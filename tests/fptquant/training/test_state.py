@@ -1,19 +1,22 @@
 """State on disk: what was saved is what is loaded, damaged or not."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fptquant.errors import FPTQuantError
+from fptquant.training.stages import MetricsFile
 from fptquant.training.state import RunState
 
 SIGNATURE = {"model": "a", "recipe": "b"}
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> RunState:
-    return RunState(tmp_path / ".out.state", SIGNATURE)
+def state(tmp_path: Path) -> Iterator[RunState]:
+    with RunState(tmp_path / ".out.state", SIGNATURE) as state:
+        yield state
 
 
 def test_newest_state_comes_back(state: RunState) -> None:
@@ -52,5 +55,45 @@ def test_state_of_another_run_is_refused(state: RunState) -> None:
     assert RunState(state.directory, SIGNATURE).load("x") is not None
     with pytest.raises(FPTQuantError, match="another recipe: finish that run .* --fresh"):
         RunState(state.directory, {**SIGNATURE, "recipe": "c"})
-    assert RunState(state.directory, {**SIGNATURE, "recipe": "c"}, fresh=True).load("x") is None
-    assert not state.directory.exists()
+    (state.directory / "signature.json").unlink()
+    with pytest.raises(FPTQuantError, match="another model, recipe: finish that run"):
+        RunState(state.directory, SIGNATURE)
+    other = RunState(state.directory, {**SIGNATURE, "recipe": "c"}, fresh=True)
+    assert state.load("x") is not None  # nothing is thrown away before the run starts
+    with other:
+        assert other.load("x") is None
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_only_an_error_after_something_was_saved_leaves_a_state(saved: bool, tmp_path: Path) -> None:
+    def run(fails: bool) -> None:
+        with RunState(tmp_path / ".out.state", SIGNATURE) as state:
+            (state.directory / "metrics.jsonl").write_text("{}")
+            if saved:
+                state.save("x", {"a": torch.zeros(1)})
+            if fails:
+                raise ValueError
+
+    with pytest.raises(ValueError):
+        run(fails=True)
+    assert (tmp_path / ".out.state").exists() is saved
+    run(fails=False)
+    assert (tmp_path / ".out.state").exists()
+
+
+def test_nothing_of_a_killed_run_that_saved_nothing_comes_back(tmp_path: Path) -> None:
+    state = RunState(tmp_path / ".out.state", SIGNATURE)
+    state.__enter__()  # and killed
+    MetricsFile(state.directory / "metrics.jsonl")("local", 1, {"loss": 1.0})
+    with RunState(state.directory, {**SIGNATURE, "recipe": "c"}) as other:
+        assert not MetricsFile(other.directory / "metrics.jsonl").rows()
+
+
+def test_metrics_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        MetricsFile(file)("local", step, {"loss": 1.0})
+    file.write_bytes(file.read_bytes()[:-5])
+    metrics = MetricsFile(file)
+    metrics("local", 2, {"loss": 3.0})
+    assert [(row["step"], row["loss"]) for row in metrics.rows()] == [(1, 1.0), (2, 3.0)]

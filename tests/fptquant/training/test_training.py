@@ -20,6 +20,7 @@ from fptquant.loading import load_model
 from fptquant.merging import merge_transforms
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
+from fptquant.simulation.layer_inputs import LayerInputs
 from fptquant.simulation.sink import record_sink, sink_state
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
@@ -48,7 +49,7 @@ def folded(kind: str) -> Any:
     return model
 
 
-def make_job(kind: str, path: Path, sizes: dict[str, int] | None = None, /, **fields: Any) -> planning.Plan:
+def make_job(kind: str, path: Path, sizes: dict[str, Any] | None = None, /, **fields: Any) -> planning.Plan:
     model = path / "model"
     if not model.is_dir():
         build_model(kind, **(sizes or {})).save_pretrained(model)
@@ -188,6 +189,52 @@ def test_teacher_computes_only_what_is_trained_on(objective: str, tmp_path: Path
     assert found == (expected if objective == "jsd" else set())
 
 
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_states_of_the_teacher_are_computed_again(damage: str, tmp_path: Path) -> None:
+    windows = torch.arange(12).view(1, 12)
+    expected = Teacher(build_model("gqa"), LLAMA, windows, tmp_path).hidden(0)
+    file = tmp_path / "0.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-7] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    teacher = Teacher(build_model("gqa"), LLAMA, windows, tmp_path)
+    assert torch.equal(teacher.hidden(0), expected) and file.read_bytes() == content
+    teacher.release()
+    assert torch.equal(teacher.hidden(0), expected)
+
+
+def test_stage_one_names_the_layer_that_is_not_finite() -> None:
+    model, transforms = folded("gqa"), random_transforms("gqa")
+    model.get_submodule("model.layers.1.mlp.up_proj").weight[3] = torch.inf
+    optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2, in_weights=True), 3, clip=None)
+    with pytest.raises(FPTQuantError, match=r"step 0: the loss of model.layers.1 is not finite; lower local.rate"):
+        list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
+
+
+def test_stage_one_leaves_weights_of_zero_alone() -> None:
+    model, transforms = folded("gqa"), random_transforms("gqa")
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.zero_()
+    optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2, in_weights=True), 3, clip=None)
+    rows = list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
+    assert rows[2]["loss"] < rows[0]["loss"]
+
+
+def test_gradient_that_is_not_finite_names_the_layer() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, 3))
+    optimization = Optimization({"transform": (1e-2, {"T_u.log_scale": parameter})}, 3)
+    parameter.grad = torch.zeros(4, 3)
+    parameter.grad[2, 1] = torch.nan
+    with pytest.raises(FPTQuantError, match=r"step 0: the gradient of transform/T_u.log_scale\[2\] is not finite"):
+        optimization.update()
+    assert not parameter.any()
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(FPTQuantError, match="nothing to train"):
+        Optimization({"transform": (0.0, {"a": torch.nn.Parameter(torch.zeros(1))})}, 3)
+    with pytest.raises(FPTQuantError, match="scales: every learning rate is 0"):
+        Recipe.parse({"scales": {"steps": 3, "scale_rate": 0, "zero_point_rate": 0, "weight_rate": 0}})
+
+
 def test_loss_that_is_not_finite_names_step_and_layer(tmp_path: Path) -> None:
     job = make_job("gqa", tmp_path, scales={"steps": 3})
     simulation = quantized(job)
@@ -279,7 +326,8 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
 
     def job(checkpointing: bool) -> planning.Plan:
         stage = {"steps": 3, "batch": 2, "gradient_checkpointing": checkpointing}
-        return make_job("gqa", tmp_path, **{**TRAINED, "end_to_end": stage, "scales": stage})
+        dropout = {"attention_dropout": 0.5}  # of the model's own training
+        return make_job("gqa", tmp_path, dropout, **{**TRAINED, "end_to_end": stage, "scales": stage})
 
     pipeline.quantize(job(False), tmp_path / "whole")
     recorded = stages.MetricsFile.__call__
@@ -301,7 +349,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
 def test_finished_training_is_restored_without_the_model(
     last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed when rounding: the second run reads the original once, for what is left to do."""
+    """Killed when rounding: the second run goes on behind what was trained."""
     fields = {**TRAINED, "scales": {"steps": 0}, **({"end_to_end": {"steps": 0}} if last == "local" else {})}
     pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "whole")
 
@@ -314,6 +362,27 @@ def test_finished_training_is_restored_without_the_model(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "merge_transforms", stop)  # the first thing done with a model that is to be trained
         patch.setattr(stages, "train_local", stop)
+        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("sink", ["auto", "none"])
+def test_finished_rounding_is_restored_without_running_the_model(
+    sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when writing: all layers and the head are there."""
+    fields = {**TRAINED, "sink": sink, "local": {"steps": 0}, "end_to_end": {"steps": 0}}
+    pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "whole")
+
+    def stop(*arguments: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "write_checkpoint", stop)
+        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerInputs, "run", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
