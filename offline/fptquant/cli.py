@@ -160,7 +160,8 @@ def quantize(
     _quiet_transformers()
     with _err.status("checking model, recipe and calibration text"):
         job = plan(model, chosen)
-        pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
+        if dry_run:
+            pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
         _print_plan(job, output)
     if dry_run:
