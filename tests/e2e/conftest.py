@@ -13,6 +13,7 @@ import yaml
 from fetch_smollm2 import fetch
 from fptquant.evaluation.perplexity import evaluation_windows
 from fptquant.loading import Source, open_source
+from fptquant.recipe import Recipe
 
 WIKI = Path(__file__).parents[1] / "data" / "wiki.test.txt"
 
@@ -41,10 +42,12 @@ def source() -> Source:
 def default_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w4a8kv8, all transforms, GPTQ, the first token constant; what can be done without training end to end.
 
-    A quarter of the default calibration text, to save time.
+    A quarter of the default calibration text, and of the steps on weights, to save time.
     """
-    output = tmp_path_factory.mktemp("models") / "smollm2-w4a8kv8"
-    return quantize(source.path, output, "--recipe", "fptquant-light", "--sequences", "16")
+    folder = tmp_path_factory.mktemp("models")
+    recipe = Recipe.load("fptquant-light").changed(local={"steps": 10}, calibration={"sequences": 16})
+    (folder / "light.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    return quantize(source.path, folder / "smollm2-w4a8kv8", "--recipe", str(folder / "light.yaml"))
 
 
 @pytest.fixture(scope="session")

@@ -239,6 +239,8 @@ def _run_block_wise(job: Plan, student: Student, state: RunState, stages: Stages
         _restore_transforms(transforms, saved[0])
         for name, value in _part(saved[0], _CLIPPING).items():
             clipping[name].data.copy_(value)
+    if finished == job.layers:
+        return
     steps = train_block_wise(
         student, load_model(job.source), transforms, options, job.training_windows, job.recipe.seed, finished
     )
