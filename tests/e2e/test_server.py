@@ -23,8 +23,9 @@ def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log) as running:
         yield running
+        # before it is stopped: vLLM's processes don't always stop in the order that they expect
+        assert "Traceback" not in running.log.read_text()
     assert running.proc.returncode == 0, f"no clean shutdown: {running.log.read_text()[-3000:]}"
-    assert "Traceback" not in running.log.read_text()
 
 
 @pytest.fixture(scope="module")
