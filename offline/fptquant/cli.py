@@ -180,7 +180,7 @@ def quantize(
     _out.print(table)
     if summary.budget:
         _out.print(summary.budget, soft_wrap=True)
-    # a CPU would round the activations of a float32 model to 16 bits, as vLLM does on GPUs
+    # vLLM serves float32 models in 16 bits otherwise; GPU kernels need them
     precise = "" if torch.cuda.is_available() else " --dtype float32"
     _out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
 
