@@ -371,8 +371,7 @@ def sensitivity(
     stages, per_layer = RichStages(), by is Granularity.layer
     groups = missing(sites, results, per_layer=per_layer)
     if groups:
-        with stages.stage("load and transform"):
-            network = pipeline.started(job, stages)
+        network = pipeline.started(job, stages)
         probe = Probe(job, network, tokens)
         with stages.stage("fit sites", "lower --sequences or calibration.length"):
             for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):

@@ -180,10 +180,11 @@ def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -
 
 
 def started(job: Plan, stages: Stages) -> PreTrainedModel:
-    """`transformed`, with the transforms at their start."""
+    """`transformed`, with the transforms at their start; in stages of its own."""
     if start_is_measured(job.transforms):
         start_transforms(job, stages)
-    return transformed(job, stages)
+    with stages.stage("load and transform"):
+        return transformed(job, stages)
 
 
 def transformed(job: Plan, stages: Stages | None = None) -> PreTrainedModel:

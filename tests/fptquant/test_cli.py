@@ -233,6 +233,12 @@ def test_sensitivity(run: Run, model_dir: Path, calibration: Path, tmp_path: Pat
     assert "s.json' holds measurements with recipe " in one_error(other)
 
 
+def test_sensitivity_where_a_transform_starts_from_activations(run: Run, model_dir: Path, calibration: Path) -> None:
+    options = ("--calibration", calibration, "--sequences", 4, "--windows", 2, "--length", 24, "--kinds", "down_input")
+    result = run("sensitivity", model_dir, *options, "--recipe", "smoothquant")
+    assert result.code == 0 and "measure activations" in result.err, result.err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
