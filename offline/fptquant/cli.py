@@ -123,10 +123,9 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
-    import torch
-
     from fptquant import pipeline
     from fptquant.checkpoint.publication import Publication
+    from fptquant.evaluation.vllm_backend import on_gpu
     from fptquant.planning import plan
     from fptquant.recipe import Recipe
     from fptquant.training import parallel
@@ -180,8 +179,7 @@ def quantize(
     _out.print(table)
     if summary.budget:
         _out.print(summary.budget, soft_wrap=True)
-    # vLLM serves float32 models in 16 bits otherwise; GPU kernels need them
-    precise = "" if torch.cuda.is_available() else " --dtype float32"
+    precise = "" if on_gpu() else " --dtype float32"  # vLLM takes 16 bits otherwise
     _out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
 
 
@@ -199,8 +197,6 @@ def verify(
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
     from importlib import resources
 
-    import torch
-
     from fptquant.evaluation.equivalence import (
         check_function_preserved,
         check_greedy,
@@ -210,7 +206,7 @@ def verify(
         check_unaltered,
     )
     from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
-    from fptquant.evaluation.vllm_backend import VLLMEngine, vllm_installed
+    from fptquant.evaluation.vllm_backend import VLLMEngine, on_gpu, vllm_installed
     from fptquant.loading import open_source
     from fptquant.planning import plan_of
     from fptquant.simulation.install import set_exact
@@ -234,7 +230,7 @@ def verify(
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
             engine.close()
-        if job.config.kv_cache.bits < 16 and not torch.cuda.is_available():  # the exact mode is for CPUs
+        if job.config.kv_cache.bits < 16 and not on_gpu():
             with _err.status("vLLM, exact mode"):
                 set_exact(simulated)
                 engine = VLLMEngine(checkpoint, length + 1, exact=True)

@@ -20,6 +20,11 @@ def vllm_installed() -> bool:
     return find_spec("vllm") is not None
 
 
+def on_gpu() -> bool:
+    """Whether vLLM serves on a GPU here: in 16 bits, which its kernels need, and without the exact mode."""
+    return torch.cuda.is_available()
+
+
 @contextmanager
 def _environment(**defaults: str) -> Iterator[None]:
     """Sets what is not set, for as long as it takes to start the engine's processes."""
@@ -54,7 +59,7 @@ class VLLMEngine:
                 "additional_config": {"fptquant": {"exact": True}},
                 "compilation_config": {"custom_ops": ["none"]},
             }
-        dtype = "auto" if torch.cuda.is_available() else "float32"
+        dtype = "auto" if on_gpu() else "float32"
         settings = {"dtype": dtype, "enforce_eager": True, "max_num_seqs": 8, **options}
         with _environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"):
             from vllm import LLM  # reads the logging level on import

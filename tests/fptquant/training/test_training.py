@@ -276,14 +276,32 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+def stop(*arguments: Any, **named: Any) -> None:
+    raise Killed
+
+
+def killed_at(name: str, path: Path, **fields: Any) -> None:
+    """A run into `path / "out"` that is killed when the pipeline calls `name`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, name, stop)
+        pipeline.quantize(make_job("gqa", path, **fields), path / "out")
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    """Names of tensors that two checkpoints don't share, or not bit by bit."""
+    expected, found = (load_file(path / "model.safetensors") for path in (first, second))
+    shared = expected.keys() & found.keys()
+    return [
+        *(expected.keys() ^ found.keys()),
+        *(name for name in shared if not torch.equal(expected[name], found[name])),
+    ]
+
+
 @pytest.mark.parametrize("where", ["local 1", "local 5", "end_to_end 3", "layer 1", "scales 1", "scales 6", "write"])
 def test_killed_run_continues_to_the_same_checkpoint(
     where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, _, step = where.partition(" ")
-
-    def stop(*arguments: Any, **named: Any) -> None:
-        raise Killed
 
     with monkeypatch.context() as patch:
         if stage == "write":
@@ -311,10 +329,7 @@ def test_killed_run_continues_to_the_same_checkpoint(
     assert (tmp_path / ".out.state").is_dir() and not (tmp_path / "out").exists()
     pipeline.quantize(make_job("gqa", tmp_path, **TRAINED), tmp_path / "out")
     assert not (tmp_path / ".out.state").exists()
-    expected, found = (load_file(path / "model.safetensors") for path in (whole, tmp_path / "out"))
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+    assert not differing(whole, tmp_path / "out")
     lines = [(path / "fptquant" / "metrics.jsonl").read_text().splitlines() for path in (whole, tmp_path / "out")]
     assert len(lines[0]) == len(lines[1]) == 6 + 5 + 7
 
@@ -341,8 +356,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
         patch.setattr(stages.MetricsFile, "__call__", record)
         pipeline.quantize(job(False), tmp_path / "out")
     pipeline.quantize(job(True), tmp_path / "out")
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert not differing(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.parametrize("last", ["local", "end_to_end"])
@@ -353,18 +367,12 @@ def test_finished_training_is_restored_without_the_model(
     fields = {**TRAINED, "scales": {"steps": 0}, **({"end_to_end": {"steps": 0}} if last == "local" else {})}
     pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "whole")
 
-    def stop(*arguments: Any, **named: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "calibrate_and_round", stop)
-        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    killed_at("calibrate_and_round", tmp_path, **fields)
     with monkeypatch.context() as patch:
         patch.setattr(stages, "merge_transforms", stop)  # the first thing done with a model that is to be trained
         patch.setattr(stages, "train_local", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert not differing(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.parametrize("sink", ["auto", "none"])
@@ -375,17 +383,11 @@ def test_finished_rounding_is_restored_without_running_the_model(
     fields = {**TRAINED, "sink": sink, "local": {"steps": 0}, "end_to_end": {"steps": 0}}
     pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "whole")
 
-    def stop(*arguments: Any, **named: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "write_checkpoint", stop)
-        pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    killed_at("write_checkpoint", tmp_path, **fields)
     with monkeypatch.context() as patch:
         patch.setattr(LayerInputs, "run", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert not differing(tmp_path / "whole", tmp_path / "out")
 
 
 def one_of_two(rank: int, path: Path, results: Any) -> None:
