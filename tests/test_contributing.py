@@ -51,7 +51,7 @@ def test_example_preserves_the_function() -> None:
     assert _difference(_example()) < 1e-5
 
 
-def test_the_check_notices_a_forgotten_bias() -> None:
-    wrong = _example().replace("None if bias is None else bias * signs", "bias")
+def test_the_check_notices_a_half_in_the_wrong_place() -> None:
+    wrong = _example().replace("role is Role.UP", "role is Role.GATE")
     assert wrong != _example()
     assert _difference(wrong) > 1e-3

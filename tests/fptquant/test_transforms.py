@@ -231,18 +231,18 @@ def test_interleaved_pairs_are_noticed(
     """RoPE pairs are (j, j + d/2) here; T_k over (2j, 2j + 1) does not commute with it."""
     model = make_model("gqa").double()
     transforms = random_transforms(["T_k"], model)
-    original = type(transforms.transforms["T_k"]).merge
+    original = type(transforms.transforms["T_k"]).outputs
     order = torch.arange(model.config.head_dim).view(2, -1).T.flatten()  # 0, d/2, 1, d/2 + 1, ...
     back = torch.argsort(order)
 
-    def interleaved(self: Any, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> Any:
+    def interleaved(self: Any, role: Role, layer: int, values: Tensor) -> Any:
         if role not in (Role.QUERY, Role.KEY):
-            return weight, bias
-        heads = weight.view(-1, order.numel(), weight.shape[1])
-        merged, _ = original(self, role, layer, heads[:, back].reshape(weight.shape), None)
-        return merged.view(heads.shape)[:, order].reshape(weight.shape), bias
+            return values
+        heads = values.view(*values.shape[:-1], -1, order.numel())
+        changed = original(self, role, layer, heads[..., back].reshape(values.shape))
+        return changed.view(heads.shape)[..., order].reshape(values.shape)
 
-    monkeypatch.setattr(type(transforms.transforms["T_k"]), "merge", interleaved)
+    monkeypatch.setattr(type(transforms.transforms["T_k"]), "outputs", interleaved)
     assert relative_error(merge(model, transforms)(tokens).logits, model(tokens).logits) > 1e-3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -109,15 +110,16 @@ def train_end_to_end(
                 target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
                 hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
                 labels = torch.cat((tokens[1:], torch.tensor([-100])))
-                loss = sequence_loss(hidden, head, target, teacher.head, labels, options.objective, options.top)
-                loss = loss / options.batch
-                if not bool(torch.isfinite(loss)):
+                loss, gradient = sequence_loss(
+                    hidden, head, target, teacher.head, labels, options.objective, options.top, 1 / options.batch
+                )
+                if not math.isfinite(loss):
                     raise FPTQuantError(
                         f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
                         "lower the learning rates"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                hidden.backward(gradient)
+                total += loss
         total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()
         yield {

@@ -29,13 +29,52 @@ class IntegerWeight(nn.Module):
         """Takes codes and scales of a rounded layer."""
         super().__init__()
         assert linear.codes is not None
+        self.bias = linear.bias
         self.register_buffer("codes", linear.codes, persistent=False)
         self.codes: Tensor
         self.log_scale = nn.Parameter(linear.weight_scale.log())
 
-    def product(self, x: Tensor) -> Tensor:
-        """X W^T (..., N), without forming W."""
-        return nn.functional.linear(x, self.codes) * self.log_scale.exp().flatten()
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """X W^T (..., N), without forming W; and the bias."""
+        return nn.functional.linear(x, self.codes) * self.log_scale.exp().flatten(), self.bias
+
+
+class TransformedWeight(nn.Module):
+    """A frozen float weight between trainable transforms, which are applied to what goes in and comes out.
+
+    Merging them would take a product with T_r for each weight in each step, and hold a second copy of the model.
+    """
+
+    def __init__(self, linear: nn.Linear, transforms: TransformSet, role: Role, layer: int) -> None:
+        """Takes the weight (norm gain folded in, transforms not merged).
+
+        Args:
+            linear: float layer.
+            transforms: trained elsewhere.
+            role: of the layer.
+            layer: index.
+        """
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach(), persistent=False)
+        self.weight: Tensor
+        self.bias = linear.bias
+        self.transforms = [transforms]  # in a list: its parameters are not this module's
+        self.role, self.layer = role, layer
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Of inputs (..., K) as the merged weight reads them, those that the weight itself reads."""
+        return self.transforms[0].inputs(self.role, self.layer, x, transposed=True)
+
+    def product(self, restored: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output (..., N) of the merged layer, and its bias."""
+        transforms = self.transforms[0]
+        y = transforms.outputs(self.role, self.layer, nn.functional.linear(restored, self.weight))
+        return y, None if self.bias is None else transforms.outputs(self.role, self.layer, self.bias)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """Output with bias of the merged layer, for inputs that are not quantized."""
+        y, bias = self.product(self.restored(x))
+        return y if bias is None else y + bias
 
 
 class MergedWeight(nn.Module):
@@ -47,7 +86,7 @@ class MergedWeight(nn.Module):
         transforms: TransformSet,
         role: Role,
         layer: int,
-        scale: Tensor | None,
+        scale: Tensor,
         bits: int,
         estimator: Estimator,
     ) -> None:
@@ -58,7 +97,7 @@ class MergedWeight(nn.Module):
             transforms: trained elsewhere.
             role: of the layer.
             layer: index.
-            scale: (N, 1) to start from; None leaves the weight in floating point.
+            scale: (N, 1) to start from.
             bits: width of the codes.
             estimator: see `fake_quantize`.
         """
@@ -68,10 +107,8 @@ class MergedWeight(nn.Module):
         self.bias = linear.bias
         self.transforms = [transforms]  # in a list: its parameters are not this module's
         self.role, self.layer, self.bits, self.estimator = role, layer, bits, estimator
-        self.log_clip = None
-        if scale is not None:
-            with torch.no_grad():
-                self.log_clip = nn.Parameter(log_clip_of(scale, self.merged()[0], bits))
+        with torch.no_grad():
+            self.log_clip = nn.Parameter(log_clip_of(scale, self.merged()[0], bits))
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias after the transforms, not quantized; merged again when differentiating, to save memory."""
@@ -83,12 +120,16 @@ class MergedWeight(nn.Module):
         )
         return merged
 
-    def quantized(self, weight: Tensor) -> Tensor:
-        """The merged weight, fake-quantized."""
-        if self.log_clip is None:
-            return weight
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """X W^T (..., N) with the fake-quantized weight, and the bias."""
+        weight, bias = self.merged()
         scale = channel_scale(weight, self.log_clip, self.bits)
-        return fake_quantize(weight, scale, *code_bounds(torch.zeros(()), self.bits), self.estimator)
+        weight = fake_quantize(weight, scale, *code_bounds(torch.zeros(()), self.bits), self.estimator)
+        return nn.functional.linear(x, weight), bias
+
+    def exact(self, x: Tensor) -> Tensor:
+        """X W^T + b with the weight as it is before it is quantized."""
+        return nn.functional.linear(x, *self.merged())
 
 
 @dataclass
@@ -99,13 +140,36 @@ class SinkInput:
     name: str
     normed: Tensor  # (hidden,), without transforms
 
-    def update(self, source: MergedWeight, weight: Tensor, bias: Tensor | None) -> None:
-        """Computes the constant from the merged weight of `source` (not quantized)."""
+    def update(self, source: MergedWeight | TransformedWeight) -> None:
+        """Computes the constant with the weight of `source`, not quantized."""
         transforms = source.transforms[0]
-        states, _ = transforms.merge(Role.EMBEDDING, -1, self.normed[None], None)
+        states = transforms.inputs(Role.EMBEDDING, -1, self.normed[None])
         gain = transforms.gain(source.role, source.layer, states.dtype)
-        states = nn.functional.linear(states if gain is None else states * gain, weight, bias)
+        states = source.exact(states if gain is None else states * gain)
         setattr(self.attention, self.name, states.view(self.attention.get_buffer(self.name).shape))
+
+
+class GroupInput:
+    """What the layers of a group read, computed once for all of them: their one input, quantized."""
+
+    def __init__(self, readers: int, quantizer: StaticQuantizer | None) -> None:
+        """Args: readers is how many layers the group has."""
+        self.readers, self.quantizer = readers, quantizer
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor, weight: IntegerWeight | MergedWeight | TransformedWeight) -> Tensor:
+        """Args: x (..., K) is the same tensor for all readers, weight any of theirs. Returns: (..., K)."""
+        if self._seen is None or self._seen[0] is not x:
+            result = x if self.quantizer is None else self.quantizer(x)
+            if isinstance(weight, TransformedWeight):
+                result = weight.restored(result)
+            self._seen, self._left = (x, result), self.readers
+        result = self._seen[1]
+        self._left -= 1
+        if self._left == 0:  # nothing is held on to
+            self._seen = None
+        return result
 
 
 class TrainedLinear(nn.Module):
@@ -114,30 +178,23 @@ class TrainedLinear(nn.Module):
     def __init__(
         self,
         linear: SimulatedLinear,
-        weight: IntegerWeight | MergedWeight,
-        quantizer: StaticQuantizer | None,
+        weight: IntegerWeight | MergedWeight | TransformedWeight,
+        group: GroupInput,
         sink: SinkInput | None = None,
     ) -> None:
-        """Args: linear is kept for its online steps; the quantizer may be shared by several layers."""
+        """Args: linear is kept for its online steps; the group is shared with the layers that read the same input."""
         super().__init__()
         self.linear = [linear]
-        self.sink = sink
-        self.weight, self.quantizer = weight, quantizer
+        self.group, self.quantizer = group, group.quantizer
+        self.weight, self.sink = weight, sink
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., K). Returns: (..., N)."""
         linear = self.linear[0]
-        x = linear.online(x)
-        if self.quantizer is not None:
-            x = self.quantizer(x)
-        if isinstance(self.weight, IntegerWeight):
-            y = self.weight.product(x)
-            bias: Tensor | None = linear.bias
-        else:
-            weight, bias = self.weight.merged()
-            if self.sink is not None:
-                self.sink.update(self.weight, weight, bias)
-            y = nn.functional.linear(x, self.weight.quantized(weight))
+        y, bias = self.weight.product(self.group(linear.online(x), self.weight))
+        if self.sink is not None:
+            assert not isinstance(self.weight, IntegerWeight)
+            self.sink.update(self.weight)
         if linear.tap is not None:
             assert linear.tap.scale is not None
             y = y / linear.tap.scale
@@ -224,19 +281,20 @@ def integer_student(model: PreTrainedModel, architecture: Architecture, estimato
     """Student for the scales-and-ranges stage: a finished simulation, with its integers frozen."""
     student = Student(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for group in INPUT_GROUPS:
-            quantizer = None
-            for role in group:
-                linear = layer.get_submodule(architecture.projections[role])
-                if not isinstance(linear, SimulatedLinear) or linear.codes is None:
-                    continue
-                quantizer = quantizer or _input_quantizer(linear, estimator)
-                _replace(student, architecture.projection_name(index, role), linear, IntegerWeight(linear), quantizer)
+        for roles in INPUT_GROUPS:  # a group has one scheme, so one layer of it stands for all
+            linears = [layer.get_submodule(architecture.projections[role]) for role in roles]
+            first = linears[0]
+            if not isinstance(first, SimulatedLinear) or first.codes is None:
+                continue
+            group = GroupInput(len(roles), _input_quantizer(first, estimator))
+            for role, linear in zip(roles, linears, strict=True):
+                assert isinstance(linear, SimulatedLinear)
+                _replace(student, architecture.projection_name(index, role), linear, group)
         attention = layer.get_submodule(architecture.attention)
         _replace_cache(student, attention, attention, estimator)
     head = model.get_submodule(architecture.head)
     if isinstance(head, SimulatedLinear) and head.codes is not None:
-        _replace(student, architecture.head, head, IntegerWeight(head), _input_quantizer(head, estimator))
+        _replace(student, architecture.head, head, GroupInput(1, _input_quantizer(head, estimator)))
     return student
 
 
@@ -276,25 +334,26 @@ def transform_student(
         attention = layer.get_submodule(architecture.attention)
         if source is not None:
             attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
-        for group in INPUT_GROUPS:
-            quantizer = None
-            for role in group:
+        for roles in INPUT_GROUPS:
+            group = None
+            for role in roles:
                 path = architecture.projections[role]
                 linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                 assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
                 eps = None if example.tap is None else example.tap.eps
                 online = simulated_projection(layer, architecture, role, None, example.hadamard_block, eps)
-                scale = None
-                if example.scheme is not None:
-                    quantizer = quantizer or _input_quantizer(example, estimator)
-                    scale = None if float_weights else example.weight_scale
-                bits = 16 if example.scheme is None else example.scheme.weights.bits
-                weight = MergedWeight(linear, transforms, role, index, scale, bits, estimator)
+                group = group or GroupInput(len(roles), _input_quantizer(example, estimator))
+                weight: MergedWeight | TransformedWeight
+                if float_weights or example.scheme is None:
+                    weight = TransformedWeight(linear, transforms, role, index)
+                else:
+                    scale, bits = example.weight_scale, example.scheme.weights.bits
+                    weight = MergedWeight(linear, transforms, role, index, scale, bits, estimator)
                 sink = None
                 if sink_inputs and role in (Role.KEY, Role.VALUE):
                     name = KEY if role is Role.KEY else VALUE
                     sink = SinkInput(attention, name, sink_inputs[index])
-                trained = TrainedLinear(online, weight, quantizer, sink)
+                trained = TrainedLinear(online, weight, group, sink)
                 trained._forward_hooks = linear._forward_hooks
                 layer.set_submodule(path, trained)
         _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
@@ -327,7 +386,7 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
     """Applies T_r to the embedding's output and takes it back before the head, in place of merging it there."""
 
     def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return transforms.merge(Role.EMBEDDING, -1, output.flatten(0, -2), None)[0].view(output.shape)
+        return transforms.inputs(Role.EMBEDDING, -1, output)
 
     def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rotation = transforms.rotation(output.dtype)
@@ -353,10 +412,9 @@ def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: 
 
 
 def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQuantizer | None:
-    assert linear.scheme is not None
-    scheme = linear.scheme.activations
-    if scheme.bits == 16:
+    if linear.scheme is None or linear.scheme.activations.bits == 16:
         return None
+    scheme = linear.scheme.activations
     zero_point = None if scheme.symmetric else linear.input_zero_point
     return StaticQuantizer(linear.input_scale, zero_point, scheme.bits, estimator)
 
@@ -365,10 +423,9 @@ def _replace(
     student: Student,
     name: str,
     linear: SimulatedLinear,
-    weight: IntegerWeight | MergedWeight,
-    quantizer: StaticQuantizer | None,
+    group: GroupInput,
 ) -> None:
-    trained = TrainedLinear(linear, weight, quantizer)
+    trained = TrainedLinear(linear, IntegerWeight(linear), group)
     # hooks (the constants of a sink) belong to the place, not to the layer
     trained._forward_hooks = linear._forward_hooks
     student.model.set_submodule(name, trained)

@@ -58,6 +58,19 @@ class TransformSet(nn.Module):
                 generator = torch.Generator().manual_seed(seed)
                 self.transforms[name] = transform(shape, options[name], generator)
 
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """See `Transform.inputs`; all transforms together."""
+        transforms = list(self)
+        for transform in reversed(transforms) if transposed else transforms:
+            values = transform.inputs(role, layer, values, transposed=transposed)
+        return values
+
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """See `Transform.outputs`; all transforms together."""
+        for transform in self:
+            values = transform.outputs(role, layer, values)
+        return values
+
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of `role` after all transforms, in the dtype given."""
         for transform in self:

@@ -20,13 +20,15 @@ class TransformOptions(BaseModel):
 
 
 class Transform(nn.Module):
-    """A pair of transforms that cancel, expressed as what it does to each weight.
+    """A pair of transforms that cancel: what it does to the two sides of each linear layer.
 
-    A transform that can be merged overrides `merge`. One that runs online (T_d, S_n) is carried out by the layers
-    themselves; `merge` then holds the part that goes into the weights, if any.
+    A layer's weight W becomes L W C, its bias L b. A transform overrides `outputs`, which multiplies by L, and
+    `inputs`, which multiplies by C. Both act on the last dimension, so that they serve for weights (`merge`) and, where
+    no merged weight is wanted, for activations: (L W C) x = L (W (C x)). One that runs online (T_d, S_n) is carried out
+    by the layers themselves; what it overrides is the part that goes into the weights, if any.
 
-    Parameters start at fixed values and are kept in float32; `merge` computes in the dtype of the weight it is
-    given (float64 when a checkpoint is written, float32 when training) and is differentiable.
+    Parameters start at fixed values and are kept in float32; everything is computed in the dtype of the values given
+    (float64 when a checkpoint is written, float32 when training) and is differentiable.
     """
 
     name: ClassVar[str]
@@ -46,9 +48,21 @@ class Transform(nn.Module):
         else:
             self.register_buffer(name, torch.zeros(size), persistent=False)
 
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """`values` (..., in) C, or C^T if `transposed`; all layers that share an input have the same C.
+
+        `layer` is -1 outside the layers. Of the embedding, the rows (..., hidden) are these values.
+        """
+        return values
+
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """L `values`, for each vector of (..., out)."""
+        return values
+
     def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Transformed weight (out, in) and bias (out,) of the given role; `layer` is -1 outside the layers."""
-        return weight, bias
+        """Transformed weight L W C (out, in) and bias L b (out,) of the given role."""
+        weight = self.outputs(role, layer, self.inputs(role, layer, weight).mT).mT
+        return weight, None if bias is None else self.outputs(role, layer, bias)
 
     def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
         """Gain (hidden,) that the norm gets whose output `role` reads; None for one."""
@@ -56,7 +70,7 @@ class Transform(nn.Module):
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within this context `merge` may compute what does not depend on the layer once, also for gradients.
+        """Within this context the transform may compute what does not depend on the layer once, also for gradients.
 
         Any number of backward passes may run inside; the gradients reach the parameters when it ends.
         """

@@ -55,14 +55,13 @@ class DownHadamard(Transform):
                 f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
             )
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Multiplies each block of columns of down_proj by the (symmetric, orthonormal) Hadamard matrix."""
         if role is not Role.DOWN:
-            return weight, bias
-        left, right = (factor.to(weight.dtype) for factor in hadamard_factors(self.block))
-        signs = torch.kron(left, torch.sign(right))
-        blocks = weight.reshape(-1, self.block)
-        return (blocks @ signs / self.block**0.5).view(weight.shape), bias
+            return values
+        left, right = hadamard_factors(self.block, values.dtype)
+        blocks = values.reshape(-1, len(left), len(right))
+        return (left @ (blocks @ right)).view(values.shape)
 
 
 def tensor_parallel_sizes(shape: Shape, largest: int) -> list[int]:

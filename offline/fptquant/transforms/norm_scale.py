@@ -39,11 +39,9 @@ class NormScale(Transform):
         super().__init__(shape, options, generator)
         self.log_scale = nn.Parameter(torch.zeros(shape.layers, 2, shape.hidden))  # s = exp(.) > 0
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Scales the columns of what reads a norm."""
-        if role in _NORMS:
-            weight = weight * self.log_scale[layer, _NORMS[role]].to(weight.dtype).exp()
-        return weight, bias
+        return values * self.log_scale[layer, _NORMS[role]].to(values.dtype).exp() if role in _NORMS else values
 
     def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
         """1 / s."""

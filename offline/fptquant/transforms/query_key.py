@@ -37,21 +37,16 @@ class QueryKeyTransform(Transform):
         self.angle: Tensor
         self.log_scale: Tensor
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rotates and scales the rows of q_proj and k_proj."""
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """Rotates and scales queries and keys."""
         if role not in (Role.QUERY, Role.KEY):
-            return weight, bias
-        angle, log_scale = self.angle[layer].to(weight.dtype), self.log_scale[layer].to(weight.dtype)
+            return values
+        angle, log_scale = self.angle[layer].to(values.dtype), self.log_scale[layer].to(values.dtype)
         if role is Role.QUERY:
             log_scale = -log_scale
             groups = self.shape.heads // self.shape.kv_heads
             angle, log_scale = (t.repeat_interleave(groups, 0) for t in (angle, log_scale))
         scale = log_scale.exp()
         cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, head_dim / 2)
-
-        def rotate(rows: Tensor) -> Tensor:
-            first, second = rows.view(cos.shape[0], 2, cos.shape[1], -1).unbind(1)
-            c, s = cos[..., None], sin[..., None]
-            return torch.stack((c * first - s * second, c * second + s * first), 1).view(rows.shape)
-
-        return rotate(weight), None if bias is None else rotate(bias)
+        first, second = values.view(*values.shape[:-1], cos.shape[0], 2, cos.shape[1]).unbind(-2)
+        return torch.stack((cos * first - sin * second, cos * second + sin * first), -2).flatten(-3)

@@ -13,6 +13,8 @@ from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
 
+_WRITERS = (Role.OUTPUT, Role.DOWN)
+
 
 class RotationOptions(TransformOptions):
     """Where T_r starts."""
@@ -64,9 +66,13 @@ class ResidualRotation(Transform):
         finally:
             self._reused = None
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W R where the residual is read (and for the embedding), R^T W and b R where it is written."""
-        rotation = self.rotation(weight.dtype)
-        if role in (Role.OUTPUT, Role.DOWN):
-            return rotation.mT @ weight, None if bias is None else bias @ rotation
-        return weight @ rotation, bias
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """W R where the residual is read, and for the embedding."""
+        if role in _WRITERS:
+            return values
+        rotation = self.rotation(values.dtype)
+        return values @ (rotation.mT if transposed else rotation)
+
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """Y R where the residual is written: W' = R^T W, b' = b R."""
+        return values @ self.rotation(values.dtype) if role in _WRITERS else values

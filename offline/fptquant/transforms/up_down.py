@@ -24,11 +24,10 @@ class UpDownTransform(Transform):
         super().__init__(shape, options, generator)
         self.log_scale = nn.Parameter(torch.zeros(shape.layers, shape.intermediate))  # s = exp(.) > 0
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Scales the rows of up_proj and, inversely, the columns of down_proj."""
-        if role is Role.UP:
-            scale = self.log_scale[layer].to(weight.dtype).exp()
-            return weight * scale[:, None], None if bias is None else bias * scale
-        if role is Role.DOWN:
-            return weight * torch.exp(-self.log_scale[layer].to(weight.dtype)), bias
-        return weight, bias
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """Scales what up_proj puts out."""
+        return values * self.log_scale[layer].to(values.dtype).exp() if role is Role.UP else values
+
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """Scales the columns of down_proj inversely."""
+        return values * torch.exp(-self.log_scale[layer].to(values.dtype)) if role is Role.DOWN else values

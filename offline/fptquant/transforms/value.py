@@ -67,18 +67,22 @@ class ValueTransform(Transform):
         bound = math.log(self.options.max_condition) / 2
         return bound * torch.tanh(log_scale / bound)
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W_v' = T^T W_v, b_v' = b_v T; W_o' = W_o T^-T per query head."""
-        if role is Role.VALUE:
-            matrix, _ = self.matrices(layer, weight.dtype)
-            rows = weight.view(self.shape.kv_heads, self.shape.head_dim, -1)  # (K, d, in)
-            weight = (matrix.mT @ rows).reshape(weight.shape)
-            if bias is not None:
-                heads = bias.view(self.shape.kv_heads, 1, self.shape.head_dim)
-                bias = (heads @ matrix).reshape(bias.shape)
-        elif role is Role.OUTPUT:
-            _, inverse_transpose = self.matrices(layer, weight.dtype)
-            inverse_transpose = inverse_transpose.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0)
-            columns = weight.view(-1, self.shape.heads, self.shape.head_dim)  # (out, H, d)
-            weight = torch.einsum("ohd,hde->ohe", columns, inverse_transpose).reshape(weight.shape)
-        return weight, bias
+    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+        """Values times T, head by head: W_v' = T^T W_v, b_v' = b_v T."""
+        if role is not Role.VALUE:
+            return values
+        return _by_head(values, self.matrices(layer, values.dtype)[0])
+
+    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """W_o' = W_o T^-T per query head."""
+        if role is not Role.OUTPUT:
+            return values
+        inverse_transpose = self.matrices(layer, values.dtype)[1]
+        matrix = inverse_transpose.mT if transposed else inverse_transpose
+        return _by_head(values, matrix.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))
+
+
+def _by_head(values: Tensor, matrices: Tensor) -> Tensor:
+    """`values` (..., heads * head_dim) times the matrix (heads, head_dim, head_dim) of each head."""
+    heads = values.view(*values.shape[:-1], *matrices.shape[:2])
+    return torch.einsum("...hd,hde->...he", heads, matrices).flatten(-2)

@@ -29,6 +29,15 @@ def test_jensen_shannon(logits: tuple[Tensor, Tensor]) -> None:
     assert torch.isclose(divergence(apart[:1], apart[1:], NONE, "jsd", 0), torch.tensor(math.log(2)))
 
 
+def test_gradient_of_jensen_shannon(logits: tuple[Tensor, Tensor]) -> None:
+    student, teacher = (t.double().requires_grad_() for t in logits)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = (p + q) / 2
+    expected = ((p * (p / m).log() + q * (q / m).log()).sum() / 2) * 3
+    (divergence(student, teacher, NONE, "jsd", 0) * 3).backward()
+    assert torch.allclose(student.grad, torch.autograd.grad(expected, student)[0].float().double(), atol=1e-6)
+
+
 def test_kl(logits: tuple[Tensor, Tensor]) -> None:
     student, teacher = logits
     expected = torch.nn.functional.kl_div(
@@ -57,7 +66,12 @@ def test_pieces_make_no_difference(kind: objective.Objective, monkeypatch: pytes
     found = []
     for size in (100, 3):
         monkeypatch.setattr(objective, "_TOKENS", size)
-        loss = sequence_loss(hidden, lambda h: h @ weight.T, target, lambda h: h @ teacher_weight.T, labels, kind, 5)
-        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    for one, other in zip(*found, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+        weight.grad = None
+        loss, gradient = sequence_loss(
+            hidden, lambda h: h @ weight.T, target, lambda h: h @ teacher_weight.T, labels, kind, 5, 0.5
+        )
+        found.append((torch.tensor(loss), gradient, weight.grad))
+    whole = divergence(hidden @ weight.T, target @ teacher_weight.T, labels, kind, 5) / 20
+    found.append((whole.detach(), *torch.autograd.grad(whole, (hidden, weight))))
+    for several in zip(*found, strict=True):
+        assert all(torch.allclose(several[0], other, atol=1e-5) for other in several[1:])

@@ -13,6 +13,7 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from fptquant import pipeline, planning
+from fptquant.architectures import Role
 from fptquant.architectures.llama import LLAMA
 from fptquant.calibration import calibrate_and_round
 from fptquant.errors import FPTQuantError
@@ -21,14 +22,14 @@ from fptquant.merging import merge_transforms
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.simulation.layer_inputs import LayerInputs
-from fptquant.simulation.sink import record_sink, sink_state
+from fptquant.simulation.sink import KEY, VALUE, record_sink, sink_state
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.state import RunState
-from fptquant.training.student import integer_student, transform_student
+from fptquant.training.student import TransformedWeight, integer_student, transform_student
 from fptquant.training.teacher import Teacher
-from fptquant.transforms import TransformSet
+from fptquant.transforms import TRANSFORMS, TransformSet
 from tests.conftest import TEXT, build_model, build_tokenizer
 
 TOKENS = torch.arange(5, 29)[None]
@@ -91,6 +92,61 @@ def test_transform_student_is_the_quantized_model(kind: str, names: list[str], t
         found = student.model(tokens).logits
         apart = (found - expected).norm() / expected.norm()
         assert apart < 0.03  # the last bits of float32 merging move a few codes
+
+
+@pytest.mark.parametrize("kind", ["gqa", "bias", "tied"])
+@pytest.mark.parametrize("names", [NAMES, ["T_v", "T_r", "T_s"]], ids=["all", "T_s"])
+def test_float_student_computes_the_original(kind: str, names: list[str], tmp_path: Path) -> None:
+    """Transforms of inputs and outputs in place of merged weights: without quantizers, the function is the model's."""
+    job = make_job(kind, tmp_path, precision="w4a16", transforms=names, rounding={"method": "nearest"})
+    job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
+    simulation = quantized(job)
+    student = transform_student(folded(kind), LLAMA, job.transforms, simulation, estimator="ste", float_weights=True)
+    expected = build_model(kind)(TOKENS).logits
+    assert (student.model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_float_student_has_the_constants_of_the_merged_model(tmp_path: Path) -> None:
+    job = make_job("bias", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"})
+    job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
+    simulation = quantized(job)
+    student = transform_student(folded("bias"), LLAMA, job.transforms, simulation, estimator="ste", float_weights=True)
+    student.model(TOKENS)
+    for layer, key in itertools.product((0, 1), (KEY, VALUE)):
+        name = f"model.layers.{layer}.self_attn"
+        expected = simulation.get_submodule(name).get_buffer(key)
+        assert expected.isfinite().all() and expected.norm() > 0
+        assert torch.allclose(getattr(student.model.get_submodule(name), key), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", list(LLAMA.projections))
+def test_transformed_weight_is_the_merged_one(role: Role) -> None:
+    """Values and the gradients of every transform, without forming the weight."""
+    layer = LLAMA.layer_modules(folded("bias"))[1].double()
+    linear = layer.get_submodule(LLAMA.projections[role])
+    x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for apart in (False, True):
+        transforms = random_transforms("bias", list(TRANSFORMS))
+        if apart:
+            y = TransformedWeight(linear, transforms, role, 1).exact(x)
+        else:
+            y = torch.nn.functional.linear(x, *transforms.merge(role, 1, linear.weight, linear.bias))
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in transforms.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(*found, strict=True))
+
+
+def test_a_group_quantizes_its_input_once(tmp_path: Path) -> None:
+    job = make_job("bias", tmp_path, precision="w4a8kv8")
+    student = integer_student(quantized(job), LLAMA, "ste")
+    calls = []
+    for quantizer in {linear.quantizer for _, linear in student.linears()}:
+        quantizer.register_forward_hook(lambda module, *_: calls.append(module))
+    student.model(TOKENS)
+    assert len(calls) == len(set(calls)) == 2 * 4 + 1  # four inputs in each of two layers, and the head's
+    assert all(linear.group._seen is None for _, linear in student.linears())  # nothing is held on to
 
 
 @pytest.mark.parametrize("precision", ["w4a8kv8", "w4a4kv4", "w4a16"])
