@@ -151,6 +151,8 @@ def quantize(
     chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
     if kv_strategy is not None:
         kept = chosen.precision.model_dump(mode="json")
+        if kept["kv_cache"]["bits"] == 16:
+            raise FPTQuantError("--kv-strategy: the KV cache is not quantized at this precision: leave it out")
         kept["kv_cache"]["strategy"] = kv_strategy
         chosen = chosen.changed("--kv-strategy", precision=kept)
 

@@ -24,6 +24,20 @@ from fptquant.training.local import LocalOptions
 from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's plain types; a key that is given twice is an error, where PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Precision(BaseModel):
     """Bit widths and symmetry of weights, activations and KV cache."""
 
@@ -219,7 +233,7 @@ class Recipe(BaseModel):
                 raise unknown("recipe", name_or_file, shipped)
             text = (resources.files("fptquant") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _UniqueKeys)
         except yaml.YAMLError as error:
             raise FPTQuantError(f"{name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):

@@ -468,6 +468,8 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "budget without a number": (["--budget", "sites="], "budget.sites: "),
     "two budgets": (["--budget", "sites=2,target_kl=1"], "budget.sites: "),
     "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
+    "kv strategy of no cache": (["--kv-strategy", "head", "--precision", "w4a16"], "the KV cache is not quantized at"),
+    "field of a text": (["--calibration-field", "body"], "calibration.field: only a dataset has one"),
     "dtype": (["--dtype", "int8"], "dtype"),
     "seed": (["--seed", "-3"], "seed"),
     "sequences": (["--sequences", "0"], "calibration.sequences"),
@@ -500,7 +502,7 @@ def test_bad_option(
         ("scales: {steps: 2}\nend_to_end: {steps: 2, teacher: online}", "scales.teacher have to be the same"),
         ("transforms: {T_d: {block: 7}}", "block must be a power of two, got 7"),
         ("transforms: {T_d: {block: 64}}", "block 64 does not divide the intermediate size 72"),
-        ("overrides: [{modules: 're:.*nothing'}]", "'re:.*nothing' matches no linear layer"),
+        ("overrides: [{modules: 're:.*nothing', activations: {bits: 8}}]", "'re:.*nothing' matches no linear layer"),
         ("a: [", "not valid YAML"),
     ],
 )

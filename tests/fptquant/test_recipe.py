@@ -80,6 +80,7 @@ def test_precisions(name: str, bits: tuple[int, int, int]) -> None:
         ({"seed": -1}, "seed"),
         ({"overrides": [{"module": "x"}]}, "overrides"),
         ({"ignore": ["re:*"]}, r"ignore.0: 're:\*' is no regular expression"),
+        ({"overrides": [{"modules": "a.b"}]}, "overrides.0: 'a.b': give weights or activations"),
         ({"overrides": [{"modules": "re:("}]}, r"overrides.0.modules: 're:\(' is no regular expression"),
     ],
 )
@@ -98,6 +99,8 @@ def test_mistakes_are_named_in_one_line(data: dict[str, object], message: str) -
         (b"", "a recipe is a mapping"),
         (b"description: \xff\xfe", "can't be read"),
         (b"1: 2", "Keys should be strings"),
+        (b"seed: 1\nprecision: w4a8kv8\nseed: 2\n", "r.yaml: not valid YAML: 'seed' is given twice in .* line 3"),
+        (b"local: {steps: 2, p: 4, steps: 3}", "'steps' is given twice"),
     ],
 )
 def test_bad_recipe_files(content: bytes, message: str, tmp_path: Path) -> None:

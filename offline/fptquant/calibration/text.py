@@ -131,9 +131,17 @@ def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
 
 def _texts(options: CalibrationOptions, seed: int) -> Iterator[str]:
     path = Path(options.source)
-    if options.source == "builtin":
+    builtin = options.source == "builtin"
+    is_text = builtin or (path.is_file() and path.suffix not in _DATASET_BUILDERS)
+    if is_text:
+        for name in ("config", "split", "field"):
+            if getattr(options, name) != CalibrationOptions.model_fields[name].default:
+                raise FPTQuantError(
+                    f"calibration.{name}: only a dataset has one, and '{options.source}' is a text: leave it out"
+                )
+    if builtin:
         yield (resources.files("fptquant") / "data" / "wiki.calib.txt").read_text(encoding="utf-8")
-    elif path.is_file() and path.suffix not in _DATASET_BUILDERS:
+    elif is_text:
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -116,6 +116,12 @@ class Override(Strict):
     weights: WeightScheme | None = None
     activations: ActivationScheme | None = None
 
+    @model_validator(mode="after")
+    def _changes_something(self) -> Override:
+        if self.weights is None and self.activations is None:
+            raise ValueError(f"'{self.modules}': give weights or activations")
+        return self
+
 
 class CheckpointConfig(Strict):
     """The whole `quantization_config`."""
