@@ -34,13 +34,12 @@ def start_from_activations(
         first: tokens of a sequence before this one do not count.
     """
     (scale,) = (transform for transform in transforms if isinstance(transform, NormScale))
-    rotation = transforms.rotation(torch.float32)
     largest: dict[tuple[int, Role], Tensor] = {}
 
     def watch(key: tuple[int, Role]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             states = output[:, first:].flatten(0, 1)
-            found = (states if rotation is None else states @ rotation).abs().amax(0)
+            found = transforms.inputs(Role.EMBEDDING, -1, states).abs().amax(0)  # rotated as the residual is
             largest[key] = torch.maximum(largest[key], found) if key in largest else found
 
         return hook

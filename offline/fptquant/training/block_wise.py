@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant.architectures import Role
 from fptquant.errors import FPTQuantError
 from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
 from fptquant.training.end_to_end import batch
@@ -104,10 +105,9 @@ def _step(
     """Gradients of a step; its loss."""
     total = 0.0
     with transforms.reused(torch.float32):
-        rotation = transforms.rotation(torch.float32)
         for sequence in chosen:
-            goal = expected.sequence(sequence)
-            goal = goal if rotation is None else goal @ rotation.detach()
+            with torch.no_grad():  # rotated as the student's residual is
+                goal = transforms.inputs(Role.EMBEDDING, -1, expected.sequence(sequence))
             found = inputs.output(layer, inputs.sequence(sequence))
             error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
             loss = error.square().mean() / size.square().mean() / len(chosen)

@@ -8,128 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
 from fptquant.architectures.base import INPUT_GROUPS
-from fptquant.checkpoint import code_bounds, round_scale
-from fptquant.quantizers import channel_scale, log_clip_of
+from fptquant.checkpoint import round_scale
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.install import simulated_projection
 from fptquant.simulation.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_state
-from fptquant.training.fake_quant import Estimator, StaticQuantizer, fake_quantize
+from fptquant.training.fake_quant import Estimator, StaticQuantizer
+from fptquant.training.student_weights import (
+    FloatWeight,
+    IntegerWeight,
+    MergedWeight,
+    StudentWeight,
+    TransformedWeight,
+)
 from fptquant.transforms import TransformSet
-
-
-class IntegerWeight(nn.Module):
-    """Frozen integers with trainable channel scales."""
-
-    def __init__(self, linear: SimulatedLinear) -> None:
-        """Takes codes and scales of a rounded layer."""
-        super().__init__()
-        assert linear.codes is not None
-        self.bias = linear.bias
-        self.register_buffer("codes", linear.codes, persistent=False)
-        self.codes: Tensor
-        self.log_scale = nn.Parameter(linear.weight_scale.log())
-
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """X W^T (..., N), without forming W; and the bias."""
-        return nn.functional.linear(x, self.codes) * self.log_scale.exp().flatten(), self.bias
-
-
-class TransformedWeight(nn.Module):
-    """A frozen float weight between trainable transforms, which are applied to what goes in and comes out.
-
-    Merging them would take a product with T_r for each weight in each step, and hold a second copy of the model.
-    """
-
-    def __init__(self, linear: nn.Linear, transforms: TransformSet, role: Role, layer: int) -> None:
-        """Takes the weight (norm gain folded in, transforms not merged).
-
-        Args:
-            linear: float layer.
-            transforms: trained elsewhere.
-            role: of the layer.
-            layer: index.
-        """
-        super().__init__()
-        self.register_buffer("weight", linear.weight.detach(), persistent=False)
-        self.weight: Tensor
-        self.bias = linear.bias
-        self.transforms = [transforms]  # in a list: its parameters are not this module's
-        self.role, self.layer = role, layer
-
-    def restored(self, x: Tensor) -> Tensor:
-        """Of inputs (..., K) as the merged weight reads them, those that the weight itself reads."""
-        return self.transforms[0].inputs(self.role, self.layer, x, transposed=True)
-
-    def product(self, restored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output (..., N) of the merged layer, and its bias."""
-        transforms = self.transforms[0]
-        y = transforms.outputs(self.role, self.layer, nn.functional.linear(restored, self.weight))
-        return y, None if self.bias is None else transforms.outputs(self.role, self.layer, self.bias)
-
-    def exact(self, x: Tensor) -> Tensor:
-        """Output with bias of the merged layer, for inputs that are not quantized."""
-        y, bias = self.product(self.restored(x))
-        return y if bias is None else y + bias
-
-
-class MergedWeight(nn.Module):
-    """A frozen float weight behind trainable transforms, fake-quantized to nearest with trainable clipping."""
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        transforms: TransformSet,
-        role: Role,
-        layer: int,
-        scale: Tensor,
-        bits: int,
-        estimator: Estimator,
-    ) -> None:
-        """Takes the weight (norm gain folded in, transforms not merged).
-
-        Args:
-            linear: float layer.
-            transforms: trained elsewhere.
-            role: of the layer.
-            layer: index.
-            scale: (N, 1) to start from.
-            bits: width of the codes.
-            estimator: see `fake_quantize`.
-        """
-        super().__init__()
-        self.register_buffer("weight", linear.weight.detach(), persistent=False)
-        self.weight: Tensor
-        self.bias = linear.bias
-        self.transforms = [transforms]  # in a list: its parameters are not this module's
-        self.role, self.layer, self.bits, self.estimator = role, layer, bits, estimator
-        with torch.no_grad():
-            self.log_clip = nn.Parameter(log_clip_of(scale, self.merged()[0], bits))
-
-    def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias after the transforms, not quantized; merged again when differentiating, to save memory."""
-        merge, arguments = self.transforms[0].merge, (self.role, self.layer, self.weight, self.bias)
-        if not torch.is_grad_enabled():
-            return merge(*arguments)
-        merged: tuple[Tensor, Tensor | None] = checkpoint(
-            merge, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
-        return merged
-
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """X W^T (..., N) with the fake-quantized weight, and the bias."""
-        weight, bias = self.merged()
-        scale = channel_scale(weight, self.log_clip, self.bits)
-        weight = fake_quantize(weight, scale, *code_bounds(torch.zeros(()), self.bits), self.estimator)
-        return nn.functional.linear(x, weight), bias
-
-    def exact(self, x: Tensor) -> Tensor:
-        """X W^T + b with the weight as it is before it is quantized."""
-        return nn.functional.linear(x, *self.merged())
 
 
 @dataclass
@@ -140,7 +35,7 @@ class SinkInput:
     name: str
     normed: Tensor  # (hidden,), without transforms
 
-    def update(self, source: MergedWeight | TransformedWeight) -> None:
+    def update(self, source: FloatWeight) -> None:
         """Computes the constant with the weight of `source`, not quantized."""
         transforms = source.transforms[0]
         states = transforms.inputs(Role.EMBEDDING, -1, self.normed[None])
@@ -150,7 +45,7 @@ class SinkInput:
 
 
 class GroupInput:
-    """What the layers of a group read, computed once for all of them: their one input, quantized."""
+    """What the layers of a group read: their one input, quantized once for all of them."""
 
     def __init__(self, readers: int, quantizer: StaticQuantizer | None) -> None:
         """Args: readers is how many layers the group has."""
@@ -158,12 +53,10 @@ class GroupInput:
         self._seen: tuple[Tensor, Tensor] | None = None
         self._left = 0
 
-    def __call__(self, x: Tensor, weight: IntegerWeight | MergedWeight | TransformedWeight) -> Tensor:
+    def __call__(self, x: Tensor, weight: StudentWeight) -> Tensor:
         """Args: x (..., K) is the same tensor for all readers, weight any of theirs. Returns: (..., K)."""
         if self._seen is None or self._seen[0] is not x:
-            result = x if self.quantizer is None else self.quantizer(x)
-            if isinstance(weight, TransformedWeight):
-                result = weight.restored(result)
+            result = weight.restored(x if self.quantizer is None else self.quantizer(x))
             self._seen, self._left = (x, result), self.readers
         result = self._seen[1]
         self._left -= 1
@@ -178,7 +71,7 @@ class TrainedLinear(nn.Module):
     def __init__(
         self,
         linear: SimulatedLinear,
-        weight: IntegerWeight | MergedWeight | TransformedWeight,
+        weight: StudentWeight,
         group: GroupInput,
         sink: SinkInput | None = None,
     ) -> None:
@@ -193,7 +86,7 @@ class TrainedLinear(nn.Module):
         linear = self.linear[0]
         y, bias = self.weight.product(self.group(linear.online(x), self.weight))
         if self.sink is not None:
-            assert not isinstance(self.weight, IntegerWeight)
+            assert isinstance(self.weight, FloatWeight)
             self.sink.update(self.weight)
         if linear.tap is not None:
             assert linear.tap.scale is not None
@@ -343,12 +236,12 @@ def transform_student(
                 eps = None if example.tap is None else example.tap.eps
                 online = simulated_projection(layer, architecture, role, None, example.hadamard_block, eps)
                 group = group or GroupInput(len(roles), _input_quantizer(example, estimator))
-                weight: MergedWeight | TransformedWeight
+                weight: FloatWeight
                 if float_weights or example.scheme is None:
                     weight = TransformedWeight(linear, transforms, role, index)
                 else:
                     scale, bits = example.weight_scale, example.scheme.weights.bits
-                    weight = MergedWeight(linear, transforms, role, index, scale, bits, estimator)
+                    weight = MergedWeight(linear, transforms, role, index, scale=scale, bits=bits, estimator=estimator)
                 sink = None
                 if sink_inputs and role in (Role.KEY, Role.VALUE):
                     name = KEY if role is Role.KEY else VALUE
@@ -389,8 +282,7 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
         return transforms.inputs(Role.EMBEDDING, -1, output)
 
     def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        rotation = transforms.rotation(output.dtype)
-        return output if rotation is None else output @ rotation.mT
+        return transforms.inputs(Role.HEAD, -1, output, transposed=True)
 
     model.get_submodule(architecture.embedding).register_forward_hook(enter)
     model.get_submodule(architecture.final_norm).register_forward_hook(leave)
@@ -419,12 +311,7 @@ def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQua
     return StaticQuantizer(linear.input_scale, zero_point, scheme.bits, estimator)
 
 
-def _replace(
-    student: Student,
-    name: str,
-    linear: SimulatedLinear,
-    group: GroupInput,
-) -> None:
+def _replace(student: Student, name: str, linear: SimulatedLinear, group: GroupInput) -> None:
     trained = TrainedLinear(linear, IntegerWeight(linear), group)
     # hooks (the constants of a sink) belong to the place, not to the layer
     trained._forward_hooks = linear._forward_hooks

@@ -109,11 +109,6 @@ class TransformSet(nn.Module):
         """Whether S_n is on."""
         return "S_n" in self.transforms
 
-    def rotation(self, dtype: torch.dtype) -> Tensor | None:
-        """R of T_r (hidden, hidden), None when it is off."""
-        rotations = [transform for transform in self if isinstance(transform, ResidualRotation)]
-        return rotations[0].rotation(dtype) if rotations else None
-
     def metrics(self) -> dict[str, float]:
         """What to watch while training, by name."""
         return {f"{name}/{key}": v for name, t in self.transforms.items() for key, v in t.metrics().items()}  # type: ignore[operator]

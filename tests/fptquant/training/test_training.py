@@ -27,7 +27,8 @@ from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.training.optimization import Optimization, transform_groups
 from fptquant.training.state import RunState
-from fptquant.training.student import TransformedWeight, integer_student, transform_student
+from fptquant.training.student import integer_student, transform_student
+from fptquant.training.student_weights import TransformedWeight
 from fptquant.training.teacher import Teacher
 from fptquant.transforms import TRANSFORMS, TransformSet
 from tests.conftest import TEXT, build_model, build_tokenizer
@@ -203,8 +204,8 @@ def test_stage_one_lowers_its_objective_and_keeps_the_function(tmp_path: Path) -
     optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2), 40, clip=None)
     losses = [m["loss"] for m in local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=40), optimization)]
     assert losses[-1] < 0.97 * losses[0]
-    rotation = transforms.rotation(torch.float64)
-    assert rotation is not None and (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-10
+    rotation = transforms.transforms["T_r"].rotation(torch.float64)
+    assert (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-10
     model = build_model("gqa")
     job = make_job("gqa", tmp_path)
     job.transforms.load_state_dict(transforms.state_dict())
