@@ -118,7 +118,8 @@ def train_end_to_end(
                         f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
                         "lower the learning rates"
                     )
-                hidden.backward(gradient)
+                if hidden.requires_grad:  # not where only the head is quantized
+                    hidden.backward(gradient)
                 total += loss
         total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()

@@ -321,6 +321,15 @@ def test_without_trainable_transforms_only_scales_are_trained(names: list[str], 
     assert [json.loads(row)["stage"] for row in rows] == ["scales"] * 7
 
 
+def test_only_the_head_is_quantized(tmp_path: Path) -> None:
+    precision = {"activations": {"bits": 8}, "kv_cache": {"bits": 16}}
+    fields = {"precision": precision, "transforms": ["T_v"], "ignore": ["re:model.layers"], "scales": {"steps": 2}}
+    job = make_job("gqa", tmp_path, **fields)
+    pipeline.quantize(job, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/fptquant/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and all(row["gradient/scale"] > 0 for row in rows)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
