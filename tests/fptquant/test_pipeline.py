@@ -203,7 +203,7 @@ def test_the_head_can_stay_in_floating_point(fields: dict[str, Any], model_dir: 
         ),
         ({"ignore": ["model.layers.0.mlp.up_proj"]}, "gate_proj, .*up_proj share one input"),
         (
-            {"overrides": [{"modules": "model.layers.7.mlp.down_proj"}]},
+            {"overrides": [{"modules": "model.layers.7.mlp.down_proj", "activations": {"bits": 8}}]},
             "'model.layers.7.mlp.down_proj' matches no",
         ),
         ({"ignore": ["model.layers.0.mlp.down_proj"]}, "down_proj can't stay in floating point while T_d rotates"),
