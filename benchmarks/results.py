@@ -248,13 +248,13 @@ def row_recipe(fields: dict[str, Any]) -> Recipe:
 def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
     """The checkpoint of a row, made if it isn't there, or is of another commit."""
     recipe = row_recipe(fields)
-    output, made_at = work / recipe.digest(), work / f"{recipe.digest()}.commit"
-    if not list(output.glob("*.safetensors")) or not made_at.is_file() or made_at.read_text() != commit():
+    output, made_at, now = work / recipe.digest(), work / f"{recipe.digest()}.commit", commit()
+    if not list(output.glob("*.safetensors")) or not made_at.is_file() or made_at.read_text() != now:
         file = work / f"{recipe.digest()}.yaml"
         file.write_text(yaml.safe_dump(recipe.to_dict()))
         command = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
         subprocess.run([*command, "--recipe", file, "--overwrite"], check=True)
-        made_at.write_text(commit())
+        made_at.write_text(now)
     return output
 
 

@@ -26,8 +26,9 @@ another recipe. Rows calibrate on the same 16 sequences, but those "as shipped" 
 the original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same
 most likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
 memory of `fptquant quantize` on two virtual cores, beside other jobs; from commit 9120d21 on with MKL told to use
-AVX-512 (log.md); the rows as shipped at w4a4kv4 ran alone and without that, and "+ stage 1" there was paused for an
-hour, which its time counts. From commit d6f4098 on training is faster. A row that is missing was not measured yet.
+AVX-512 (log.md); `fptquant-light` as shipped at w4a4kv4 ran alone and without that, and "+ stage 1" there was paused
+for an hour, which its time counts. From commit d6f4098 on training is faster. A row that is missing was not measured
+yet.
 """
 
 
