@@ -99,6 +99,23 @@ def test_lp_ignores_a_lone_outlier(symmetric: bool) -> None:
     assert (fake_quantize(bulk, 4, scale, zero_point) - bulk).pow(2).mean() < 0.1
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_need_not_hold_the_rarest_tokens(symmetric: bool) -> None:
+    """One massive token sets the range by its squared error alone, unless it is as rare as `outlier_tokens` says."""
+    usual = normal(10_000, 16)
+    values = usual.clone()
+    values[4321] = 1000.0 * normal(16, seed=1)
+    scale, zero_point = search_range(values, 4, symmetric, LP)
+    error = (fake_quantize(usual, 4, scale, zero_point) - usual).pow(2).mean()
+    wide, _ = search_range(values, 4, symmetric, RangeOptions(outlier_tokens=0.0))
+    assert error < 0.02 and wide > 20 * scale
+    assert search_range(values.flatten(), 4, symmetric, LP)[0] > 20 * scale  # no tokens to tell apart
+
+    for often in range(0, 10_000, 512):  # a token of every sequence, as the first is, counts
+        values[often] = 1000.0
+    assert search_range(values, 4, symmetric, LP)[0] > 20 * scale
+
+
 def test_lp_approaches_the_best_scale_of_a_dense_search() -> None:
     values = normal(20_000)
     best = min(
