@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from fptquant.checkpoint import ActivationScheme, KVCacheScheme, Override, WeightScheme
 from fptquant.checkpoint.schema import ModulePattern, one_line
 from fptquant.errors import FPTQuantError, unknown
-from fptquant.quantizers import RangeOptions, WeightRangeOptions
+from fptquant.quantizers import InputRangeOptions, RangeOptions, WeightRangeOptions
 from fptquant.rounding import RoundingOptions
 from fptquant.training.block_wise import BlockWiseOptions
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions
@@ -135,7 +135,7 @@ class Recipe(BaseModel):
     precision: Precision = PRECISIONS["w4a8kv8"]
     transforms: dict[str, Any] = Field(default_factory=lambda: dict.fromkeys(FPTQUANT, {}))
     weight_range: WeightRangeOptions = WeightRangeOptions()
-    activation_range: RangeOptions = RangeOptions()
+    activation_range: InputRangeOptions = InputRangeOptions()
     kv_range: RangeOptions = RangeOptions()
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()

@@ -1,5 +1,7 @@
 """Choosing scales."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fptquant.checkpoint import code_bounds, quantize, round_scale
-from fptquant.quantizers import RangeOptions, WeightRangeOptions, search_range, weight_scales
+from fptquant.quantizers import (
+    InputRangeOptions,
+    RangeOptions,
+    WeightRangeOptions,
+    search_input_range,
+    search_range,
+    weight_scales,
+)
 from fptquant.quantizers.ranges import _EXTREMES, _SAMPLE
 from fptquant.quantizers.weights import round_to_nearest
 
@@ -100,20 +109,28 @@ def test_lp_ignores_a_lone_outlier(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_range_need_not_hold_the_rarest_tokens(symmetric: bool) -> None:
+def test_an_input_range_need_not_hold_the_rarest_tokens(symmetric: bool) -> None:
     """One massive token sets the range by its squared error alone, unless it is as rare as `outlier_tokens` says."""
     usual = normal(10_000, 16)
     values = usual.clone()
     values[4321] = 1000.0 * normal(16, seed=1)
-    scale, zero_point = search_range(values, 4, symmetric, LP)
-    error = (fake_quantize(usual, 4, scale, zero_point) - usual).pow(2).mean()
-    wide, _ = search_range(values, 4, symmetric, RangeOptions(outlier_tokens=0.0))
-    assert error < 0.02 and wide > 20 * scale
-    assert search_range(values.flatten(), 4, symmetric, LP)[0] > 20 * scale  # no tokens to tell apart
+    scale, zero_point = search_input_range(values, 4, symmetric, InputRangeOptions())
+    assert (fake_quantize(usual, 4, scale, zero_point) - usual).pow(2).mean() < 0.02
+    wide = search_range(values, 4, symmetric, LP)
+    assert wide[0] > 20 * scale
+    assert search_input_range(values, 4, symmetric, InputRangeOptions(outlier_tokens=0.0)) == wide
+    few = values[:4999]  # of which the share is no whole token
+    assert search_input_range(few, 4, symmetric, InputRangeOptions()) == search_range(few, 4, symmetric, LP)
 
-    for often in range(0, 10_000, 512):  # a token of every sequence, as the first is, counts
-        values[often] = 1000.0
-    assert search_range(values, 4, symmetric, LP)[0] > 20 * scale
+    values[::512] = 1000.0  # a token of every sequence, as the first is, counts
+    assert search_input_range(values, 4, symmetric, InputRangeOptions())[0] > 20 * scale
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_other_methods_see_all_tokens(method: Literal["minmax", "percentile"]) -> None:
+    values = normal(10_000, 8)
+    found = search_input_range(values, 4, False, InputRangeOptions(method=method))
+    assert found == search_range(values, 4, False, RangeOptions(method=method))
 
 
 def test_lp_approaches_the_best_scale_of_a_dense_search() -> None:

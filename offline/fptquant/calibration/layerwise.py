@@ -14,7 +14,7 @@ from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import round_scale
 from fptquant.errors import FPTQuantError
-from fptquant.quantizers import channel_scale, search_range, weight_scales
+from fptquant.quantizers import channel_scale, search_input_range, search_range, weight_scales
 from fptquant.recipe import Recipe
 from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
@@ -134,7 +134,7 @@ def _quantize_group(
         raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
     if scheme.activations.bits < 16:
         options = recipe.activation_range
-        scale, zero_point = search_range(seen, scheme.activations.bits, scheme.activations.symmetric, options)
+        scale, zero_point = search_input_range(seen, scheme.activations.bits, scheme.activations.symmetric, options)
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
         seen = linears[0].quantized_input(seen)

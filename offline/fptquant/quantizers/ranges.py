@@ -21,11 +21,13 @@ class RangeOptions(BaseModel):
     p: float = Field(2.0, gt=0, description="exponent of the error norm (method lp)")
     percentile: float = Field(99.99, gt=50, le=100, description="of the values kept (method percentile)")
     grid: int = Field(32, ge=2, description="half the number of candidates for each end (method lp)")
+
+
+class InputRangeOptions(RangeOptions):
+    """How the range of a layer's input is chosen, which all of its tokens share."""
+
     outlier_tokens: float = Field(
-        2e-4,
-        ge=0,
-        lt=1,
-        description="share of tokens, the largest, that an input's range need not hold (method lp)",
+        2e-4, ge=0, lt=1, description="share of tokens, the largest, that the range need not hold (method lp)"
     )
 
 
@@ -34,7 +36,7 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     """Scale and zero point of one static quantizer.
 
     Args:
-        values: observed values, finite: (tokens, K), or any other shape, in which no tokens are told apart.
+        values: observed values, any shape, finite.
         bits: width of the codes.
         symmetric: zero point fixed at 0.
         options: the method.
@@ -42,8 +44,6 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     Returns:
         scale (float32 scalar, positive) and zero point (int32 scalar).
     """
-    if options.method == "lp" and values.dim() == 2:
-        values = _without_outliers(values, options.outlier_tokens)
     values = values.flatten().float()
     low, high = values.min().clamp(max=0.0), values.max().clamp(min=0.0)
     if options.method == "percentile":
@@ -56,6 +56,20 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     return scale, zero_point.to(torch.int32)
 
 
+def search_input_range(values: Tensor, bits: int, symmetric: bool, options: InputRangeOptions) -> tuple[Tensor, Tensor]:
+    """As `search_range`, of (tokens, K) without the few tokens that hold the largest absolute values.
+
+    In some texts a token other than the first has a massive activation. One in 30,000 is enough for squared errors to
+    widen the range until the codes of all others are the same.
+    """
+    count = int(options.outlier_tokens * values.shape[0]) if options.method == "lp" else 0
+    if count:
+        low, high = torch.aminmax(values, dim=1)
+        kept = torch.topk(torch.maximum(-low, high), values.shape[0] - count, largest=False, sorted=False).indices
+        values = values[kept.sort().values]
+    return search_range(values, bits, symmetric, options)
+
+
 def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and (float) zero point that map [low, high] onto the code range; arguments broadcast."""
     half = 2.0 ** (bits - 1)
@@ -65,20 +79,6 @@ def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
         return scale, torch.zeros_like(scale)
     scale = ((high - low) / (2 * half - 1)).clamp_min(tiny)
     return scale, torch.round(-half - low / scale).clamp(-half, half - 1)
-
-
-def _without_outliers(values: Tensor, share: float) -> Tensor:
-    """Drops the rows of (tokens, K) that hold the largest absolute values.
-
-    In a few texts some token other than the first has a massive activation. One in 30,000, that squared errors would
-    widen the range for until the others' codes are all 0.
-    """
-    count = int(share * values.shape[0])
-    if count == 0:
-        return values
-    low, high = torch.aminmax(values, dim=1)
-    kept = torch.topk(torch.maximum(-low, high), values.shape[0] - count, largest=False, sorted=False).indices
-    return values[kept.sort().values]
 
 
 def _order_statistic(values: Tensor, share: float) -> Tensor:

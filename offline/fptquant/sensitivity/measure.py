@@ -15,7 +15,7 @@ from fptquant.calibration.layerwise import observe_inputs, rounded_weights, set_
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
 from fptquant.planning import Plan
-from fptquant.quantizers import search_range, weight_scales
+from fptquant.quantizers import search_input_range, weight_scales
 from fptquant.quantizers.weights import round_to_nearest
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
 from fptquant.simulation import KVQuantizer, SimulatedLinear
@@ -131,7 +131,7 @@ class Probe:
         seen = observe_inputs(linears[0], inputs, self.layers[source.layer])  # (tokens, K)
         if source in wanted:
             for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
-                scale, zero_point = search_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
+                scale, zero_point = search_input_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
                 self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
         if weights in wanted:
             importance = self._importance.get(weights.modules(self.job)[0])
