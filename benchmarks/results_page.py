@@ -24,11 +24,10 @@ only. Ranges are static and per tensor except where a row says dynamic; embeddin
 and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
 another recipe. Rows calibrate on the same 16 sequences, but those "as shipped" on 64, `fptquant-best` on 128. KL: of
 the original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same
-most likely successor. Several seeds: each figure. Time (of the last run, where one was stopped and continued) and peak
-memory of `fptquant quantize` on two virtual cores, beside other jobs; from commit 9120d21 on with MKL told to use
-AVX-512 (log.md); `fptquant-light` as shipped at w4a4kv4 ran alone and without that, and "+ stage 1" there was paused
-for an hour, which its time counts. From commit d6f4098 on training is faster. A row that is missing was not measured
-yet.
+most likely successor. Several seeds: each figure. Time and peak memory of `fptquant quantize` are as they came: two
+virtual cores of several machines, mostly beside other jobs, some with AVX-512 (log.md), a run that was stopped and
+continued from its continuation on; they tell minutes from hours, and methods apart only where the difference is large.
+`fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet.
 """
 
 

@@ -59,8 +59,8 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
 def search_input_range(values: Tensor, bits: int, symmetric: bool, options: InputRangeOptions) -> tuple[Tensor, Tensor]:
     """As `search_range`, of (tokens, K) without the few tokens that hold the largest absolute values.
 
-    In some texts a token other than the first has a massive activation. One in 30,000 is enough for squared errors to
-    widen the range until the codes of all others are the same.
+    In some texts a token other than the first has a massive activation. A few in 30,000 are enough for squared errors
+    to widen the range until the codes of all others are the same.
     """
     count = int(options.outlier_tokens * values.shape[0]) if options.method == "lp" else 0
     if count:
