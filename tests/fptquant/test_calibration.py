@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from fptquant.calibration import calibration_windows
 from fptquant.calibration.text import fingerprint, leading_tokens
 from fptquant.errors import FPTQuantError
-from fptquant.quantizers import search_range
+from fptquant.quantizers import RangeOptions, search_range
 from fptquant.recipe import CalibrationOptions, Recipe
 from fptquant.simulation import simulated_linears
 from tests.conftest import TEXT, VOCABULARY
@@ -201,6 +201,22 @@ def test_ranges_are_taken_from_the_model_as_quantized_so_far(
         assert layer.input_zero_point == zero_point
         wrong, _ = search_range(float_input, 4, False, options)
         assert abs(wrong / expected - 1) > 1e-3, f"{name}: float and quantized inputs have the same range here"
+
+
+def test_the_largest_tokens_do_not_count_for_ranges(make_model: MakeModel, simulate: Simulate, windows: Tensor) -> None:
+    fields = {"precision": "w4a4kv4", "activation_range": {"outlier_tokens": 0.2}}
+    model = simulate(make_model("bias"), windows, **fields)
+    moved = 0
+    for name in LATE:
+        layer = model.get_submodule(f"model.{name}")
+        seen = observed(model, f"model.{name}", windows)
+        usual = seen[seen.abs().amax(1).argsort()[: len(seen) - int(0.2 * len(seen))]]
+        expected, zero_point = search_range(usual, 4, False, RangeOptions())
+        torch.testing.assert_close(layer.input_scale, expected, rtol=1e-4, atol=0, msg=name)
+        assert layer.input_zero_point == zero_point
+        wrong, _ = search_range(seen, 4, False, RangeOptions())
+        moved += int(wrong > 1.01 * expected)
+    assert moved > 1
 
 
 def test_kv_ranges_are_taken_from_the_model_as_quantized_so_far(
