@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "e2e" if shared else str(super()._split_scope(nodeid))
 
     return ByFile(config, log)
+
+
+def pytest_sessionstart() -> None:
+    """Takes interrupts again where a shell started the tests in the background: tests interrupt their children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
