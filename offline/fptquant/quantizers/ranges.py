@@ -65,8 +65,9 @@ def search_input_range(values: Tensor, bits: int, symmetric: bool, options: Inpu
     count = int(options.outlier_tokens * values.shape[0]) if options.method == "lp" else 0
     if count:
         low, high = torch.aminmax(values, dim=1)
-        kept = torch.topk(torch.maximum(-low, high), values.shape[0] - count, largest=False, sorted=False).indices
-        values = values[kept.sort().values]
+        usual = torch.ones(values.shape[0], dtype=torch.bool)
+        usual[torch.topk(torch.maximum(-low, high), count).indices] = False
+        values = values[usual]
     return search_range(values, bits, symmetric, options)
 
 
