@@ -1,7 +1,8 @@
-"""Measures one checkpoint in vLLM, in this process; prints one JSON object. Run by `bench.py`, one process each.
+"""Measures one checkpoint in vLLM, in this process; prints one JSON object. Run by `bench.py` and `bench_gpu.py`.
 
-Prefill: one prompt of 1024 tokens, one token out. Decode: time per step from the difference between a long and a
-short generation, so that prefill and start-up drop out. Every figure is the median of `--repeats` runs after a warm-up.
+Prefill: prompts of equal length, one token out of each. Decode: time per step from the difference between a long and
+a short generation, so that prefill and start-up drop out. Every figure is the median of `--repeats` runs after a
+warm-up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import statistics
 import time
 
-PREFILL, SHORT, LONG = 1024, 8, 72
+SHORT, LONG = 8, 72
 
 
 def main() -> None:
@@ -21,7 +22,11 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
-    parser.add_argument("--additional-config", type=json.loads, default={})
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompts", type=int, default=1, help="of the prefill")
+    parser.add_argument("--prompt-length", type=int, default=1024, help="of the prefill")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of the decoding")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     arguments = parser.parse_args()
     # One process, so that its resident size is the server's.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -29,21 +34,21 @@ def main() -> None:
     import torch
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model=arguments.model,
-        dtype="float32",
-        max_model_len=PREFILL + 64,
-        max_num_batched_tokens=PREFILL + 64,
-        max_num_seqs=8,
-        enforce_eager=not arguments.compiled,
-        enable_prefix_caching=False,
-        additional_config=arguments.additional_config,
-    )
+    longest = arguments.prompt_length + 64
+    settings = {
+        "dtype": arguments.dtype,
+        "max_model_len": longest,
+        "max_num_batched_tokens": longest,
+        "max_num_seqs": max(arguments.prompts, *arguments.batches),
+        "enforce_eager": not arguments.compiled,
+        "enable_prefix_caching": False,
+    }
+    engine = LLM(model=arguments.model, **(settings | arguments.engine))
     generator = torch.Generator().manual_seed(0)
 
     def seconds(batch: int, prompt_length: int, new_tokens: int) -> float:
         prompts = torch.randint(1000, 40000, (batch, prompt_length), generator=generator).tolist()
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
         outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         elapsed = time.perf_counter() - start
@@ -51,7 +56,7 @@ def main() -> None:
         return elapsed
 
     def prefill() -> float:
-        return PREFILL / seconds(1, PREFILL, 1)
+        return arguments.prompts * arguments.prompt_length / seconds(arguments.prompts, arguments.prompt_length, 1)
 
     def decode(batch: int) -> float:
         return batch * (LONG - SHORT) / (seconds(batch, 16, LONG) - seconds(batch, 16, SHORT))
@@ -62,8 +67,7 @@ def main() -> None:
 
     result = {
         "prefill_tokens_per_second": median(prefill),
-        "decode_1_tokens_per_second": median(decode, 1),
-        "decode_8_tokens_per_second": median(decode, 8),
+        **{f"decode_{batch}_tokens_per_second": median(decode, batch) for batch in arguments.batches},
         "resident_bytes": psutil.Process().memory_info().rss,
         "threads": torch.get_num_threads(),
     }

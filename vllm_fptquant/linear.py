@@ -183,7 +183,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             delattr(layer, name)
         if issubclass(self.kernel_class, GpuKernel):
             kernel = self.kernel_class(weights, layer.params_dtype)
-            rotation_on_gpu = make_rotation(self.hadamard_block, self.fast_hadamard, weights.codes.device)
+            rotation_on_gpu = make_rotation(
+                self.hadamard_block, self.fast_hadamard, layer.params_dtype, weights.codes.device
+            )
             layer.fptquant_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
             return
         assert issubclass(self.kernel_class, CpuKernel)

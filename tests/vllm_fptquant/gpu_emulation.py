@@ -163,6 +163,12 @@ def triton_int8(codes: Tensor, weight: Tensor, row_scale: Tensor, weight_scale: 
     return (sums.float() * row_scale[:, None] * weight_scale).to(dtype)
 
 
+def mm_float32(x: Tensor, matrix: Tensor) -> Tensor:
+    """A product of 16-bit matrices on tensor cores: products are exact, sums float32."""
+    assert x.dtype == matrix.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() @ matrix.float()
+
+
 def hadacore(x: Tensor, inplace: bool) -> Tensor:
     """An orthonormal Hadamard transform of the last dimension, rounded to 16 bits."""
     from fptquant.checkpoint import block_hadamard, hadamard_factors
@@ -203,6 +209,7 @@ def define_operators() -> None:
         torch.library.register_fake(f"_C::{name}", fake, lib=library)
     own = torch.library.Library("fptquant", "FRAGMENT")
     own.impl("triton_int8", triton_int8, "CPU")
+    own.impl("mm_float32", mm_float32, "CPU")
     own.impl("humming", humming._multiply, "CPU")
     _libraries.extend((library, own))
 

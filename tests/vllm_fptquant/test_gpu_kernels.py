@@ -43,7 +43,7 @@ from tests.vllm_fptquant.layers import (
 from vllm_fptquant.doctor import steps_apart
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
-from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
+from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 from vllm_fptquant.models.llama import project, scaled_projection
@@ -320,23 +320,16 @@ class TestLayer:
         scaled = expected(tensors, rotated * S, 8)
         assert (steps_apart(project(layer, x, S)[0], scaled.bfloat16()) <= 1).all()
 
-    def test_products_that_round_their_factors_are_refused(self) -> None:
-        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
-        layer = build_linear("down", config, params_dtype=torch.bfloat16)
-        before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("high")
-            with pytest.raises(FPTQuantError, match="precision 'high'.*unset VLLM_FLOAT32_MATMUL_PRECISION"):
-                load(layer, exact_tensors("down", config))
-        finally:
-            torch.set_float32_matmul_precision(before)
 
-    def test_batch_invariant_products_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
-        layer = build_linear("down", config, params_dtype=torch.bfloat16)
-        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-        with pytest.raises(FPTQuantError, match="VLLM_BATCH_INVARIANT would change the Hadamard transform"):
-            load(layer, exact_tensors("down", config))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [1, 2, 256, 512, 1024, 4096])
+def test_hadamard_on_tensor_cores(block: int, dtype: torch.dtype) -> None:
+    """As far from float64 as the format's own float32."""
+    x = (torch.randn(3, 2 * block) * 100).to(dtype)
+    exact = block_hadamard(x, *hadamard_factors(block, torch.float64))
+    output = BlockHadamard(block, dtype, x.device)(x)
+    assert output.dtype == torch.float32 and output.shape == x.shape
+    assert (output - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 TRITON_INTERPRETED = """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm import envs
 
-from fptquant.checkpoint import block_hadamard, hadamard_factors, quantize
+from fptquant.checkpoint import hadamard_factors, quantize
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 
@@ -71,12 +70,10 @@ class GpuLinear(torch.nn.Module):
 
     def codes(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """What the kernel multiplies, for `x` (M, K): int8 (M, K), or 16-bit numbers where it is not quantized."""
-        if isinstance(self.rotation, Hadacore):
+        if self.rotation is not None:
             x = self.rotation(x)
         if scale is not None:
-            x = x * scale  # float32
-        if isinstance(self.rotation, BlockHadamard):
-            x = self.rotation(x)
+            x = x * scale  # float32; in the format before T_d, with which it commutes
         if not self.quantized:
             return x.to(self.kernel.dtype)
         codes = quantize(x, self.input_scale, self.low, self.high)
@@ -95,35 +92,50 @@ class GpuLinear(torch.nn.Module):
 
 
 class BlockHadamard(torch.nn.Module):
-    """T_d as the format defines it: two small float32 products."""
+    """T_d, exact but for the rounding of float32 sums: a product of 16-bit numbers with +-1 on tensor cores.
 
-    left: Tensor
-    right: Tensor
+    H_block is H_a (x) H_b. The product is with the whole H_b, which tensor cores multiply faster than GPUs multiply
+    two small float32 matrices; sums and differences of its float32 result do what is left of larger blocks.
+    """
 
-    def __init__(self, block: int, device: torch.device) -> None:
-        """Makes the factors.
+    matrix: Tensor
+    norm: Tensor
+    largest: ClassVar[int] = 512  # b: every layer holds its own matrix
 
-        Raises:
-            FPTQuantError: products of float32 matrices are allowed to round their factors.
-        """
+    def __init__(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the matrix in `dtype`, float16 or bfloat16, that of the inputs."""
         super().__init__()
-        if envs.VLLM_BATCH_INVARIANT:  # Triton's products of float32 matrices round them to TF32
-            raise FPTQuantError(
-                "VLLM_BATCH_INVARIANT would change the Hadamard transform at down_proj: unset it, "
-                "or quantize without T_d"
-            )
-        precision = torch.get_float32_matmul_precision()
-        if precision != "highest":
-            raise FPTQuantError(
-                f"float32 products have precision '{precision}', which would change the Hadamard transform at "
-                "down_proj: unset VLLM_FLOAT32_MATMUL_PRECISION"
-            )
-        for name, factor in zip(("left", "right"), hadamard_factors(block), strict=True):
-            self.register_buffer(name, factor.to(device), persistent=False)
+        size = min(block, self.largest)
+        signs = torch.kron(*hadamard_factors(size)).sign()
+        self.register_buffer("matrix", signs.to(device, dtype), persistent=False)
+        self.halvings = (block // size).bit_length() - 1
+        self.register_buffer("norm", torch.tensor(block**-0.5, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(M, K) to float32 (M, K)."""
-        return block_hadamard(x, self.left, self.right)
+        """16-bit (M, K) to float32 (M, K)."""
+        size = len(self.matrix)
+        y = torch.ops.fptquant.mm_float32(x.reshape(-1, size), self.matrix)
+        for _ in range(self.halvings):
+            first, second = y.view(-1, 2, size).unbind(1)
+            y = torch.stack((first + second, first - second), 1)
+            size *= 2
+        result: Tensor = y.view(x.shape) * self.norm
+        return result
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.mm(x, matrix, out_dtype=torch.float32)
+
+
+def _multiply_fake(x: Tensor, matrix: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], matrix.shape[1]), dtype=torch.float32)
+
+
+# An operator of our own: only CUDA has this product of 16-bit matrices that is not rounded to 16 bits.
+_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("mm_float32(Tensor x, Tensor matrix) -> Tensor")
+_library.impl("mm_float32", _multiply, "CUDA")
+torch.library.register_fake("fptquant::mm_float32", _multiply_fake, lib=_library)
 
 
 class Hadacore(torch.nn.Module):
@@ -140,11 +152,13 @@ class Hadacore(torch.nn.Module):
         return blocks.view(x.shape)
 
 
-def make_rotation(block: int | None, fast: bool, device: torch.device) -> BlockHadamard | Hadacore | None:
-    """T_d on blocks of this size; None where a layer has none."""
+def make_rotation(
+    block: int | None, fast: bool, dtype: torch.dtype, device: torch.device
+) -> BlockHadamard | Hadacore | None:
+    """T_d on blocks of this size of inputs of this type; None where a layer has none."""
     if block is None:
         return None
-    return Hadacore(block) if fast else BlockHadamard(block, device)
+    return Hadacore(block) if fast else BlockHadamard(block, dtype, device)
 
 
 def require_hadacore(layer: str, block: int, capability: int | None) -> None:

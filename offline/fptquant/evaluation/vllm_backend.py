@@ -59,9 +59,12 @@ class VLLMEngine:
                 "additional_config": {"fptquant": {"exact": True}},
                 "compilation_config": {"custom_ops": ["none"]},
             }
-        dtype = "auto" if on_gpu() else "float32"
+        dtype, environment = "float32", {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if on_gpu():
+            # Asking torch for a GPU is enough for CUDA to refuse to work in a fork of this process.
+            dtype, environment["VLLM_WORKER_MULTIPROC_METHOD"] = "auto", "spawn"
         settings = {"dtype": dtype, "enforce_eager": True, "max_num_seqs": 8, **options}
-        with _environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"):
+        with _environment(**environment):
             from vllm import LLM  # reads the logging level on import
 
             self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
