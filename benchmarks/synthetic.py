@@ -26,8 +26,8 @@ from fptquant.checkpoint import (
     WeightScheme,
     pack_codes,
     residual_scaled_architecture,
+    round_scale,
 )
-from fptquant.checkpoint.packing import round_scale
 
 VOCAB, HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM = 128256, 4096, 14336, 32, 8, 128
 LLAMA_3_8B: dict[str, Any] = {

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, quantize, round_scale
+from fptquant.checkpoint import (
+    ActivationScheme,
+    LinearScheme,
+    WeightScheme,
+    block_hadamard,
+    hadamard_factors,
+    quantize,
+    round_scale,
+)
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, Kernel, LinearSpec, LinearWeights
-from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
+from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.operator import PreparedLinear
 from vllm_fptquant.kernels.select import KERNELS, select_kernel
 from vllm_fptquant.linear import device_capability
@@ -33,6 +41,8 @@ SCHEMES = {
 OUT, IN = 512, 1024
 ROWS = (1, 37, 300)
 FLOAT_TOLERANCE = 5e-3  # of weight-only layers, relative to the largest output: they multiply 16-bit numbers
+BLOCKS = (256, 1024)  # of T_d
+HADAMARD_TOLERANCE = 1e-5  # relative to the largest output: it sums in float32
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ def check_kernels() -> Iterator[Result]:
             for kernel in KERNELS:
                 if kernel.device == kind:
                     yield check_kernel(kernel, spec, title, kernel is chosen)
+    if kind != "cpu":
+        yield from map(check_hadamard, dtypes)
 
 
 def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: bool) -> Result:
@@ -114,6 +126,23 @@ def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: boo
     else:
         passed, detail = deviation <= 1, f"within {deviation:.0f} units in the last place"
     return Result(kernel.name, title, chosen, "pass" if passed else "fail", detail)
+
+
+def check_hadamard(dtype: torch.dtype) -> Result:
+    """T_d of inputs of this type on this GPU, against float64."""
+    title = f"T_d, {str(dtype).removeprefix('torch.')}"
+    x = torch.randn(max(ROWS), 2 * max(BLOCKS), generator=torch.Generator().manual_seed(0)).to(dtype)
+    deviation = 0.0
+    try:
+        for block in BLOCKS:
+            exact = block_hadamard(x, *hadamard_factors(block, torch.float64))
+            given = x.to(torch_device())
+            output = BlockHadamard(block, dtype, given.device)(given).cpu()
+            deviation = max(deviation, float((output - exact).abs().max() / exact.abs().max()))
+    except Exception as error:  # as in `check_kernel`
+        return Result("torch", title, True, "fail", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    passed = deviation < HADAMARD_TOLERANCE
+    return Result("torch", title, True, "pass" if passed else "fail", f"relative difference {deviation:.1e}")
 
 
 def _prepared(kernel: type[Kernel], weights: LinearWeights, dtype: torch.dtype) -> GpuLinear | PreparedLinear:

@@ -68,7 +68,7 @@ def test_gpu_kernels_pass_when_they_compute_what_they_should(blocks: int, warps:
     assert passed >= {"marlin-int8", "marlin", "cutlass-int8", "triton-int8", "humming-int4", "humming-int8"}
     assert not [r for r in results if r.status == "fail"]
     assert {r.layer for r in results if r.chosen and r.status == "pass"} == {
-        f"{name}, {dtype}" for name in doctor.SCHEMES for dtype in ("float16", "bfloat16")
+        f"{name}, {dtype}" for name in (*doctor.SCHEMES, "T_d") for dtype in ("float16", "bfloat16")
     }
 
 
@@ -82,6 +82,16 @@ def test_wrong_gpu_kernel_is_found(emulated: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MarlinInt8Kernel, "forward", wrong)
     failed = [r for r in doctor.check_kernels() if r.status == "fail"]
     assert {r.kernel for r in failed} == {"marlin-int8"} and "units in the last place" in failed[0].detail
+
+
+def test_wrong_hadamard_is_found(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product whose sums are rounded to 16 bits."""
+    multiply = torch.ops.fptquant.mm_float32
+    monkeypatch.setattr(
+        torch.ops.fptquant, "mm_float32", lambda x, matrix: multiply(x, matrix).to(x.dtype).float(), raising=False
+    )
+    failed = [r for r in doctor.check_kernels() if r.status == "fail"]
+    assert {r.layer for r in failed} == {"T_d, float16", "T_d, bfloat16"}
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

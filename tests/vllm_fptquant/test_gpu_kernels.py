@@ -327,7 +327,12 @@ def test_hadamard_on_tensor_cores(block: int, dtype: torch.dtype) -> None:
     """As far from float64 as the format's own float32."""
     x = (torch.randn(3, 2 * block) * 100).to(dtype)
     exact = block_hadamard(x, *hadamard_factors(block, torch.float64))
-    output = BlockHadamard(block, dtype, x.device)(x)
+    torch.set_default_dtype(dtype)  # as vLLM does while it loads
+    try:
+        rotation = BlockHadamard(block, dtype, x.device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    output = rotation(x)
     assert output.dtype == torch.float32 and output.shape == x.shape
     assert (output - exact).abs().max() <= 1e-6 * exact.abs().max()
 

@@ -109,7 +109,8 @@ class BlockHadamard(torch.nn.Module):
         signs = torch.kron(*hadamard_factors(size)).sign()
         self.register_buffer("matrix", signs.to(device, dtype), persistent=False)
         self.halvings = (block // size).bit_length() - 1
-        self.register_buffer("norm", torch.tensor(block**-0.5, device=device), persistent=False)
+        norm = torch.tensor(block**-0.5, dtype=torch.float32, device=device)  # the default type is the model's
+        self.register_buffer("norm", norm, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """16-bit (M, K) to float32 (M, K)."""
