@@ -37,8 +37,8 @@ ROWS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "fptquant w4a8kv8": ("w4a8kv8", W4A8, {}),
     "fptquant w4a4kv4": ("w4a4kv4", W4A4, {}),
     "fptquant w4a8kv8, cutlass-int8": ("w4a8kv8", W4A8, kernel("cutlass-int8")),
-    "compressed-tensors W4A16 (Marlin, Machete)": ("ct-w4a16", synthetic.W4A16, {}),
-    "compressed-tensors W8A8 int8, dynamic": ("ct-w8a8", synthetic.W8A8, {}),
+    "compressed-tensors W4A16": ("ct-w4a16", synthetic.W4A16, {}),
+    "compressed-tensors W8A8, dynamic": ("ct-w8a8", synthetic.W8A8, {}),
     "fp8, dynamic": ("plain", None, {**DUMMY, "quantization": "fp8"}),
     "fptquant w4a8kv8, humming-int8": ("w4a8kv8", W4A8, kernel("humming-int8,cutlass-int8")),
 }

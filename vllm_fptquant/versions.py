@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-TESTED = ("0.31", "0.32")  # releases of vLLM that the tests were run with
+TESTED = ("0.31", "0.32", "0.33")  # releases of vLLM that it was run with: 0.33 on a GPU, the others on CPUs
 
 
 def check_versions() -> None:
@@ -33,7 +33,7 @@ def check_versions() -> None:
         init_logger(f"vllm.{__name__}").warning(
             "vllm-fptquant %s was tested with vLLM %s, not with %s: compare what it serves with `fptquant verify`",
             vllm_fptquant.__version__,
-            " and ".join(TESTED),
+            " and ".join((", ".join(TESTED[:-1]), TESTED[-1])),
             vllm.__version__,
         )
 

@@ -34,7 +34,7 @@ def test_halves_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("version", "warnings"), [("0.40.1", 1), ("0.3.2", 1), ("0.33.0", 1), ("0.32.7", 0), ("0.31.0", 0), (None, 0)]
+    ("version", "warnings"), [("0.40.1", 1), ("0.3.3", 1), ("0.34.0", 1), ("0.33.0", 0), ("0.31.0", 0), (None, 0)]
 )
 def test_untested_vllm_is_warned_of_once(version: str | None, warnings: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_fptquant, "_registered", False)
@@ -50,7 +50,7 @@ def test_untested_vllm_is_warned_of_once(version: str | None, warnings: int, mon
     vllm_fptquant.register()
     vllm_fptquant.register()
     assert len(said) == warnings
-    assert all(f"tested with vLLM 0.31 and 0.32, not with {version}: compare" in message for message in said)
+    assert all(f"tested with vLLM 0.31, 0.32 and 0.33, not with {version}: compare" in message for message in said)
 
 
 def test_processes_of_vllm_do_not_warn_again() -> None:
