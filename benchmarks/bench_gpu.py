@@ -1,9 +1,10 @@
 """Speed of static INT4 on a GPU at Llama-3-8B's sizes, beside what vLLM itself offers, in one table from one run.
 
     python benchmarks/bench_gpu.py --work DIR           # all rows; about 2 minutes each on an H100
-    python benchmarks/bench_gpu.py --only bfloat16 "fptquant w4a8kv8"
+    python benchmarks/bench_gpu.py --only bfloat16 "fptquant w4a8kv8" --profile
 
-Random weights (`synthetic.py`), compiled, CUDA graphs, each row in a process of its own (`measure_speed.py`).
+Random weights (`synthetic.py`), compiled, CUDA graphs, each row in a process of its own (`measure_speed.py`), its log
+beside the results.
 """
 
 from __future__ import annotations
@@ -49,20 +50,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench-gpu", help="checkpoints, logs and results")
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--profile", action="store_true", help="which operators take the time, in the rows' logs")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU here; on a CPU: make bench")
     arguments.work.mkdir(parents=True, exist_ok=True)
     kept = arguments.work / "results.json"
     results: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    failed = []
     for name in arguments.only:
         print(f"==> {name}", file=sys.stderr, flush=True)
-        result = measure(arguments.work, name)
-        if result is not None:
-            results[name] = result
-            kept.write_text(json.dumps(results, indent=2) + "\n")
+        result = measure(arguments.work, name, arguments.profile)
+        if result is None:
+            failed.append(name)
+            continue
+        results[name] = result
+        kept.write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}; logs are in {arguments.work}")
 
 
-def measure(work: Path, name: str) -> dict[str, float] | None:
+def measure(work: Path, name: str, profile: bool) -> dict[str, float] | None:
     """Runs `measure_speed.py` on one row; None where it failed, with the log's end on stderr."""
     directory, quantization, engine = ROWS[name]
     checkpoint, log = work / directory, work / f"{name.replace(' ', '-').replace(',', '')}.log"
@@ -80,9 +89,9 @@ def measure(work: Path, name: str) -> dict[str, float] | None:
     command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(checkpoint), "--compiled"]
     command += ["--dtype", "bfloat16", "--prompts", str(PROMPTS), "--prompt-length", str(LENGTH)]
     command += ["--batches", *map(str, BATCHES), "--engine", json.dumps(settings)]
+    command += ["--profile"] if profile else []
     with log.open("w") as stderr:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
-    log.open("a").write(done.stdout)
     if done.returncode:
         print("\n".join(log.read_text().splitlines()[-15:]), file=sys.stderr, flush=True)
         return None

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 
 SHORT, LONG = 8, 72
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="of the prefill")
     parser.add_argument("--prompt-length", type=int, default=1024, help="of the prefill")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of the decoding")
+    parser.add_argument("--profile", action="store_true", help="also print to stderr which operators take the time")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     arguments = parser.parse_args()
     # One process, so that its resident size is the server's.
@@ -71,6 +73,15 @@ def main() -> None:
         "resident_bytes": psutil.Process().memory_info().rss,
         "threads": torch.get_num_threads(),
     }
+    if arguments.profile:
+        order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+        cases = [("prefill", arguments.prompts, arguments.prompt_length, 1)]
+        cases += [(f"decode batch {batch}, {SHORT} tokens", batch, 16, SHORT) for batch in arguments.batches]
+        for title, *sizes in cases:
+            with torch.profiler.profile() as trace:
+                seconds(*sizes)
+            table = trace.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
+            print(f"==> {title}\n{table}", file=sys.stderr)
     print(json.dumps(result))
 
 
