@@ -320,6 +320,13 @@ class TestLayer:
         scaled = expected(tensors, rotated * S, 8)
         assert (steps_apart(project(layer, x, S)[0], scaled.bfloat16()) <= 1).all()
 
+    def test_batch_invariant_products_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
+        layer = build_linear("down", config, params_dtype=torch.bfloat16)
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        with pytest.raises(FPTQuantError, match="VLLM_BATCH_INVARIANT would change the Hadamard transform"):
+            load(layer, exact_tensors("down", config))
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [1, 2, 256, 512, 1024, 4096])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm import envs
 
 from fptquant.checkpoint import hadamard_factors, quantize
 from fptquant.errors import FPTQuantError
@@ -103,12 +104,21 @@ class BlockHadamard(torch.nn.Module):
     largest: ClassVar[int] = 512  # b: every layer holds its own matrix
 
     def __init__(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes the matrix in `dtype`, float16 or bfloat16, that of the inputs."""
+        """Makes the matrix in `dtype`, float16 or bfloat16, that of the inputs.
+
+        Raises:
+            FPTQuantError: in vLLM's batch-invariant mode, whose promise the product doesn't keep.
+        """
         super().__init__()
+        if envs.VLLM_BATCH_INVARIANT:  # the order of its sums is cuBLAS's choice, by the number of rows
+            raise FPTQuantError(
+                "VLLM_BATCH_INVARIANT would change the Hadamard transform at down_proj: unset it, "
+                "or quantize without T_d"
+            )
         size = min(block, self.largest)
         signs = torch.kron(*hadamard_factors(size)).sign()
         self.register_buffer("matrix", signs.to(device, dtype), persistent=False)
-        self.halvings = (block // size).bit_length() - 1
+        self.doublings = (block // size).bit_length() - 1
         norm = torch.tensor(block**-0.5, dtype=torch.float32, device=device)  # the default type is the model's
         self.register_buffer("norm", norm, persistent=False)
 
@@ -116,7 +126,7 @@ class BlockHadamard(torch.nn.Module):
         """16-bit (M, K) to float32 (M, K)."""
         size = len(self.matrix)
         y = torch.ops.fptquant.mm_float32(x.reshape(-1, size), self.matrix)
-        for _ in range(self.halvings):
+        for _ in range(self.doublings):
             first, second = y.view(-1, 2, size).unbind(1)
             y = torch.stack((first + second, first - second), 1)
             size *= 2
