@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,22 @@ def test_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> Non
     with pytest.raises(error), Publication(tmp_path / "new" / "sub" / "out", overwrite=False) as staging:
         (staging / "part").write_text("x")
         raise error
+    assert listing(tmp_path) == []
+
+
+def test_interrupt_just_after_the_folder_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def interrupted(self: Path, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), Publication(tmp_path / "new" / "out", overwrite=False):
+        pass
     assert listing(tmp_path) == []
 
 

@@ -96,11 +96,15 @@ class Publication:
         """Returns the directory to write into."""
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in self._staged():
-            if not stale.in_use:
-                shutil.rmtree(stale.folder, ignore_errors=True)
-        self.staging.mkdir()
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            for stale in self._staged():
+                if not stale.in_use:
+                    shutil.rmtree(stale.folder, ignore_errors=True)
+            self.staging.mkdir()
+        except BaseException:  # an interrupt, too: nobody calls `__exit__` then
+            self._discard()
+            raise
         return self.staging
 
     def __exit__(
