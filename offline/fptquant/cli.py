@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 _err = Console(stderr=True)
 _out = Console()
+_INTERRUPTED = 128 + signal.SIGINT  # exit status; Typer's answer to Ctrl-C
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class Backend(StrEnum):
@@ -457,6 +460,7 @@ def _root(
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2, never a stack trace."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # what was begun is cleaned up, as on Ctrl-C
     try:
         app()
     except FPTQuantError as error:
@@ -466,7 +470,7 @@ def main() -> None:
             raise
         _fail("out of memory: free some, or give shorter or fewer sequences")
     except SystemExit as stop:
-        if stop.code == 130:  # Typer's answer to Ctrl-C
+        if stop.code in (_INTERRUPTED, _TERMINATED):
             resumable = sys.argv[1:2] == ["quantize"] or (sys.argv[1:2] == ["sensitivity"] and "--json" in sys.argv)
             _err.print("interrupted" + ": run the same command again, without --fresh, to continue" * resumable)
         raise
