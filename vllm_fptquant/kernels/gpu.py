@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from vllm import envs
 from fptquant.checkpoint import hadamard_factors, quantize
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
+from vllm_fptquant.kernels.library import register
 
 HADACORE_LARGEST = 2**15
 
@@ -143,10 +144,7 @@ def _multiply_fake(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 # An operator of our own: only CUDA has this product of 16-bit matrices that is not rounded to 16 bits.
-_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("mm_float32(Tensor x, Tensor matrix) -> Tensor")
-_library.impl("mm_float32", _multiply, "CUDA")
-torch.library.register_fake("fptquant::mm_float32", _multiply_fake, lib=_library)
+register("mm_float32(Tensor x, Tensor matrix) -> Tensor", _multiply, _multiply_fake)
 
 
 class Hadacore(torch.nn.Module):

@@ -20,6 +20,7 @@ from vllm.utils.import_utils import has_humming
 from fptquant.checkpoint import pack_codes
 from fptquant.checkpoint.arithmetic import accumulator_bound
 from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
+from vllm_fptquant.kernels.library import register
 
 TILE_N, TILE_K = 256, 128  # sizes are padded to multiples of these, as vLLM does
 HALF_MAX = 65504
@@ -185,9 +186,8 @@ def _multiply_fake(
 
 
 # One operator of our own, so that a trace does not enter Humming's choice among compiled kernels.
-_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "humming(Tensor codes, Tensor weight, Tensor unit, Tensor shift, str config, int out_features) -> Tensor"
+register(
+    "humming(Tensor codes, Tensor weight, Tensor unit, Tensor shift, str config, int out_features) -> Tensor",
+    _multiply,
+    _multiply_fake,
 )
-_library.impl("humming", _multiply, "CUDA")
-torch.library.register_fake("fptquant::humming", _multiply_fake, lib=_library)

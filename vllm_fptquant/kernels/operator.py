@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fptquant.checkpoint import block_hadamard, quantize_per_tensor
 from vllm_fptquant.kernels.base import CpuKernel, LinearWeights
+from vllm_fptquant.kernels.library import register
 
 # Rows that are rotated and quantized at a time: few enough for the cache, and for temporaries whose memory
 # the allocator reuses instead of returning it to the system (fresh pages cost more than the arithmetic).
@@ -96,7 +96,4 @@ def _linear_fake(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: i
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor")
-_library.impl("linear", _linear_cpu, "CPU")
-torch.library.register_fake("fptquant::linear", _linear_fake, lib=_library)
+register("linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor", _linear_cpu, _linear_fake, "CPU")

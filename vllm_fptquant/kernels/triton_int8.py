@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm import triton_scaled_mm
 
 from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
+from vllm_fptquant.kernels.library import register
 
 
 class TritonInt8Kernel(GpuKernel):
@@ -50,9 +49,8 @@ def _multiply_fake(
 
 
 # An operator of our own: vLLM has one from 0.33 on only, and tracing through the kernel's launch depends on versions.
-_library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "triton_int8(Tensor codes, Tensor weight, Tensor row_scale, Tensor weight_scale, ScalarType dtype) -> Tensor"
+register(
+    "triton_int8(Tensor codes, Tensor weight, Tensor row_scale, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    _multiply,
+    _multiply_fake,
 )
-_library.impl("triton_int8", _multiply, "CUDA")
-torch.library.register_fake("fptquant::triton_int8", _multiply_fake, lib=_library)
