@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,17 @@ TOKENS = torch.tensor([TOKEN, 5, OTHER, TOKEN, 9])
 POSITIONS = torch.tensor([0, 1, 0, 1, 40])
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def no_collection_in_a_trace() -> Iterator[None]:
+    """Collects models before and after a test only: `__del__` of vLLM's CPU product reads a tensor, which in the middle
+    of a trace fails and leaves torch's dispatcher as the trace had it, for every test that follows in the process."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["S_n", "no S_n"])
