@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 import fptquant
+from fptquant.console import RichStages, err, megabytes, out, plan_table
 from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
 from fptquant.files import require_writable
 from fptquant.progress import Stages
@@ -39,8 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_err = Console(stderr=True)
-_out = Console()
 _INTERRUPTED = 128 + signal.SIGINT  # exit status; Typer's answer to Ctrl-C
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -50,36 +39,6 @@ class Backend(StrEnum):
 
     transformers = "transformers"
     vllm = "vllm"
-
-
-class RichStages(Stages):
-    """Shows each stage as a progress bar."""
-
-    def begin(self, name: str) -> None:
-        """Starts a bar; the total is known with the first step."""
-        columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-        note = TextColumn("{task.fields[note]}")
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), note, console=_err)
-        self._bar.start()
-        self._task = self._bar.add_task(name, total=None, note="")
-
-    def advance(self, total: int) -> None:
-        """Moves the bar."""
-        self._bar.update(self._task, total=total, advance=1)
-
-    def resume(self, done: int, total: int) -> None:
-        """Starts the bar where an earlier run stopped."""
-        self._bar.update(self._task, completed=done, total=total)
-
-    def note(self, text: str) -> None:
-        """Shows the loss."""
-        self._bar.update(self._task, note=text)
-
-    def end(self, name: str) -> None:
-        """Completes the bar and leaves it on the screen."""
-        task = self._bar.tasks[0]
-        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1)
-        self._bar.stop()
 
 
 Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name")]
@@ -162,14 +121,14 @@ def quantize(
     parallel.start()
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
-    with _err.status("checking model, recipe and calibration text"):
+    with err.status("checking model, recipe and calibration text"):
         job = plan(model, chosen)
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
-        _print_plan(job, output)
+        out.print(plan_table(job, output))
     if dry_run:
-        _out.print("dry run: nothing was written")
+        out.print("dry run: nothing was written")
         return
     stages = RichStages() if parallel.is_main() else Stages()
     summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages)
@@ -178,14 +137,14 @@ def quantize(
     table = Table(title=f"{output}", show_header=False)
     for name, seconds in summary.seconds.items():
         table.add_row(name, f"{seconds:.1f} s")
-    table.add_row("peak memory", _size(summary.peak_memory_bytes))
-    table.add_row("weights before", _size(summary.source_bytes))
-    table.add_row("weights after", _size(summary.output_bytes))
-    _out.print(table)
+    table.add_row("peak memory", megabytes(summary.peak_memory_bytes))
+    table.add_row("weights before", megabytes(summary.source_bytes))
+    table.add_row("weights after", megabytes(summary.output_bytes))
+    out.print(table)
     if summary.budget:
-        _out.print(summary.budget, soft_wrap=True)
+        out.print(summary.budget, soft_wrap=True)
     precise = "" if on_gpu() else " --dtype float32"  # vLLM takes 16 bits otherwise
-    _out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
+    out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
 
 
 @app.command()
@@ -224,19 +183,19 @@ def verify(
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
     tokens = evaluation_windows(job.source.tokenizer, text, windows, length)
     checks = [check_unaltered(checkpoint)]
-    with _err.status("original and transformed model"):
+    with err.status("original and transformed model"):
         check, transformed = check_function_preserved(job, tokens)
         checks.append(check)
-    with _err.status("simulated model and checkpoint read back"):
+    with err.status("simulated model and checkpoint read back"):
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
         checks.append(check)
     if vllm:
-        with _err.status("vLLM, as users run it"):
+        with err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)
             checks.append(check_served(transformers_scorer(simulated), engine.score, tokens))
             engine.close()
         if job.config.kv_cache.bits < 16 and not on_gpu():
-            with _err.status("vLLM, exact mode"):
+            with err.status("vLLM, exact mode"):
                 set_exact(simulated)
                 engine = VLLMEngine(checkpoint, length + 1, exact=True)
                 checks.append(check_served_exactly(transformers_scorer(simulated), engine.score, tokens))
@@ -245,9 +204,9 @@ def verify(
     table = Table("check", "measured", "limit", "", title=f"{checkpoint} on {windows} windows of {length} tokens")
     for check in checks:
         table.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
-    _out.print(table)
+    out.print(table)
     if not vllm:
-        _out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
+        out.print("through vLLM: not checked" + ("" if vllm_installed() else " (vLLM is not installed)"))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
@@ -289,7 +248,7 @@ def evaluate(
     table = Table(show_header=False)
     for key, value in {**settings, **asdict(result)}.items():
         table.add_row(key.replace("_", " "), f"{value:.4f}" if key == "perplexity" else str(value))
-    _out.print(table)
+    out.print(table)
     if json_file:
         content = json.dumps({**asdict(result), "settings": settings, "version": fptquant.__version__}, indent=2)
         json_file.write_text(content + "\n", encoding="utf-8")
@@ -388,8 +347,8 @@ def sensitivity(
         found = row.effect
         change = f"{found.perplexity - reference:+.3f}"
         table.add_row(row.kind, layer, f"{found.kl:.5f}", f"{found.perplexity:.3f}", change)
-    _out.print(table)
-    _out.print(f"in floating point: perplexity {reference:.3f} on {windows} windows of {length} tokens")
+    out.print(table)
+    out.print(f"in floating point: perplexity {reference:.3f} on {windows} windows of {length} tokens")
     if plot_file:
         plot(results, plot_file, job.source.path.resolve().name)
 
@@ -404,14 +363,14 @@ def doctor() -> None:
     from vllm_fptquant import doctor as examination
 
     for name, version in examination.versions().items():
-        _out.print(f"{name} {version}", highlight=False)
-    _out.print(f"device: {examination.device_name()}", highlight=False)
+        out.print(f"{name} {version}", highlight=False)
+    out.print(f"device: {examination.device_name()}", highlight=False)
     table = Table("layer", "kernel", "", "result", "")
     failed = False
     for result in examination.check_kernels():
         failed |= result.status == "fail"
         table.add_row(result.layer, result.kernel, "serves" if result.chosen else "", result.status, result.detail)
-    _out.print(table)
+    out.print(table)
     if failed:
         raise typer.Exit(1)
 
@@ -434,18 +393,18 @@ def recipes(
         table = Table("field", "default", "")
         for setting in settings(Recipe):
             table.add_row(*map(escape, setting))
-        _out.print(table)
+        out.print(table)
         return
     table = Table("recipe", "description")
     for name in shipped_recipes():
         table.add_row(name, Recipe.load(name).description)
-    _out.print(table)
-    _out.print(f"precisions: {', '.join(PRECISIONS)}\ntransforms: {', '.join(TRANSFORMS)}")
+    out.print(table)
+    out.print(f"precisions: {', '.join(PRECISIONS)}\ntransforms: {', '.join(TRANSFORMS)}")
 
 
 def _version(show: bool) -> None:
     if show:
-        _out.print(f"fptquant {fptquant.__version__}")
+        out.print(f"fptquant {fptquant.__version__}")
         raise typer.Exit
 
 
@@ -472,13 +431,13 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
             resumable = sys.argv[1:2] == ["quantize"] or (sys.argv[1:2] == ["sensitivity"] and "--json" in sys.argv)
-            _err.print("interrupted" + ": run the same command again, without --fresh, to continue" * resumable)
+            err.print("interrupted" + ": run the same command again, without --fresh, to continue" * resumable)
         raise
 
 
 def _fail(message: str) -> NoReturn:
     line = " ".join(message.split())
-    _err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
 
 
@@ -491,51 +450,6 @@ def _without(recipe: Recipe, names: str) -> Recipe:
             raise unknown("transform", name, TRANSFORMS)
         kept.pop(name, None)
     return recipe.changed("--without", transforms=kept)
-
-
-def _print_plan(job: Any, output: Path) -> None:
-    from fptquant.planning import sink_obstacle
-
-    shape = job.source.architecture.shape(job.source.config)
-    config = job.config
-
-    def bits(scheme: Any) -> str:
-        if scheme.bits == 16:
-            return "not quantized"
-        return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
-
-    table = Table(title=f"plan: {job.source.path} -> {output}", show_header=False)
-    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
-    table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
-    table.add_row("weights", bits(config.weights))
-    table.add_row("activations", bits(config.activations))
-    table.add_row("KV cache", bits(config.kv_cache))
-    head = config.scheme_for(job.source.architecture.head)
-    table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
-    if job.recipe.budget is not None:
-        table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
-    table.add_row("transforms", ", ".join(job.transforms.names) or "none")
-    if config.sink:
-        first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
-        table.add_row("first token", f"constant where it is {first}")
-    elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
-        table.add_row("first token", f"not constant: {obstacle}")
-    if job.transforms.hadamard_block:
-        table.add_row("T_d block", str(job.transforms.hadamard_block))
-    count, length = job.windows.shape
-    table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
-    if job.training_windows.numel():
-        count, length = job.training_windows.shape
-        table.add_row("training", f"{count} sequences of {length} tokens")
-    if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
-        table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
-    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
-    table.add_row("expected size", _size(job.output_bytes))
-    _out.print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
 
 
 def _quiet_transformers() -> None:

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Stages:
-    """Names, durations and progress of the stages of a run; silent unless subclassed (see `cli`)."""
+    """Names, durations and progress of the stages of a run; silent unless subclassed (see `console`)."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -1,0 +1,103 @@
+"""What the command shows: progress bars and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fptquant.progress import Stages
+
+if TYPE_CHECKING:
+    from fptquant.planning import Plan
+
+err = Console(stderr=True)
+out = Console()
+
+
+class RichStages(Stages):
+    """Shows each stage as a progress bar."""
+
+    def begin(self, name: str) -> None:
+        """Starts a bar; the total is known with the first step."""
+        columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
+        note = TextColumn("{task.fields[note]}")
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), note, console=err)
+        self._bar.start()
+        self._task = self._bar.add_task(name, total=None, note="")
+
+    def advance(self, total: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, total=total, advance=1)
+
+    def resume(self, done: int, total: int) -> None:
+        """Starts the bar where an earlier run stopped."""
+        self._bar.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Shows the loss."""
+        self._bar.update(self._task, note=text)
+
+    def end(self, name: str) -> None:
+        """Completes the bar and leaves it on the screen."""
+        task = self._bar.tasks[0]
+        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1)
+        self._bar.stop()
+
+
+def plan_table(job: Plan, output: Path) -> Table:
+    """What a run is about to do."""
+    from fptquant.planning import sink_obstacle
+
+    shape = job.source.architecture.shape(job.source.config)
+    config = job.config
+
+    def bits(scheme: Any) -> str:
+        if scheme.bits == 16:
+            return "not quantized"
+        return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
+
+    table = Table(title=f"plan: {job.source.path} -> {output}", show_header=False)
+    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
+    table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
+    table.add_row("weights", bits(config.weights))
+    table.add_row("activations", bits(config.activations))
+    table.add_row("KV cache", bits(config.kv_cache))
+    head = config.scheme_for(job.source.architecture.head)
+    table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
+    if job.recipe.budget is not None:
+        table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
+    table.add_row("transforms", ", ".join(job.transforms.names) or "none")
+    if config.sink:
+        first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
+        table.add_row("first token", f"constant where it is {first}")
+    elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
+        table.add_row("first token", f"not constant: {obstacle}")
+    if job.transforms.hadamard_block:
+        table.add_row("T_d block", str(job.transforms.hadamard_block))
+    count, length = job.windows.shape
+    table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
+    if job.training_windows.numel():
+        count, length = job.training_windows.shape
+        table.add_row("training", f"{count} sequences of {length} tokens")
+    if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
+        table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
+    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
+    table.add_row("expected size", megabytes(job.output_bytes))
+    return table
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes, to be read."""
+    return f"{count / 1e6:,.0f} MB"
