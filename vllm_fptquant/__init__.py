@@ -30,6 +30,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry
 
+    from fptquant import hf_config as _hf_config  # noqa: F401  (registers the checkpoints' model_type on import)
     from fptquant.checkpoint import QUANT_METHOD, residual_scaled_architecture
     from vllm_fptquant.config import FPTQuantConfig
 

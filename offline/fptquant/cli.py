@@ -165,6 +165,7 @@ def verify(
         check_function_preserved,
         check_greedy,
         check_read_back,
+        check_recorded,
         check_served,
         check_served_exactly,
         check_unaltered,
@@ -188,7 +189,7 @@ def verify(
         checks.append(check)
     with err.status("simulated model and checkpoint read back"):
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
-        checks.append(check)
+        checks += [check, check_recorded(simulated, checkpoint)]
     if vllm:
         with err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)

@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.architectures import Architecture, architecture_of, check_model_type
+from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
+from fptquant.evaluation.recorded import require_recorded
 
 _INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -89,8 +92,13 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     return Source(path, config, architecture, tokenizer)
 
 
-def load_model(source: Source) -> PreTrainedModel:
-    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation)."""
+def load_model(source: Source, *, recorded: bool = True) -> PreTrainedModel:
+    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation).
+
+    Args:
+        source: what to load.
+        recorded: compare the logits of a quantized checkpoint with those that were recorded when it was written.
+    """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
     except FPTQuantError:
@@ -108,6 +116,9 @@ def load_model(source: Source) -> PreTrainedModel:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    file = source.path / EXTRAS / RECORDED_LOGITS
+    if recorded and source.quantized and file.is_file():
+        require_recorded(loaded, file)
     return loaded
 
 

@@ -21,6 +21,7 @@ from fptquant.loading import load_model, open_source, weight_bytes
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
+from fptquant.rehearsal import rehearse
 from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.sensitivity import spend
@@ -72,6 +73,9 @@ def quantize(
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
     with publication if parallel.is_main() else nullcontext(Path()) as staging, state:
+        if parallel.is_main():
+            with stages.stage("rehearse"):
+                rehearse(job, staging / "rehearsal")
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", SHORTER):
                 teacher = make_teacher(job, state, stages)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from compressed_tensors.utils.match import match_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from fptquant.checkpoint import (
     Sink,
     TransformRecord,
     WeightScheme,
+    match_name,
     packed_words,
 )
 from fptquant.checkpoint.writer import EXTRAS
@@ -241,7 +241,9 @@ def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype
     architecture = source.architecture
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    for name, (rows, columns) in {**linear_sizes(source), architecture.head: vocabulary}.items():
+    linears = {**linear_sizes(source), architecture.head: vocabulary}
+    total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
+    for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
         words = packed_words(columns, scheme.weights.bits) if scheme else 0
         total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize

@@ -56,8 +56,7 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     scheme = PRECISIONS[precision]
     config = json.loads((out / "config.json").read_text())
     sink = scheme.kv_cache.bits < 16  # the tokenizer puts a BOS first
-    prefix = "FPTQuant" if residual_scale or sink else ""
-    assert config["architectures"] == [f"{prefix}LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config["architectures"] == ["FPTQuantLlamaForCausalLM"] and config["model_type"] == "fptquant_llama"
     assert config["tie_word_embeddings"] is False
     written = CheckpointConfig.parse(config["quantization_config"])
     assert (written.weights, written.activations, written.kv_cache) == (
@@ -98,11 +97,12 @@ def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize
         "chat_template.jinja", "fptquant",
     }  # fmt: skip
     assert {path.name for path in (out / "fptquant").iterdir()} == {
-        "digests.json", "ranges.json", "ranges.png", "recipe.yaml", "summary.json", "transforms.safetensors"
+        "digests.json", "logits.safetensors", "ranges.json", "ranges.png", "recipe.yaml", "summary.json",
+        "transforms.safetensors",
     }  # fmt: skip
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
     assert summary["output_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    assert list(summary["seconds"])[0] == "load" and summary["peak_memory_bytes"] > 1e8
+    assert list(summary["seconds"])[:2] == ["rehearse", "load"] and summary["peak_memory_bytes"] > 1e8
     producer = json.loads((out / "config.json").read_text())["quantization_config"]["producer"]
     assert producer["package"] == f"vllm-fptquant {fptquant.__version__}"
     recipe = Recipe.load(str(out / "fptquant" / "recipe.yaml"))
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_published(
 
     def damaged(model: Any, dtype: torch.dtype) -> Any:
         for name, tensor in original(model, dtype):
-            yield name, tensor + 1e-6 if name == "model.layers.0.mlp.up_proj.input_scale" else tensor
+            yield name, tensor + 1e-6 if name == "model.layers.0.mlp.down_proj.input_scale" else tensor
 
     monkeypatch.setattr(writer, "checkpoint_tensors", damaged)
     with pytest.raises(RuntimeError, match="does not equal the model in memory"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fptquant import pipeline, planning
 from fptquant.recipe import Recipe
-from tests.conftest import ROOT, TEXT, build_model, build_tokenizer
+from tests.conftest import ROOT, TEXT, bound, build_model, build_tokenizer
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
 SERVE = Path(__file__).with_name("serve_tokens.py")
@@ -58,5 +58,5 @@ def quantized(path: Path, **fields: Any) -> Path:
     pipeline.quantize(planning.plan(path / "model", recipe), path / "out")
     tensors = load_file(path / "out" / "model.safetensors")
     tensors["model.layers.1.self_attn.sink_steady"].fill_(1)
-    save_file(tensors, path / "out" / "model.safetensors", metadata={"format": "pt"})
+    save_file(bound(tensors, path / "out"), path / "out" / "model.safetensors", metadata={"format": "pt"})
     return path / "out"

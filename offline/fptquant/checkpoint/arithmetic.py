@@ -13,7 +13,6 @@ import math
 from functools import lru_cache
 
 import torch
-from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from torch import Tensor
 
 
@@ -94,12 +93,19 @@ def hadamard_factors(block: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     Returns:
         (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b.
     """
-    exponent = int(math.log2(block))
-    if 2**exponent != block:
+    exponent = block.bit_length() - 1
+    if block < 1 or 2**exponent != block:
         raise ValueError(f"Hadamard block must be a power of two, got {block}")
-    left = deterministic_hadamard_matrix(2 ** (exponent // 2), torch.float64)
-    right = deterministic_hadamard_matrix(2 ** (exponent - exponent // 2), torch.float64)
+    left, right = _sylvester(exponent // 2), _sylvester(exponent - exponent // 2)
     return left.to(dtype), (right / math.sqrt(block)).to(dtype)
+
+
+def _sylvester(exponent: int) -> Tensor:
+    """Hadamard matrix of size 2^exponent, entries +-1 in float64: H_2n = [[H_n, H_n], [H_n, -H_n]]."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(exponent):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix
 
 
 def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fptquant.checkpoint.writer import EXTRAS, digest
 from fptquant.evaluation.perplexity import Scorer
+from fptquant.evaluation.recorded import DEVIATION, FILE, deviation
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source, read_json
 from fptquant.merging import round_floats
@@ -75,7 +76,7 @@ def check_read_back(
     round_floats(transformed, job.source.architecture, job.config, job.dtype)
     _load_quantized_tensors(transformed, checkpoint)
     simulated = [logits(transformed, window[None]) for window in windows]
-    loaded = load_model(open_source(checkpoint))
+    loaded = load_model(open_source(checkpoint), recorded=False)
     read_back = [logits(loaded, window[None]) for window in windows]
     difference = _largest_difference(simulated, read_back)
     check = Check(
@@ -85,6 +86,17 @@ def check_read_back(
         difference == 0.0,
     )
     return check, loaded
+
+
+def check_recorded(loaded: PreTrainedModel, checkpoint: Path) -> Check:
+    """Logits of a fixed prompt against those that were stored when the checkpoint was written (`recorded`)."""
+    found = deviation(loaded, checkpoint / EXTRAS / FILE)
+    return Check(
+        "logits of a fixed prompt = those recorded",
+        f"differ by {found:.1e} of their spread",
+        f"< {DEVIATION}",
+        found < DEVIATION,
+    )
 
 
 def check_unaltered(checkpoint: Path) -> Check:

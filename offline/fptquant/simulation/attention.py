@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fptquant.checkpoint import KVCacheScheme, code_bounds, exact_attention, quantize
-from fptquant.errors import FPTQuantError
+from fptquant.checkpoint.checks import require_positive, require_zero_point
 
 ATTENTION_NAME = "fptquant_sdpa"
 
@@ -45,10 +45,11 @@ class KVQuantizer:
 
     def finish_loading(self, attention: nn.Module, name: str) -> None:
         """Checks the scales read from a checkpoint and turns quantization on."""
-        for key in ("k_scale", "v_scale"):
-            scale = attention.get_buffer(key)
-            if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-                raise FPTQuantError(f"{name}.{key}: not a positive finite scale; the checkpoint is damaged")
+        for key in ("k", "v"):
+            require_positive(f"{name}.{key}_scale", attention.get_buffer(f"{key}_scale"))
+            if not self.scheme.symmetric:
+                zero_point = attention.get_buffer(f"{key}_zero_point")
+                require_zero_point(f"{name}.{key}_zero_point", zero_point, self.scheme.bits)
         self.ready = True
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.architectures.base import INPUT_GROUPS
 from fptquant.checkpoint import CheckpointConfig, LinearScheme
+from fptquant.checkpoint.checks import require_shared
 from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulation.linear import ResidualScaleTap, SimulatedLinear
 from fptquant.simulation.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
@@ -93,6 +97,21 @@ def finish_loading(model: nn.Module) -> None:
     finish_loading_sink(model)
 
 
+def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuses different input quantizers at projections that read the same input.
+
+    Raises:
+        FPTQuantError: names the layers and their values.
+    """
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(index, role) for role in group]
+            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+            for tensor in ("input_scale", "input_zero_point"):
+                if hasattr(linears[0], tensor):
+                    require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
+
+
 def set_exact(model: PreTrainedModel) -> None:
     """Makes the simulation independent of the order of float32 sums, as the plugin's option `exact` does.
 
@@ -103,6 +122,22 @@ def set_exact(model: PreTrainedModel) -> None:
             module.hadamard_dtype = torch.float64
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             module.kv_quantizer.exact = True
+
+
+@contextmanager
+def exactly(model: PreTrainedModel) -> Iterator[None]:
+    """`set_exact` for as long as the context lasts."""
+    owners: list[tuple[Any, str]] = [(linear, "hadamard_dtype") for _, linear in simulated_linears(model)]
+    for module in model.modules():
+        if isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            owners.append((module.kv_quantizer, "exact"))
+    before = [getattr(owner, name) for owner, name in owners]
+    set_exact(model)
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(owners, before, strict=True):
+            setattr(owner, name, value)
 
 
 def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:

@@ -20,6 +20,7 @@ from fptquant.checkpoint import (
     residual_scale,
     unpack_codes,
 )
+from fptquant.checkpoint.checks import require_positive, require_zero_point
 from fptquant.errors import FPTQuantError
 
 
@@ -116,6 +117,8 @@ class SimulatedLinear(nn.Module):
     def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Replaces the float weight by integer codes (N, K) and channel scales (N, 1)."""
         assert self.scheme is not None
+        limit = 2 ** (self.scheme.weights.bits - 1)
+        assert int(codes.min()) >= -limit and int(codes.max()) < limit, "codes that don't fit into their bits"
         self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
         self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
@@ -126,13 +129,12 @@ class SimulatedLinear(nn.Module):
         """Prepares the layer after its buffers were read from a checkpoint; `name` is for error messages."""
         if self.scheme is None:
             return
-        scales = {"weight_scale": self.weight_scale}
+        require_positive(f"{name}.weight_scale", self.weight_scale)
         if self.scheme.activations.bits < 16:
-            scales["input_scale"] = self.input_scale
+            require_positive(f"{name}.input_scale", self.input_scale)
+            if not self.scheme.activations.symmetric:
+                require_zero_point(f"{name}.input_zero_point", self.input_zero_point, self.scheme.activations.bits)
             self._set_bounds()
-        for key, value in scales.items():
-            if not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
-                raise FPTQuantError(f"{name}.{key}: not a positive finite scale; the checkpoint is damaged")
         shape = torch.Size((self.out_features, self.in_features))
         if self.weight_shape.tolist() != list(shape):
             raise FPTQuantError(f"{name}.weight_shape: {self.weight_shape.tolist()}, expected {list(shape)}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.checkpoint.checks import DAMAGED, require_finite
 from fptquant.errors import FPTQuantError
 
 KEY, VALUE, STEADY, OUTPUT = "k_sink", "v_sink", "sink_steady", "sink_output"  # names of the tensors in a checkpoint
@@ -140,8 +141,10 @@ def finish_loading_sink(model: nn.Module) -> None:
     state = sink_state(model)
     if state is not None:
         for name, buffer in model.named_buffers():
-            if name.endswith((KEY, VALUE, OUTPUT)) and not bool(torch.isfinite(buffer).all()):
-                raise FPTQuantError(f"{name}: not finite; the checkpoint is damaged")
+            if name.endswith((KEY, VALUE, OUTPUT)):
+                require_finite(name, buffer)
+            elif name.endswith(STEADY) and int(buffer) not in (0, 1):
+                raise FPTQuantError(f"{name} is {int(buffer)}, neither 0 nor 1: {DAMAGED}")
         state.ready = True
 
 

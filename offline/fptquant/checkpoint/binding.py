@@ -1,0 +1,186 @@
+"""Binds a checkpoint's tensors to its config.json and to each other.
+
+One more tensor, `fptquant_binding`, holds the config.json that the tensors were written for, and a checksum of every
+other tensor. It travels with them whatever loads them; both loaders compare it with what they are about to compute:
+
+- the configuration in effect, after whatever a user overrides at start: every field that changes the result;
+- each tensor's name, type, shape and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fptquant.checkpoint.schema import CheckpointConfig
+from fptquant.errors import FPTQuantError
+
+BINDING = "fptquant_binding"  # name of the tensor: uint8 (bytes,), JSON in UTF-8
+
+# Fields of config.json that no logit depends on. Everything else is bound, fields of later versions too.
+_FREE = frozenset(
+    {
+        "_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+        "initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id",
+        "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
+        "chunk_size_feed_forward", "task_specific_params", "quantization_config",
+    }
+)  # fmt: skip
+# RoPE of these types does not look at how many positions the model says it has.
+_ANY_LENGTH = ("default", "linear", "llama3")
+# What is said of a checkpoint in format version 1; its path is the argument.
+UNBOUND = "%s: written by fptquant before its tensors were bound to config.json: quantize again to have that checked"
+_REMEDY = "weights and config.json do not belong together: fetch the checkpoint again, or quantize again"
+
+
+def bind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that binds `tensors` to `config`, the content of their config.json; uint8 (bytes,)."""
+    record = {"config": dict(config), "crc32": {name: checksum(tensor) for name, tensor in tensors.items()}}
+    return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's dtype, shape and bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the tensors of a checkpoint belong to."""
+
+    config: dict[str, Any]
+    crc32: dict[str, int]
+
+    @classmethod
+    def parse(cls, tensor: Tensor) -> Binding:
+        """Reads what `bind` wrote.
+
+        Raises:
+            FPTQuantError: the tensor is damaged.
+        """
+        try:
+            record = json.loads(bytes(tensor.cpu().numpy().tobytes()))
+            return cls(dict(record["config"]), dict(record["crc32"]))
+        except (ValueError, KeyError, TypeError):
+            raise FPTQuantError(f"{BINDING} is damaged: fetch the checkpoint again, or quantize again") from None
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path | str]) -> Binding | None:
+        """The binding in one of these safetensors files, None without."""
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                if BINDING in file.keys():  # noqa: SIM118 (no dict)
+                    return cls.parse(file.get_tensor(BINDING))
+        return None
+
+    def require_config(self, actual: Any, checkpoint: CheckpointConfig) -> None:
+        """Refuses a configuration under which the tensors would compute something else.
+
+        Args:
+            actual: the `PretrainedConfig` in effect. What was bound is read by the same class, so that defaults and
+                renamed fields of one transformers version are the same on both sides.
+            checkpoint: the `quantization_config` in effect.
+
+        Raises:
+            FPTQuantError: names the first field that differs, and both values.
+        """
+        bound = _flat(CheckpointConfig.parse(self.config["quantization_config"]).to_dict(), "quantization_config.")
+        found = _flat(checkpoint.to_dict(), "quantization_config.")
+        expected = type(actual).from_dict({**self.config, "quantization_config": None})
+        bound |= _flat(_bound_fields(expected)) | {"model_type": self.config.get("model_type")}
+        found |= _flat(_bound_fields(actual))
+        for name in sorted(bound.keys() | found.keys()):
+            ours, theirs = bound.get(name), found.get(name)
+            if ours != theirs and not name.startswith("quantization_config.producer."):
+                raise FPTQuantError(
+                    f"config.json: {name} is {theirs!r}, but the weights were made for {ours!r}: {_REMEDY}"
+                )
+
+    def require_tensors(self, found: Mapping[str, int]) -> None:
+        """Refuses tensors that are not those that were written.
+
+        Args:
+            found: checksum of each tensor by name, without the binding itself.
+
+        Raises:
+            FPTQuantError: names the first that is missing, added or altered.
+        """
+        for problem, names in (
+            ("is missing from", self.crc32.keys() - found.keys()),
+            ("does not belong to", found.keys() - self.crc32.keys()),
+            ("is not what was written into", {n for n, crc in found.items() if self.crc32.get(n, crc) != crc}),
+        ):
+            if names:
+                raise FPTQuantError(
+                    f"{min(names)} {problem} this checkpoint (so for {len(names)} of {len(self.crc32)} tensors): "
+                    "it is damaged, fetch it again or quantize again"
+                )
+
+
+@dataclass
+class Watch:
+    """Sees the tensors of a checkpoint go by on their way into a model, and compares them at the end."""
+
+    found: dict[str, int] = field(default_factory=dict)
+    binding: Binding | None = None
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Passes on all but the binding.
+
+        Raises:
+            FPTQuantError: a name comes twice.
+        """
+        for name, tensor in weights:
+            if name == BINDING:
+                self.binding = Binding.parse(tensor)
+                continue
+            if name in self.found:
+                raise FPTQuantError(f"{name} is in two of the checkpoint's files: delete the stale one")
+            self.found[name] = checksum(tensor)
+            yield name, tensor
+
+    def require_bound(self, config: Any, checkpoint: CheckpointConfig) -> bool:
+        """Compares what went by with its binding: `Binding.require_tensors` and `Binding.require_config`.
+
+        Returns:
+            Whether there was a binding. Format version 1 had none.
+
+        Raises:
+            FPTQuantError: something differs, or the binding is missing.
+        """
+        if self.binding is None:
+            if checkpoint.format_version > 1:
+                raise FPTQuantError(f"{BINDING} is missing from this checkpoint: fetch it again or quantize again")
+            return False
+        self.binding.require_config(config, checkpoint)
+        self.binding.require_tensors(self.found)
+        return True
+
+
+def _bound_fields(config: Any) -> dict[str, Any]:
+    """Fields of a `PretrainedConfig` that change what is computed."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") in _ANY_LENGTH:
+        fields.pop("max_position_embeddings", None)
+    return fields
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots in the names; nulls are left out."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
