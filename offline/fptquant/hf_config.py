@@ -6,11 +6,14 @@ otherwise read the unquantized class into it and compute with random weights.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig
 
 from fptquant.checkpoint import MODEL_TYPE_PREFIX
+from fptquant.checkpoint.binding import Binding
 from fptquant.errors import FPTQuantError
 
 
@@ -18,6 +21,21 @@ class FPTQuantLlamaConfig(LlamaConfig):  # type: ignore[misc]
     """`LlamaConfig` of a quantized checkpoint."""
 
     model_type = f"{MODEL_TYPE_PREFIX}{LlamaConfig.model_type}"
+
+    @classmethod
+    def get_config_dict(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As `LlamaConfig.get_config_dict`; the config.json of a local directory is compared with its weights' binding.
+
+        Raises:
+            FPTQuantError: names the field that was changed; or a weight file is truncated.
+        """
+        content, kwargs = super().get_config_dict(source, **kwargs)
+        folder = Path(source)
+        if folder.is_dir() and content.get("model_type") == cls.model_type:
+            binding = Binding.of_files(sorted(folder.glob("*.safetensors")))
+            if binding is not None:
+                binding.require_file(content)
+        return content, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

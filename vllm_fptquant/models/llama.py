@@ -33,7 +33,7 @@ from fptquant.checkpoint import CheckpointConfig, residual_scale
 from fptquant.checkpoint.binding import Watch
 from fptquant.checkpoint.checks import require_finite
 from fptquant.errors import FPTQuantError
-from vllm_fptquant.binding import require_bound_config, require_bound_tensors
+from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
@@ -265,7 +265,7 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 "config.json names an architecture of fptquant, but its quantization_config isn't fptquant's: "
                 "quantize the model again"
             )
-        require_bound_config(vllm_config)
+        self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         self.vllm_config = vllm_config
 
@@ -279,8 +279,9 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             FPTQuantError: a tensor is missing, altered, of another checkpoint, or not finite; or a norm before a scaled
                 block has a gain, which our layers leave out.
         """
-        watch = Watch()
-        loaded: set[str] = super().load_weights(watch(weights))
+        watch = Watch(self.binding)
+        with one_line_errors(watch):
+            loaded: set[str] = super().load_weights(watch(weights))
         missing = [name for name, _ in self.named_parameters() if name not in loaded]
         if missing:  # vLLM looks at this in unquantized models only
             raise FPTQuantError(
