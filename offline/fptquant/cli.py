@@ -60,7 +60,9 @@ def quantize(
     ] = None,
     calibration_config: Annotated[str | None, typer.Option(help="configuration name of the dataset")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
-    calibration_field: Annotated[str | None, typer.Option(help="text column of the dataset")] = None,
+    calibration_field: Annotated[
+        str | None, typer.Option(help="column of the dataset: text, chats (through the chat template) or token ids")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
@@ -214,7 +216,7 @@ def verify(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file, compressed or not")],
     windows: Annotated[int, typer.Option(min=1, help="non-overlapping windows from the start of the text")] = 20,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 512,
     backend: Annotated[Backend, typer.Option(help="transformers (the simulation) or vllm")] = Backend.transformers,
