@@ -119,8 +119,9 @@ def _load(options: CalibrationOptions, path: str, kind: str | None) -> Any:
         arguments = {"path": "csv" if kind == "tsv" else kind, "data_files": glob.escape(path)}
         if kind == "tsv":
             arguments["sep"] = "\t"
-    verbosity = datasets.logging.get_verbosity()
+    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the exception
+    datasets.disable_progress_bars()
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(path)
@@ -134,6 +135,8 @@ def _load(options: CalibrationOptions, path: str, kind: str | None) -> Any:
         raise FPTQuantError(f"calibration source '{path}' {is_no}: {_reason(error)}{hint}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _values(data: Any, where: str) -> Iterator[Any]:
