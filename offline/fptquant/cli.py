@@ -56,7 +56,8 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
     precision: Precision = None,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     calibration_config: Annotated[str | None, typer.Option(help="configuration name of the dataset")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
@@ -276,7 +277,8 @@ def sensitivity(
     windows: Annotated[int, typer.Option(min=1, help="windows to measure on")] = 4,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 256,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     rounding: Rounding = None,

@@ -103,8 +103,8 @@ FILES: dict[str, Callable[[Path], None]] = {
     "rows.ndjson": content(JSONL),
     "rows[1]*.jsonl": content(JSONL),
     "lines.txt": content(b"\n" + JSONL),
-    "array.txt": content(b"\xef\xbb\xbf" + ARRAY),
-    "no_suffix": content(JSONL),
+    "array.txt": content(ARRAY),
+    "no_suffix": content(b"\xef\xbb\xbf" + JSONL),
     "rows.csv": separated(","),
     "rows.TSV": separated("\t"),
     "rows.parquet": parquet,
@@ -141,7 +141,8 @@ def test_compressed_text(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path
     )
 
 
-BINARY = {
+NO_TEXT = {
+    "empty.txt": b"",
     "utf16.txt": ("Some text. " * 500).encode("utf-16"),
     "utf16_without_bom.txt": ("Some text. " * 500).encode("utf-16-le"),
     "model.safetensors": (100).to_bytes(8, "little") + b'{"a": 1}' + b" " * 1000,
@@ -155,9 +156,9 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("name", NO_TEXT)
 def test_bytes_are_no_text(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(BINARY[name])
+    (tmp_path / name).write_bytes(NO_TEXT[name])
     assert name in refusal(tokenizer, tmp_path / name)
     with pytest.raises(FPTQuantError, match=name):
         evaluation_windows(tokenizer, tmp_path / name, 1, 8)

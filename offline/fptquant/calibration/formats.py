@@ -55,6 +55,8 @@ def recognise(path: Path) -> str:
         FPTQuantError: unreadable, or neither text nor rows.
     """
     head = _read(path, _HEAD)
+    if not head:
+        raise FPTQuantError(f"'{path}' is empty: give a longer text")
     suffix, packed = _suffix(path), _decompressor(path) is not None
     for magic, kind in _BINARY_ROWS:
         if head.startswith(magic):
