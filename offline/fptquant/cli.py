@@ -56,11 +56,14 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
     precision: Precision = None,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     calibration_config: Annotated[str | None, typer.Option(help="configuration name of the dataset")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
-    calibration_field: Annotated[str | None, typer.Option(help="text column of the dataset")] = None,
+    calibration_field: Annotated[
+        str | None, typer.Option(help="column of the dataset: text, chats (through the chat template) or token ids")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
@@ -215,7 +218,7 @@ def verify(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file, compressed or not")],
     windows: Annotated[int, typer.Option(min=1, help="non-overlapping windows from the start of the text")] = 20,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 512,
     backend: Annotated[Backend, typer.Option(help="transformers (the simulation) or vllm")] = Backend.transformers,
@@ -275,7 +278,8 @@ def sensitivity(
     windows: Annotated[int, typer.Option(min=1, help="windows to measure on")] = 4,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 256,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     rounding: Rounding = None,

@@ -131,6 +131,20 @@ def test_options_reach_the_recipe(run: Run, model: Path, calibration: Path, tmp_
     assert recipe.weight_range.method == "minmax"
 
 
+def test_quantize_on_chats(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    chat = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Yes."}]
+    (tmp_path / "chats.txt").write_text((json.dumps({"messages": chat}) + "\n") * 50)
+    (model / "chat_template.jinja").write_text("<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    options = ("-o", tmp_path / "out", "--calibration", tmp_path / "chats.txt", *SMALL, "--dry-run")
+    result = run("quantize", model, *options, "--calibration-field", "messages")
+    assert result.code == 0 and "first sequence" in result.out, result.err
+    assert "Rome?" in result.out and "'role'" not in result.out and result.out.count("<s>") == 2
+    assert "no column 'text'; it has: messages " in one_error(run("quantize", model, *options))
+    assert "is json, not text" in one_error(run("evaluate", model, "--text", tmp_path / "chats.txt", "--length", 24))
+
+
 def test_without(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
     result = run(
         "quantize",
