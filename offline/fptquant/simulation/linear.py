@@ -58,15 +58,10 @@ class SimulatedLinear(FixedBuffers):
         self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
         self.weight: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        for name in (
-            "codes",
-            "low",
-            "high",
-        ):  # derived: integer weights in float32, bounds of the input codes
-            self.register_buffer(name, None, persistent=False)
-        self.codes: Tensor | None
-        self.low: Tensor | None
-        self.high: Tensor | None
+        # Derived, buffers once they are there: integer weights in float32, bounds of the input codes.
+        self.codes: Tensor | None = None
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
         if scheme is not None:
             words = packed_words(in_features, scheme.weights.bits)
             self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
@@ -104,7 +99,7 @@ class SimulatedLinear(FixedBuffers):
         self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
         self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
-        self.codes = codes.float()
+        self._derive("codes", codes.float())
         self.weight = None
 
     def finish_loading(self, name: str) -> None:
@@ -121,7 +116,7 @@ class SimulatedLinear(FixedBuffers):
         shape = torch.Size((self.out_features, self.in_features))
         if self.weight_shape.tolist() != list(shape):
             raise FPTQuantError(f"{name}.weight_shape: {self.weight_shape.tolist()}, expected {list(shape)}")
-        self.codes = unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float()
+        self._derive("codes", unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float())
 
     def online(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The input after residual scale S (..., 1) and Hadamard: what is quantized."""
@@ -175,4 +170,12 @@ class SimulatedLinear(FixedBuffers):
         zero_point = torch.zeros((), dtype=torch.int32, device=self.input_scale.device)
         if not self.scheme.activations.symmetric:
             zero_point = self.input_zero_point
-        self.low, self.high = code_bounds(zero_point, self.scheme.activations.bits)
+        for name, bound in zip(("low", "high"), code_bounds(zero_point, self.scheme.activations.bits), strict=True):
+            self._derive(name, bound)
+
+    def _derive(self, name: str, value: Tensor) -> None:
+        """Sets one of the derived buffers. An empty one would be in the way of offloading."""
+        if name not in self._buffers:
+            delattr(self, name)
+            self.register_buffer(name, None, persistent=False)
+        setattr(self, name, value)
