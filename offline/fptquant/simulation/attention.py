@@ -95,7 +95,7 @@ class QuantizedAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         where: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -106,7 +106,7 @@ class QuantizedAttention(nn.Module):
             key: (batch, kv_heads, tokens, head_dim), after RoPE.
             value: like `key`.
             attention_mask: as for transformers' sdpa.
-            past_key_values: cache of codes, to which these are added.
+            cache: of codes, to which these are added.
             where: tokens that have the sink's constants, bool (batch, tokens); those stay what they are.
             kwargs: passed on.
 
@@ -131,8 +131,8 @@ class QuantizedAttention(nn.Module):
             scales = {side: quantizer.scale(self, side) for side in ("k", "v")}
             key, value = (self._codes(side, x, scales[side], where) for side, x in (("k", key), ("v", value)))
             query = (query * self._of_heads(scales["k"])).to(query.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if scales is not None and quantizer.exact:
             output = _exactly(query, key, value, attention_mask, kwargs["scaling"])
         else:

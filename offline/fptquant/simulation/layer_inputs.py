@@ -59,7 +59,7 @@ def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> L
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0])
-        arguments.update(kwargs, use_cache=False, past_key_values=None)
+        arguments.update(kwargs)
         if "sink" in arguments:
             masks.append(arguments.pop("sink"))
         raise Stop

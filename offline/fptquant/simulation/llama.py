@@ -76,6 +76,7 @@ class SimulatedLlamaAttention(FixedBuffers, QuantizedAttention, LlamaAttention):
         past_key_values: Any = None,
         scale: Tensor | None = None,
         sink: SinkMasks | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `LlamaAttention.forward`.
@@ -87,6 +88,7 @@ class SimulatedLlamaAttention(FixedBuffers, QuantizedAttention, LlamaAttention):
             past_key_values: cache; with a quantized one, its keys and values are codes.
             scale: S (batch, tokens, 1) or None.
             sink: where the first token is.
+            cache: what newer transformers call `past_key_values`.
             kwargs: for the attention function.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -98,12 +100,12 @@ class SimulatedLlamaAttention(FixedBuffers, QuantizedAttention, LlamaAttention):
         key, value = (states.view(heads).transpose(1, 2) for states in (key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         kwargs = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
-        weights = None
+        cache, weights = past_key_values if cache is None else cache, None
         if self.kv_quantizer is not None:
-            output = self.attend(query, key, value, attention_mask, past_key_values, where, **kwargs)
+            output = self.attend(query, key, value, attention_mask, cache, where, **kwargs)
         else:
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
             function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
@@ -117,30 +119,11 @@ class SimulatedLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
     residual_eps: float | None = None  # of S_n, None without
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        sink: SinkMasks | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As `LlamaDecoderLayer.forward`, with where the first token is."""
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """As `LlamaDecoderLayer.forward`; the other arguments are the attention's."""
         scale = self.scale_of(hidden_states)
-        output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states, scale),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            scale=scale,
-            sink=sink,
-            **kwargs,
-        )
+        normed = self.input_layernorm(hidden_states, scale)
+        output, _ = self.self_attn(hidden_states=normed, scale=scale, **kwargs)
         hidden_states = hidden_states + output
         scale = self.scale_of(hidden_states)
         result: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states, scale), scale)
@@ -168,21 +151,17 @@ class SimulatedLlamaModel(SinkModel, LlamaModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """As `LlamaModel.forward`."""
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
+        cache = kwargs.pop("cache", past_key_values)  # its name in newer transformers, at the same place
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if not self.sink_ready or tokens is None:
-            return super().forward(position_ids=position_ids, **arguments)
+            return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
         if position_ids is None:
-            position_ids = find_positions(tokens, attention_mask, past_key_values)
+            position_ids = find_positions(tokens, attention_mask, cache)
         sink = self.first_tokens(tokens, position_ids, self.embed_tokens)
-        as_tuple = not arguments.pop("return_dict", self.config.return_dict)
-        output: BaseModelOutputWithPast = super().forward(position_ids=position_ids, sink=sink, **arguments)
+        as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
+        output: BaseModelOutputWithPast = super().forward(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, sink=sink, **kwargs
+        )
         before = output.last_hidden_state
         output.last_hidden_state = put_output(self.norm, before, sink)
         if output.hidden_states is not None and output.hidden_states[-1] is before:
@@ -192,7 +171,7 @@ class SimulatedLlamaModel(SinkModel, LlamaModel):  # type: ignore[misc]
 
 # transformers enters here what a class can record (`output_hidden_states`) when it makes an instance of it. Ours are
 # made by a change of class, or unpickled.
-_CAN_RECORD_REGISTRY[str(SimulatedLlamaModel)] = LlamaModel._can_record_outputs
+_CAN_RECORD_REGISTRY.update({str(SimulatedLlamaModel): LlamaModel._can_record_outputs})
 
 CLASSES: Mapping[type[nn.Module], type[nn.Module]] = {
     LlamaModel: SimulatedLlamaModel,
