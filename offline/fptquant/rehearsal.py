@@ -15,7 +15,8 @@ from fptquant.checkpoint.writer import write_model
 from fptquant.errors import FPTQuantError
 from fptquant.planning import Plan
 from fptquant.simulation.attention import KVQuantizer
-from fptquant.simulation.install import finish_loading, install_simulation, simulated_linears
+from fptquant.simulation.install import install_simulation, simulated_linears
+from fptquant.simulation.sink import sink_token, use_sink
 
 _VOCABULARY = 256  # rows of the embedding and the head, whose number the format doesn't depend on
 
@@ -73,4 +74,6 @@ def _quantize(model: PreTrainedModel) -> None:
             for side in ("k", "v"):
                 size = module.get_buffer(f"{side}_scale").numel()
                 quantizer.set_range(module, side, torch.full((size,), 0.1), torch.ones(size))
-    finish_loading(model)
+            quantizer.ready = True
+    if sink_token(model) is not None:
+        use_sink(model)  # constants of zero

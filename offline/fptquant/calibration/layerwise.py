@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -86,9 +87,9 @@ def calibrate_and_round(
     head = model.get_submodule(architecture.head)
     if isinstance(head, SimulatedLinear) and not _restored(head, architecture.head, store):
         catch_up()
-        inputs.arguments = {}
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
-        _quantize_group([head], architecture.head, inputs, final, recipe, importance.get(architecture.head))
+        entering = replace(inputs, arguments={}, masks=None)  # the first token, maybe a constant, does not count
+        _quantize_group([head], architecture.head, entering, final, recipe, importance.get(architecture.head))
         if store is not None:
             store.save(architecture.head, head.state_dict())
 

@@ -124,7 +124,7 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.expand(y.shape[0], a, a), y).view(x.shape).float()
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Causal attention in float64, rounded once to float32: the same bits in whatever order it is computed.
 
     Quantizers turn a difference in the last bit into a whole code now and then, so two float32 kernels drift apart
@@ -136,13 +136,15 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
         key: (kv_heads, S, head_dim).
         value: (kv_heads, S, head_dim).
         scaling: of the scores.
+        mask: bool (T, S), the positions that each of the T attends to, in place of those up to its own.
 
     Returns:
-        (T, heads, head_dim) float32.
+        (T, heads, head_dim) float32; 0 where nothing is attended to.
     """
     groups, (length, total) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
     keys, values = (states.double().repeat_interleave(groups, 0) for states in (key, value))
     scores = torch.matmul(query.double() * scaling, keys.mT)  # (heads, T, S)
-    future = torch.ones(length, total, dtype=torch.bool).triu(total - length + 1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool, device=scores.device).tril(total - length)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
     return torch.matmul(weights, values).transpose(0, 1).float()
