@@ -78,12 +78,11 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         finish_loading(model)
         require_shared_inputs(model, architecture_of(model.config))
-        for name, parameter in model.named_parameters():
-            require_finite(name, parameter)
         if self._files:
             watch = Watch()
-            for _ in watch(_read_tensors(self._files)):
-                pass
+            for name, tensor in watch(_read_tensors(self._files)):
+                if tensor.is_floating_point():
+                    require_finite(name, tensor)
             if not watch.require_bound(model.config, self.quantization_config.checkpoint):
                 _log.warning(UNBOUND, self._files[0])
         return model
