@@ -129,7 +129,7 @@ def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
         return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
     kind = source.config.rope_parameters["rope_type"]
     scaling = 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](source.config, torch.device("cpu"))[1]
-    if scaling != 1:  # the constant is put before RoPE, and recognised behind it
+    if scaling != 1:  # the simulation puts the constant before RoPE, the plugin behind it
         return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
     return None
 

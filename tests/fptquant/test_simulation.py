@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fptquant.architectures import FAMILIES
 from fptquant.architectures.llama import LLAMA
 from fptquant.checkpoint import CheckpointConfig
 from fptquant.simulation import SimulatedLinear, install_simulation, simulated_linears
-from fptquant.simulation.install import set_exact
+from fptquant.simulation.install import CLASSES, set_exact
 from fptquant.transforms import TRANSFORMS
 from tests.conftest import MODELS
 
@@ -22,6 +23,10 @@ MakeModel = Callable[..., LlamaForCausalLM]
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def test_every_family_has_its_classes() -> None:
+    assert CLASSES.keys() == FAMILIES.keys()
 
 
 # -- function preserved by the online transforms --
