@@ -291,7 +291,6 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
-    from fptquant.loading import model_fingerprint
     from fptquant.planning import plan
     from fptquant.recipe import Recipe
     from fptquant.sensitivity import KINDS, Probe, sites_of
@@ -322,7 +321,7 @@ def sensitivity(
                 "lower --windows or --length, or give a --text"
             )
     settings = {
-        "model": model_fingerprint(job.source.path),
+        "model": job.source.fingerprint(),
         "recipe": job.recipe.digest(),
         "calibration": fingerprint(job.windows),
         "measured on": fingerprint(tokens),

@@ -17,7 +17,7 @@ from fptquant.calibration.smoothing import start_is_measured
 from fptquant.checkpoint.publication import Publication
 from fptquant.checkpoint.writer import EXTRAS, write_checkpoint
 from fptquant.errors import FPTQuantError
-from fptquant.loading import load_model, open_source, weight_bytes
+from fptquant.loading import load_model, open_source
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
@@ -37,6 +37,7 @@ from fptquant.training.stages import (
     train_transforms,
 )
 from fptquant.training.state import RunState
+from fptquant.weight_files import WeightFiles
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def quantize(
             output=str(output),
             seconds=stages.seconds,
             peak_memory_bytes=peak_memory(),
-            source_bytes=weight_bytes(job.source.path),
-            output_bytes=weight_bytes(staging),
+            source_bytes=job.source.weights.size,
+            output_bytes=WeightFiles.of(staging).size,
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
         )

@@ -28,7 +28,8 @@ from fptquant.checkpoint import (
 )
 from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError
-from fptquant.loading import Source, model_fingerprint, open_source, read_json
+from fptquant.files import read_json
+from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TransformSet
 
@@ -62,7 +63,7 @@ class Plan:
         recipe = self.recipe.changed("signature", end_to_end=checkpointing, scales=checkpointing)
         return {
             "package": f"vllm-fptquant {fptquant.__version__}",
-            "model": model_fingerprint(self.source.path),
+            "model": self.source.fingerprint(),
             "recipe": recipe.digest(),
             "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
         }
@@ -171,7 +172,7 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
     no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
     job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
-    if read_json(summary_file).get("source_fingerprint") != model_fingerprint(job.source.path):
+    if read_json(summary_file).get("source_fingerprint") != job.source.fingerprint():
         raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': give the model that was quantized")
     try:
         job.transforms.load_state_dict(load_file(transforms_file))
