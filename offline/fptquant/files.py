@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def takes_files(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes in all files below `folder`; 0 where there is none."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # gone meanwhile
+            total += file.lstat().st_size
+    return total
 
 
 class _GivenTwice(Exception):

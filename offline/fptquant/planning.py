@@ -120,7 +120,7 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     )
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
-    size = _estimate_bytes(source, config, dtype)
+    size = estimate_bytes(source, config, dtype)
     return Plan(source, recipe, config, windows, training_windows, transforms, dtype, size)
 
 
@@ -237,7 +237,7 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
     """Expected size of the checkpoint's weights."""
     architecture = source.architecture
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
