@@ -20,6 +20,7 @@ from rich.table import Table
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
+    from fptquant.loading import Source
     from fptquant.planning import Plan
 
 err = Console(stderr=True)
@@ -96,6 +97,12 @@ def plan_table(job: Plan, output: Path) -> Table:
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
     return table
+
+
+def show_notes(source: Source) -> None:
+    """What is odd about a source and may be meant."""
+    for note in source.notes:
+        err.print(f"note: '{source.path}': {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def megabytes(count: int) -> str:

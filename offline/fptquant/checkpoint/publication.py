@@ -95,9 +95,8 @@ class Publication:
         free = shutil.disk_usage(self._existing_parent).free + sum(map(folder_size, left_behind))
         if free < size:
             raise FPTQuantError(
-                f"'{self._existing_parent}' has {free / 1e6:,.1f} MB free, but the checkpoint and the state that "
-                f"an interrupted run continues from need about {size / 1e6:,.1f} MB: free some space or choose "
-                "another output"
+                f"'{self._existing_parent}' has {free / 1e6:,.1f} MB free, but the checkpoint and the run's state "
+                f"need about {size / 1e6:,.1f} MB: free some space or choose another output"
             )
 
     def __enter__(self) -> Path:

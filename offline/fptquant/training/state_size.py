@@ -6,7 +6,6 @@ import torch
 
 from fptquant.planning import Plan, estimate_bytes, linear_sizes
 
-_COPIES = 3  # of a stage's state: the newest, the one before, and the next while it is written
 _ADAM = 3  # a trained value and its two moments
 
 
@@ -20,14 +19,13 @@ def state_bytes(job: Plan) -> int:
     if any(stage.steps and stage.teacher == "cached" for stage in (recipe.end_to_end, recipe.scales)):
         total += job.training_windows.numel() * shape.hidden * float32
     transforms: int = sum(tensor.numel() for tensor in job.transforms.state_dict().values())
+    trained = _ADAM * sum(parameter.numel() for parameter in job.transforms.parameters())
     rows = sum(out for out, _ in linear_sizes(job.source).values()) + vocabulary  # of weights: a scale, a clipping
-    values = 0
-    if recipe.local.steps:
-        values += (1 + _ADAM) * transforms
-    if recipe.block_wise.steps:
-        values += transforms + rows
-    if recipe.end_to_end.steps:
-        values += (1 + _ADAM) * (transforms + rows)
-    if recipe.scales.steps:
-        values += _ADAM * rows
-    return total + _COPIES * values * float32
+    stages = [
+        (transforms + trained) * (recipe.local.steps > 0),
+        (transforms + rows) * (recipe.block_wise.steps > 0),
+        (transforms + trained + _ADAM * rows) * (recipe.end_to_end.steps > 0),
+        _ADAM * rows * (recipe.scales.steps > 0),
+    ]
+    # each keeps the one before its newest state; and the next is written beside them
+    return total + (2 * sum(stages) + max(stages)) * float32
