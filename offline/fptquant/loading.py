@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -53,7 +52,7 @@ class Source:
     @property
     def quantized(self) -> bool:
         """Whether this is quantized, by us or by another tool."""
-        return _quantization(self.config) is not None
+        return getattr(self.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> str:
         """Short hash by which a model is known again: its configuration and its weights."""
@@ -103,7 +102,8 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     if architecture.shape(config).layers < 1:
         raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
     weights = WeightFiles.of(path)
-    quantization, stored, notes = _quantization(config), torch.float32, list[str]()
+    quantization = getattr(config, "quantization_config", None)
+    stored, notes = torch.float32, list[str]()
     if quantization is None:
         stored, notes = _check_tensors(config, weights)
     elif isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
@@ -229,11 +229,6 @@ def _remedy(weights: WeightFiles) -> str:
 def _is_zero(tensor: torch.Tensor) -> bool:
     flat = tensor.reshape(-1)
     return not bool(flat[:_PEEK].any()) and not bool(flat.any())
-
-
-def _quantization(config: PretrainedConfig) -> Any:
-    """`quantization_config`, None where there is none."""
-    return getattr(config, "quantization_config", None) or None
 
 
 def _refuse_adapter(path: Path) -> None:
