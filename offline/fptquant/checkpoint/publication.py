@@ -100,7 +100,11 @@ class Publication:
             )
 
     def __enter__(self) -> Path:
-        """Returns the directory to write into."""
+        """Returns the directory to write into.
+
+        Raises:
+            FPTQuantError: it can't be made.
+        """
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
@@ -110,9 +114,11 @@ class Publication:
                     shutil.rmtree(stale.folder, ignore_errors=True)
             self.staging.mkdir()
             self._entered = True
-        except BaseException:  # an interrupt, too: nobody calls `__exit__` then
+        except BaseException as error:  # an interrupt, too: nobody calls `__exit__` then
             self._discard()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            raise FPTQuantError(f"'{self.staging}' can't be written to: {first_line(error)}") from None
         return self.staging
 
     def __exit__(
