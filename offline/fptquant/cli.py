@@ -251,6 +251,8 @@ def evaluate(
     source = open_source(model)
     show_notes(source)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
+    if backend is Backend.vllm:
+        source.weights.require_alone()
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     require_known(int(tokens.max()), source.config.vocab_size)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None

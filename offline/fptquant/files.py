@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -60,12 +61,15 @@ def require_writable(option: str, file: Path) -> None:
 
 
 def takes_files(folder: Path) -> bool:
-    """Whether a directory can be made in `folder`; by making one, as root may write by its rights to /proc, too."""
+    """Whether a directory can be made in `folder`, space apart.
+
+    Found by making one: by its rights, root may write to /proc, too.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=".fptquant-", dir=folder):
             return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def folder_size(folder: Path) -> int:

@@ -556,6 +556,14 @@ def test_notes(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None
     assert result.code == 0 and all(note in result.err for note in notes)
 
 
+def test_files_that_only_vllm_would_load(run: Run, model: Path, calibration: Path) -> None:
+    (model / "consolidated.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    options = ("--text", calibration, "--windows", 1, "--length", 8)
+    assert run("evaluate", model, *options).code == 0
+    line = one_error(run("evaluate", model, *options, "--backend", "vllm"))
+    assert "consolidated.safetensors' is no part of the checkpoint beside it, but vLLM may load it: remove it" in line
+
+
 def test_output_that_exists(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
     options = ("--calibration", calibration, *SMALL)
     out, home = tmp_path / "out", tmp_path / "home"

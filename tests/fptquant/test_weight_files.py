@@ -174,6 +174,15 @@ def test_ambiguous_files_are_refused(case: str, sharded: Path) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_of_ours_lies_alone(single: Path, change_json: Callable[..., None]) -> None:
+    """Without an index, vLLM loads every safetensors file; `consolidated*` before all others."""
+    change_json(single / "config.json", quantization_config={"quant_method": "fptquant"})
+    open_source(single)
+    save({NORM: torch.zeros(32)}, single / "consolidated.00.safetensors")
+    with pytest.raises(FPTQuantError, match="consolidated.00.safetensors' is no part of the checkpoint beside it"):
+        open_source(single)
+
+
 # -- tensors --
 
 
