@@ -128,8 +128,12 @@ def load_model(source: Source) -> PreTrainedModel:
             model, report = AutoModelForCausalLM.from_pretrained(source.path, **options)
         else:
             kind = getattr(transformers, source.architecture.class_name)
-            tensors = dict(source.weights.items())  # mapped, not read
-            model, report = kind.from_pretrained(None, config=source.config, state_dict=tensors, **options)
+            model, report = kind.from_pretrained(
+                None,
+                config=source.config,
+                state_dict=dict(source.weights.items()),  # mapped, not read; held by nothing else, so let go of again
+                **options,
+            )
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError, ImportError) as error:  # ImportError: quantized by another tool

@@ -70,7 +70,7 @@ class Plan:
 
 
 def plan(model: str | Path, recipe: Recipe) -> Plan:
-    """Checks model, recipe and calibration text against each other; reads no weights.
+    """Checks model, recipe and calibration text against each other; loads no weights.
 
     Raises:
         FPTQuantError: whatever the user has to mend.

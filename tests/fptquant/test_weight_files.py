@@ -281,9 +281,9 @@ def test_notes(save_model: SaveModel, tmp_path: Path) -> None:
     )
 
 
-def test_peak_memory(single: Path) -> None:
-    """Tensors are mapped: float32 weights are the file's own pages, not copies."""
+def test_the_file_stays_as_it_is(single: Path) -> None:
+    """Float32 weights are mapped, not copied; what is done to them is private to the process."""
     model = load_model(open_source(single))
     with torch.no_grad():
-        model.model.norm.weight.zero_()  # private to this process
+        model.model.norm.weight.zero_()
     assert load_file(single / SINGLE)[NORM].abs().sum() > 0
