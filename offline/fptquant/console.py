@@ -21,6 +21,7 @@ from rich.table import Table
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
+    from fptquant.loading import Source
     from fptquant.planning import Plan
 
 err = Console(stderr=True)
@@ -100,6 +101,12 @@ def plan_table(job: Plan, output: Path) -> Table:
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
     return table
+
+
+def show_notes(source: Source) -> None:
+    """What is odd about a source and may be meant."""
+    for note in source.notes:
+        err.print(f"note: '{source.path}': {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def visible(text: str) -> str:

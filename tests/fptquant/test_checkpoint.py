@@ -409,9 +409,28 @@ def test_space_is_checked_before(tmp_path: Path) -> None:
     publication = Publication(tmp_path / "not" / "yet" / "out", overwrite=False)
     free = shutil.disk_usage(tmp_path).free
     publication.require_space(free // 2)
-    with pytest.raises(FPTQuantError, match=r"MB free, but the checkpoint needs about .* MB"):
+    with pytest.raises(FPTQuantError, match=r"MB free, but the checkpoint and the run's state need about .* MB"):
         publication.require_space(free * 2)
     assert listing(tmp_path) == []
+
+
+def test_space_of_what_killed_runs_left_is_free(tmp_path: Path) -> None:
+    """It goes when the run begins."""
+    free = shutil.disk_usage(tmp_path).free
+    for process in (dead_process(), os.getppid()):
+        left = tmp_path / f".out.partial-{process}"
+        left.mkdir()
+        with (left / "model.safetensors").open("wb") as file:
+            file.truncate(2 * free)  # takes no space
+    publication = Publication(tmp_path / "out", overwrite=False)
+    publication.require_space(2 * free)
+    with pytest.raises(FPTQuantError, match="MB free"):
+        publication.require_space(4 * free)  # the other run's stays
+    with publication as staging:
+        with (staging / "model.safetensors").open("wb") as file:
+            file.truncate(2 * free)
+        with pytest.raises(FPTQuantError, match="MB free"):
+            publication.require_space(2 * free)  # that is of the run itself
 
 
 def test_disk_full_is_recognized() -> None:

@@ -21,6 +21,7 @@ from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.install import finish_loading
 from fptquant.simulation.layer_inputs import LayerInputs, Stop, first_inputs
+from fptquant.training.state import restoring
 
 
 class LayerStore(Protocol):
@@ -102,8 +103,9 @@ def _restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
     for module in layer.modules():
         if isinstance(module, SimulatedLinear) and module.scheme is not None:
             module.weight = None
-    layer.load_state_dict(stored[0])
-    finish_loading(layer)
+    with restoring(name):
+        layer.load_state_dict(stored[0])
+        finish_loading(layer)
     return True
 
 

@@ -192,10 +192,10 @@ class CheckpointConfig(Strict):
 def one_line(error: ValidationError) -> str:
     """First problems of a validation error as `field: message`, on one line."""
     problems = [
-        f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
+        (*([".".join(map(str, item["loc"]))] if item["loc"] else []), item["msg"].removeprefix("Value error, "))
         for item in error.errors()
     ]
-    return "; ".join(problems[:3])
+    return "; ".join(": ".join(problem) for problem in problems[:3])
 
 
 def residual_scaled_architecture(architecture: str) -> str:

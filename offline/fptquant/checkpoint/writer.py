@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fptquant.planning import Plan
 
 EXTRAS = "fptquant"  # folder within a checkpoint: transforms, recipe, summary, digests
+# What tells other tools that the model is quantized, or completed by an adapter, of which neither is true any more.
+_OF_OTHERS = ("adapter_", "quantize_config", "quant_config", "hf_quant_config")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
 
 
@@ -51,6 +53,7 @@ def write_model(job: Plan, model: PreTrainedModel, directory: Path) -> dict[str,
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
         skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
+        skip |= file.name.startswith(_OF_OTHERS)
         if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
             shutil.copyfile(file, directory / file.name)
     return tensors
