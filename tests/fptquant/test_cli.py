@@ -24,7 +24,7 @@ from fptquant import cli, pipeline, planning
 from fptquant.checkpoint import writer
 from fptquant.checkpoint.publication import Publication
 from fptquant.training.state import RunState
-from tests.conftest import TEXT
+from tests.conftest import TEXT, bound
 
 ROOT = Path(fptquant.__file__).parents[1]
 SMALL = ("--sequences", "4", "--length", "32")
@@ -302,7 +302,7 @@ def verify(run: Run, checkpoint: Path, model: Path) -> Result:
 def test_verify_accepts_what_was_written(run: Run, quantized: Path, model_dir: Path) -> None:
     result = verify(run, quantized, model_dir)
     assert result.code == 0 and "FAILED" not in result.out and "through vLLM: not checked" in result.out
-    assert result.out.count(" ok ") == 3
+    assert result.out.count(" ok ") == 4
 
 
 @pytest.mark.parametrize(
@@ -322,6 +322,9 @@ def test_verify_notices_an_altered_tensor(
     first[0] = first[0] ^ 1 if tensors[name].dtype == torch.int32 else first[0] * 1.001
     save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
     result = verify(run, altered, model_dir)
+    assert result.code == 2 and f"{name} is not what was written into this checkpoint" in result.err
+    save_file(bound(tensors, altered), altered / "model.safetensors", metadata={"format": "pt"})
+    result = verify(run, altered, model_dir)  # what binds them was forged: the digests tell
     assert result.code == 1 and "FAILED" in result.out and "Traceback" not in result.err
 
 
