@@ -138,9 +138,11 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from vllm_fptquant.classifier import CLASSIFIER, ClassifierMethod, require_head_rows
         from vllm_fptquant.head import FPTQuantHeadMethod
         from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
         from vllm_fptquant.linear import FPTQuantLinearMethod
+        from vllm_fptquant.loading import require_supported_loading
 
         vllm_config = get_current_vllm_config_or_none()
         if getattr(vllm_config, "lora_config", None) is not None:
@@ -148,11 +150,14 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 "LoRA adapters don't work on fptquant checkpoints: merge them into the model before it is quantized, "
                 "and leave --enable-lora out"
             )
+        require_supported_loading(vllm_config)
         options = ServingOptions.of(vllm_config)
         if current_platform.is_cuda():
             if options.exact:
                 raise FPTQuantError("--additional-config, key 'fptquant': exact serves on CPUs only: leave it out")
             keep_division_exact(vllm_config)
+        if prefix == CLASSIFIER:
+            return ClassifierMethod()
         if isinstance(layer, LinearBase):
             shards = self.shard_names(prefix)
             scheme = self.fused_scheme(prefix, shards)
@@ -174,6 +179,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             scheme = self.checkpoint.scheme_for(prefix)
             if scheme is None:
                 return None
+            require_head_rows(vllm_config)
             return FPTQuantHeadMethod(scheme, (prefix,), kernel=options.kernel)
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
@@ -183,9 +189,18 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             require_decoder_attention(layer, prefix)
             sink = self.checkpoint.sink is not None
             return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, sink=sink, exact=options.exact)
-        if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
-            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet")
+        if type(layer).__name__ in ("FusedMoE", "RoutedExperts") and not self.ignores_experts(layer, prefix):
+            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet, but in `ignore`")
         return None
+
+    def ignores_experts(self, layer: torch.nn.Module, prefix: str) -> bool:
+        """Whether `ignore` covers an expert layer, or every projection of every expert in it."""
+        count = getattr(layer, "global_num_experts", 0)
+        projections = [getattr(layer, f"ckpt_{kind}_proj_name", None) for kind in ("gate", "up", "down")]
+        experts = [f"{prefix}.{index}.{name}" for index in range(count) for name in projections if name]
+        return self.checkpoint.scheme_for(prefix) is None or (
+            bool(experts) and all(self.checkpoint.scheme_for(name) is None for name in experts)
+        )
 
     def shard_names(self, prefix: str) -> tuple[str, ...]:
         """Checkpoint names of the linear layers that vLLM fuses into `prefix`, in order."""

@@ -33,6 +33,7 @@ from fptquant.checkpoint import CheckpointConfig, residual_scale
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
+from vllm_fptquant.loading import is_reloading, require_same_config, served_config
 
 AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
 
@@ -263,32 +264,80 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 "quantize the model again"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self.fptquant_config = vllm_config
+        self.served = served_config(vllm_config.model_config)
+        self.running = False  # with prepared weights, so that what is loaded now replaces them
+        self.reloading = False  # or a reload failed
+        self.reload_failed = False
 
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
         return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As `LlamaForCausalLM.load_weights`.
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
+        """As `LlamaForCausalLM.forward`.
 
         Raises:
-            FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; or a norm before a scaled block
-                has a gain, which our layers leave out.
+            FPTQuantError: weights were replaced in part, because a reload failed or isn't over.
         """
+        if self.reloading:
+            if self.reload_failed or is_reloading(self):
+                raise FPTQuantError("loading weights into the running model failed or isn't over: start vLLM again")
+            self.reloading = False
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As `LlamaForCausalLM.load_weights`; into a running model, any part of a checkpoint in vLLM's reload.
+
+        Raises:
+            FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; a norm before a scaled block
+                has a gain, which our layers leave out; or weights for a running model belong to another config.json.
+        """
+        if self.running:
+            return self._load_again(weights)
         loaded: set[str] = super().load_weights(weights)
-        missing = [name for name, _ in self.named_parameters() if name not in loaded]
-        if missing:  # vLLM looks at this in unquantized models only
+        # vLLM looks at this in unquantized models only. A classifier's layer sees to itself.
+        missing = [name for name, _ in self.named_parameters() if name not in loaded and not name.startswith("score.")]
+        if missing:
             raise FPTQuantError(
                 f"the checkpoint has no {', '.join(missing[:3])}: it is incomplete, quantize the model again"
             )
+        self._require_foldable(loaded)
+        return loaded
+
+    def _load_again(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """What is not among `weights` stays: vLLM may send a checkpoint in pieces."""
+        if self.reload_failed:
+            raise FPTQuantError("loading weights into the running model failed before: start vLLM again")
+        require_same_config(self.fptquant_config.model_config, self.served)
+        self.reloading = self.reload_failed = True
+        loaded: set[str] = super().load_weights(weights)
+        self._require_foldable(loaded)
+        self.reload_failed = False
+        return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """Of vLLM's, after those of all layers, when it has started the model."""
+        self.running = True
+
+    def _require_foldable(self, loaded: set[str]) -> None:
+        """Checks what of `loaded` no layer checks."""
         for name, module in self.named_modules():
             if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
                 for norm in ("input_layernorm", "post_attention_layernorm"):
+                    if f"{name}.{norm}.weight" not in loaded:
+                        continue
                     if bool((module.get_parameter(f"{norm}.weight") != 1).any()):
                         raise FPTQuantError(
                             f"{name}.{norm}: a model with residual scale has its norms' gains in the weights, "
                             "this gain isn't 1: quantize the model again"
                         )
         constant = getattr(getattr(self.model, "norm", None), "sink_output", None)
-        if constant is not None and not bool(torch.isfinite(constant).all()):
+        # On no device yet where a reload brings it before the norm's gain.
+        if constant is not None and not constant.is_meta and not bool(torch.isfinite(constant).all()):
             raise FPTQuantError("model.norm.sink_output is not finite: quantize the model again")
-        return loaded

@@ -1,0 +1,204 @@
+"""How parameters are filled, and filled again: vLLM may load other weights into a model that runs.
+
+A kernel keeps weights in its own layout, so a layer's parameters are freed once they were prepared; each leaves a
+`ConsumedParameter` under its name. vLLM's reload puts parameters as they were created in their place, fills them and
+has them prepared again. What was prepared before is overwritten where it is: compiled and CUDA graphs hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from fptquant.errors import FPTQuantError
+
+SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for parts of qkv_proj; those of others are numbers
+
+UNRELATED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # to what is computed
+
+# They hold tensors as another vLLM prepared them, or don't have them prepared. Others bring a checkpoint's tensors.
+PREPARED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress")
+
+
+def require_supported_loading(config: VllmConfig | None) -> None:
+    """Refuses load formats without the checkpoint's tensors, and offloading of weights that a kernel holds.
+
+    Args:
+        config: of the engine that is being built; None outside of an engine.
+
+    Raises:
+        FPTQuantError: names the option.
+    """
+    if config is None:
+        return
+    if config.load_config.load_format in PREPARED_FORMATS:
+        raise FPTQuantError(
+            f"--load-format {config.load_config.load_format} exchanges weights in a kernel's layout, which fptquant's "
+            "kernels don't: serve the checkpoint with --load-format auto"
+        )
+    offload = config.offload_config
+    if current_platform.is_cuda() and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
+        raise FPTQuantError(
+            "weights of fptquant's kernels stay on the GPU: leave --cpu-offload-gb and --offload-group-size out"
+        )
+
+
+def served_config(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the computation, where vLLM takes weights from; empty if there is none."""
+    fields: dict[str, Any] = get_hf_file_to_dict("config.json", config.model, config.revision) or {}
+    quantization = {**fields.pop("quantization_config", {})}
+    quantization.pop("producer", None)
+    described = {f"quantization_config.{name}": value for name, value in quantization.items()}
+    return {name: value for name, value in fields.items() if name not in UNRELATED} | described
+
+
+def require_same_config(config: ModelConfig, before: dict[str, Any]) -> None:
+    """Refuses weights that were made for another computation than the one that runs.
+
+    Args:
+        config: names the checkpoint; a reload may have given it another path.
+        before: `served_config` when vLLM started.
+
+    Raises:
+        FPTQuantError: names the first field that differs.
+    """
+    now = served_config(config)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise FPTQuantError(
+                f"config.json of {config.model}: {name} is {now.get(name)!r}, but {before.get(name)!r} is what runs: "
+                "start vLLM again to serve this checkpoint"
+            )
+
+
+class ConsumedParameter(Parameter):
+    """Takes the place of a parameter whose content a kernel has: empty, and honest about it.
+
+    Without it, vLLM would miss the name when weights are loaded into a running model, and save or compare a model
+    without its weights.
+
+    Attributes:
+        origin: name of the parameter, for messages.
+    """
+
+    origin: str
+
+    def weight_loader(self, *_: Any) -> NoReturn:
+        """Refuses weights outside of vLLM's reload.
+
+        Raises:
+            FPTQuantError: always.
+        """
+        raise FPTQuantError(
+            f"{self.origin} is in the kernel's layout since vLLM started: load other weights with vLLM's "
+            "reload_weights or its weight transfer, in the checkpoint's format"
+        )
+
+    def copy_(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuses weights in the kernel's format (`is_checkpoint_format=False`).
+
+        Raises:
+            FPTQuantError: always.
+        """
+        self.weight_loader()
+
+    def detach(self) -> NoReturn:
+        """Refuses `state_dict`, of which this would be missing: sharded state, tensorizer, checksums.
+
+        Raises:
+            FPTQuantError: always.
+        """
+        raise FPTQuantError(
+            f"{self.origin} is in the kernel's layout, which can't be saved or compared: use the checkpoint's own files"
+        )
+
+
+def is_reloading(model: Module) -> bool:
+    """Whether vLLM's reload is under way, or was given up."""
+    return any(get_layerwise_info(module).can_load() for module in model.modules())
+
+
+def consume(layer: Module, parameter: str, name: str) -> None:
+    """Frees a parameter of `layer`; `name` is the layer's, for messages."""
+    data = layer.get_parameter(parameter).data
+    consumed = ConsumedParameter(data.new_empty(0), requires_grad=False)
+    consumed.origin = f"{name}.{parameter}"
+    layer.register_parameter(parameter, consumed)
+
+
+def is_consumed(layer: Module, parameter: str) -> bool:
+    """Whether `consume` freed it, and nothing was loaded since."""
+    return isinstance(getattr(layer, parameter), ConsumedParameter)
+
+
+def set_buffer(layer: Module, name: str, value: Tensor) -> None:
+    """Makes `value` a buffer of `layer`, in place where there is one already."""
+    before = layer._buffers.get(name)
+    if before is None:
+        layer.register_buffer(name, value, persistent=False)
+    else:
+        before.copy_(value)
+
+
+class Loaded(dict[str, dict[int, torch.Size]]):
+    """Shapes of a layer's tensors in the checkpoint, by name and shard.
+
+    Attributes:
+        failed: why weights could not be loaded or prepared. vLLM keeps tensors of a reload that failed, and would mix
+            them with the next one's.
+    """
+
+    failed: FPTQuantError | None = None
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises, now and at every later tensor.
+
+        Raises:
+            FPTQuantError: `message`.
+        """
+        self.failed = FPTQuantError(message)
+        raise self.failed from None
+
+
+def recording(
+    loader: Callable[..., None], layer: Module, tensor: str, shards: tuple[str, ...], loaded: Loaded
+) -> Callable[..., None]:
+    """Wraps the weight loader of a parameter.
+
+    Args:
+        loader: vLLM's, a method of `layer`.
+        layer: its owner; the result is its method too, which vLLM knows not to keep alive.
+        tensor: name of the parameter.
+        shards: checkpoint names of the layers in it.
+        loaded: gets the shape of each tensor.
+
+    Returns:
+        A loader that raises `FPTQuantError` where a tensor is of another type, or vLLM can't place it.
+    """
+    place = loader.__func__  # type: ignore[attr-defined]
+    seen = loaded.setdefault(tensor, {})
+
+    # vLLM's reload replaces the argument of this name.
+    def load(layer: Module, param: Any, loaded_weight: Tensor, *shard: Any) -> None:
+        if loaded.failed is not None:
+            raise FPTQuantError(f"loading weights failed before ({loaded.failed}): start vLLM again")
+        index = SHARDS.get(shard[0], shard[0]) if shard else 0
+        found = f"{shards[index]}.{tensor} is {loaded_weight.dtype} of shape {list(loaded_weight.shape)}"
+        if loaded_weight.dtype != param.dtype:
+            loaded.fail(f"{found}, expected {param.dtype}: quantize the model again")
+        try:
+            place(layer, param, loaded_weight, *shard)
+        except (AssertionError, RuntimeError):
+            loaded.fail(f"{found}, which doesn't fit the model: quantize the model again")
+        seen[index] = loaded_weight.shape
+
+    return MethodType(load, layer)
