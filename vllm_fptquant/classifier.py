@@ -47,6 +47,6 @@ def require_head_rows(config: VllmConfig | None) -> None:
     model = None if config is None else config.model_config
     if model is not None and model.convert_type == "classify" and hasattr(model.hf_config, "classifier_from_token"):
         raise FPTQuantError(
-            "classifier_from_token takes rows of lm_head, which is quantized here: quantize the model with lm_head "
-            "in floating point to classify with it"
+            "classifier_from_token takes rows of lm_head, which is quantized here: "
+            "quantize the model with head_bits: 16 to classify with it"
         )

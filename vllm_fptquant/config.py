@@ -21,6 +21,7 @@ from vllm_fptquant.options import ServingOptions
 from vllm_fptquant.versions import require_extension
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -135,6 +136,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             FPTQuantError: the shards of a fused layer differ, a layer of a kind that we cannot quantize, or LoRA.
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -189,18 +191,16 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             require_decoder_attention(layer, prefix)
             sink = self.checkpoint.sink is not None
             return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, sink=sink, exact=options.exact)
-        if type(layer).__name__ in ("FusedMoE", "RoutedExperts") and not self.ignores_experts(layer, prefix):
+        if isinstance(layer, RoutedExperts) and not self.ignores_experts(layer, prefix):
             raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet, but in `ignore`")
         return None
 
-    def ignores_experts(self, layer: torch.nn.Module, prefix: str) -> bool:
+    def ignores_experts(self, layer: RoutedExperts, prefix: str) -> bool:
         """Whether `ignore` covers an expert layer, or every projection of every expert in it."""
-        count = getattr(layer, "global_num_experts", 0)
-        projections = [getattr(layer, f"ckpt_{kind}_proj_name", None) for kind in ("gate", "up", "down")]
-        experts = [f"{prefix}.{index}.{name}" for index in range(count) for name in projections if name]
-        return self.checkpoint.scheme_for(prefix) is None or (
-            bool(experts) and all(self.checkpoint.scheme_for(name) is None for name in experts)
-        )
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        experts = [f"{prefix}.{index}.{name}" for index in range(layer.global_num_experts) for name in names if name]
+        scheme = self.checkpoint.scheme_for
+        return scheme(prefix) is None or all(scheme(name) is None for name in experts)
 
     def shard_names(self, prefix: str) -> tuple[str, ...]:
         """Checkpoint names of the linear layers that vLLM fuses into `prefix`, in order."""

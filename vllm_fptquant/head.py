@@ -50,6 +50,8 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
 
     def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
         """Gives the padded rows a scale, then as `FPTQuantLinearMethod.process_weights_after_loading`."""
+        if layer.weight_scale.is_meta:
+            return  # pooling runners have no head, but vLLM calls this all the same
         if not is_consumed(layer, "weight_scale"):
             layer.weight_scale.data[layer.num_org_embeddings_per_partition :] = 1.0
             bits = self.scheme.weights.bits

@@ -27,7 +27,7 @@ from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.checks import require_positive, require_zero_point
 from vllm_fptquant.dummy import fill_kv_cache, has_dummy_weights
-from vllm_fptquant.loading import consume, is_consumed, set_buffer
+from vllm_fptquant.loading import consume, is_consumed, require_not_failed, set_buffer
 
 CACHE_DTYPES = {
     "float32": torch.float32,
@@ -94,6 +94,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         self.scheme = scheme
         self.exact = exact
         self.dummy = False
+        self.failed: FPTQuantError | None = None  # see `loading.Loaded`
 
     def create_weights(self, layer: Attention) -> None:
         """Adds the parameters, and makes the layer a `StaticKVAttention`.
@@ -134,6 +135,14 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         """
         if is_consumed(layer, "k_scale"):
             return  # done already
+        try:
+            self._prepare(layer)
+        except FPTQuantError as error:
+            self.failed = error
+            raise
+
+    def _prepare(self, layer: Attention) -> None:
+        """`process_weights_after_loading`, where there is something to do."""
         if getattr(layer, "query_quant", None) is not None:
             raise FPTQuantError(
                 f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query "
@@ -201,6 +210,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
         def load(param: Tensor, loaded: Tensor) -> None:  # vLLM's reload replaces the argument of this name
+            require_not_failed(self.failed)
             values = local_heads(f"{module}.{tensor}", loaded, len(param)) if per_head else loaded
             if values.numel() != param.numel():
                 raise FPTQuantError(

@@ -131,7 +131,7 @@ def consume(layer: Module, parameter: str, name: str) -> None:
     """Frees a parameter of `layer`; `name` is the layer's, for messages."""
     data = layer.get_parameter(parameter).data
     consumed = ConsumedParameter(data.new_empty(0), requires_grad=False)
-    consumed.origin = f"{name}.{parameter}"
+    consumed.origin = f"{parameter} of {name}"
     layer.register_parameter(parameter, consumed)
 
 
@@ -169,6 +169,16 @@ class Loaded(dict[str, dict[int, torch.Size]]):
         raise self.failed from None
 
 
+def require_not_failed(before: FPTQuantError | None) -> None:
+    """Refuses another tensor for a layer whose weights could not be loaded or prepared.
+
+    Raises:
+        FPTQuantError: says why that was.
+    """
+    if before is not None:
+        raise FPTQuantError(f"loading weights failed before ({before}): start vLLM again")
+
+
 def recording(
     loader: Callable[..., None], layer: Module, tensor: str, shards: tuple[str, ...], loaded: Loaded
 ) -> Callable[..., None]:
@@ -189,8 +199,7 @@ def recording(
 
     # vLLM's reload replaces the argument of this name.
     def load(layer: Module, param: Any, loaded_weight: Tensor, *shard: Any) -> None:
-        if loaded.failed is not None:
-            raise FPTQuantError(f"loading weights failed before ({loaded.failed}): start vLLM again")
+        require_not_failed(loaded.failed)
         index = SHARDS.get(shard[0], shard[0]) if shard else 0
         found = f"{shards[index]}.{tensor} is {loaded_weight.dtype} of shape {list(loaded_weight.shape)}"
         if loaded_weight.dtype != param.dtype:

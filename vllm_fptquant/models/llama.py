@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.llama import (
     LlamaAttention,
@@ -264,6 +265,9 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 "quantize the model again"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.dummy_weight_value = 1.0  # --load-format dummy: vLLM's tiny numbers would all be code 0
         self.fptquant_config = vllm_config
         self.served = served_config(vllm_config.model_config)
         self.running = False  # with prepared weights, so that what is loaded now replaces them
