@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
+DRAFT_PREFIX = "draft_model."  # of all modules of a model that drafts tokens for another
+
+
 class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, as vLLM sees it.
 
@@ -146,6 +149,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm_fptquant.linear import FPTQuantLinearMethod
         from vllm_fptquant.loading import require_supported_loading
 
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         vllm_config = get_current_vllm_config_or_none()
         if getattr(vllm_config, "lora_config", None) is not None:
             raise FPTQuantError(

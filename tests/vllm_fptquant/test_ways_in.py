@@ -50,12 +50,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 class Engine:
     """A model as vLLM's worker has it, but for the KV cache: attention sees its own token only."""
 
-    def __init__(self, checkpoint: Path, **arguments: Any) -> None:
+    def __init__(self, checkpoint: Path, prefix: str = "", **arguments: Any) -> None:
         self.vllm_config: VllmConfig = EngineArgs(
             str(checkpoint), dtype="float32", enforce_eager=True, **arguments
         ).create_engine_config()
         with set_current_vllm_config(self.vllm_config):
-            self.model = get_model(vllm_config=self.vllm_config)
+            self.model = get_model(vllm_config=self.vllm_config, prefix=prefix)
 
     def get_model(self) -> torch.nn.Module:
         return self.model
@@ -279,6 +279,11 @@ def test_embeddings(pair: tuple[Path, Path]) -> None:
         generating = Engine(path)
         generating.model.compute_logits = lambda hidden: hidden
         assert torch.equal(engine(), generating())
+
+
+def test_as_a_draft_model(pair: tuple[Path, Path]) -> None:
+    """VLLM puts a prefix before all names, which the checkpoint's exceptions (the head's bits) don't have."""
+    assert torch.equal(Engine(pair[0], prefix="draft_model")(), Engine(pair[0])())
 
 
 def test_a_language_model_does_not_classify(pair: tuple[Path, Path]) -> None:
