@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.layernorm import RMSNorm
 
 from fptquant.checkpoint import KVCacheScheme, LinearScheme
 
@@ -19,6 +20,13 @@ def has_dummy_weights() -> bool:
     """Whether the model that vLLM is building gets no checkpoint."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def keep_norms_plausible(model: Module) -> None:
+    """Has vLLM fill gains with 1: after gains of 0.001, all codes would be 0."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.dummy_weight_value = 1.0  # vLLM's own attribute
 
 
 def fill_linear(layer: Module, scheme: LinearScheme, shapes: list[tuple[int, int]]) -> None:

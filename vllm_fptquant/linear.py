@@ -28,24 +28,11 @@ from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearW
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared, replace_prepared
 from vllm_fptquant.kernels.select import select_kernel
-from vllm_fptquant.loading import Loaded, consume, is_consumed, recording
+from vllm_fptquant.loading import Loaded, ShapeParameter, consume, is_consumed, recording
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own loggers only
 
 WORD = 32  # bits of a packed word
-
-
-class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
-    """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
-
-    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
-        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """A layer that is not fused has one shape."""
-        self.data[0].copy_(loaded_weight)
-
-    load_column_parallel_weight = load_row_parallel_weight
 
 
 @register_weight_loader_v2_supported_method

@@ -14,16 +14,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.config import VllmConfig
+from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.platforms import current_platform
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from fptquant.errors import FPTQuantError
 
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for parts of qkv_proj; those of others are numbers
-
-UNRELATED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # to what is computed
 
 # They hold tensors as another vLLM prepared them, or don't have them prepared. Others bring a checkpoint's tensors.
 PREPARED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress")
@@ -50,34 +47,6 @@ def require_supported_loading(config: VllmConfig | None) -> None:
         raise FPTQuantError(
             "weights of fptquant's kernels stay on the GPU: leave --cpu-offload-gb and --offload-group-size out"
         )
-
-
-def served_config(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of the computation, where vLLM takes weights from; empty if there is none."""
-    fields: dict[str, Any] = get_hf_file_to_dict("config.json", config.model, config.revision) or {}
-    quantization = {**fields.pop("quantization_config", {})}
-    quantization.pop("producer", None)
-    described = {f"quantization_config.{name}": value for name, value in quantization.items()}
-    return {name: value for name, value in fields.items() if name not in UNRELATED} | described
-
-
-def require_same_config(config: ModelConfig, before: dict[str, Any]) -> None:
-    """Refuses weights that were made for another computation than the one that runs.
-
-    Args:
-        config: names the checkpoint; a reload may have given it another path.
-        before: `served_config` when vLLM started.
-
-    Raises:
-        FPTQuantError: names the first field that differs.
-    """
-    now = served_config(config)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise FPTQuantError(
-                f"config.json of {config.model}: {name} is {now.get(name)!r}, but {before.get(name)!r} is what runs: "
-                "start vLLM again to serve this checkpoint"
-            )
 
 
 class ConsumedParameter(Parameter):
@@ -122,9 +91,17 @@ class ConsumedParameter(Parameter):
         )
 
 
-def is_reloading(model: Module) -> bool:
-    """Whether vLLM's reload is under way, or was given up."""
-    return any(get_layerwise_info(module).can_load() for module in model.modules())
+class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
+    """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
+
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
+        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """A layer that is not fused has one shape."""
+        self.data[0].copy_(loaded_weight)
+
+    load_column_parallel_weight = load_row_parallel_weight
 
 
 def consume(layer: Module, parameter: str, name: str) -> None:

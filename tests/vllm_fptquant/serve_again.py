@@ -20,12 +20,12 @@ def main() -> None:
 
     from vllm import LLM, SamplingParams
 
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128}
     prompts = [{"prompt_token_ids": prompt} for prompt in arguments.prompts]
     embedding = LLM(str(arguments.first), runner="pooling", convert="embed", **options)
     embeddings = [answer.outputs.embedding for answer in embedding.embed(prompts)]
 
-    generating = LLM(str(arguments.first), **options)
+    generating = LLM(str(arguments.first), skip_tokenizer_init=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False, ignore_eos=True)
 
     def tokens() -> list[list[int]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fptquant.checkpoint import CheckpointConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_tokenizer
 from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE
 from tests.vllm_fptquant.tiny_llama import HIDDEN, VOCAB, TinyLlama
 
@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
 def test_embeddings_and_other_weights(tmp_path: Path) -> None:
     models = [TinyLlama.random(CheckpointConfig.model_validate(FIELDS), seed=seed) for seed in range(2)]
     first, second = (str(model.write(tmp_path / str(index))) for index, model in enumerate(models))
+    build_tokenizer(bos=False).save_pretrained(first)  # vLLM embeds nothing without one
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
     output = tmp_path / "answer.json"
     command = [sys.executable, "-m", "tests.vllm_fptquant.serve_again", first, second, json.dumps(prompts), str(output)]

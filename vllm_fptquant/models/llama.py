@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.llama import (
     LlamaAttention,
@@ -32,9 +31,10 @@ from vllm.sequence import IntermediateTensors
 
 from fptquant.checkpoint import CheckpointConfig, residual_scale
 from fptquant.errors import FPTQuantError
+from vllm_fptquant.dummy import keep_norms_plausible
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
-from vllm_fptquant.loading import is_reloading, require_same_config, served_config
+from vllm_fptquant.models.reload import ReloadGuard
 
 AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
 
@@ -244,7 +244,7 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         return SinkMasks(at_start, at_start & (input_ids == self.sink_token)[:, None])
 
 
-class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
     """`LlamaForCausalLM` made of these layers."""
 
     def __init__(
@@ -265,35 +265,11 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 "quantize the model again"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.dummy_weight_value = 1.0  # --load-format dummy: vLLM's tiny numbers would all be code 0
-        self.fptquant_config = vllm_config
-        self.served = served_config(vllm_config.model_config)
-        self.running = False  # with prepared weights, so that what is loaded now replaces them
-        self.reloading = False  # or a reload failed
-        self.reload_failed = False
+        keep_norms_plausible(self)
+        self.guard(vllm_config)
 
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
         return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Any:
-        """As `LlamaForCausalLM.forward`.
-
-        Raises:
-            FPTQuantError: weights were replaced in part, because a reload failed or isn't over.
-        """
-        if self.reloading:
-            if self.reload_failed or is_reloading(self):
-                raise FPTQuantError("loading weights into the running model failed or isn't over: start vLLM again")
-            self.reloading = False
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As `LlamaForCausalLM.load_weights`; into a running model, any part of a checkpoint in vLLM's reload.
@@ -302,34 +278,23 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; a norm before a scaled block
                 has a gain, which our layers leave out; or weights for a running model belong to another config.json.
         """
-        if self.running:
-            return self._load_again(weights)
-        loaded: set[str] = super().load_weights(weights)
-        # vLLM looks at this in unquantized models only. A classifier's layer sees to itself.
+        with self.loading():
+            loaded: set[str] = super().load_weights(weights)
+            # Layers see to themselves once they are prepared; what a reload leaves out stays.
+            if not self.running:
+                self._require_complete(loaded)
+            self._require_folded(loaded)
+        return loaded
+
+    def _require_complete(self, loaded: set[str]) -> None:
+        """VLLM looks at this in unquantized models only. A classifier's layer sees to itself."""
         missing = [name for name, _ in self.named_parameters() if name not in loaded and not name.startswith("score.")]
         if missing:
             raise FPTQuantError(
                 f"the checkpoint has no {', '.join(missing[:3])}: it is incomplete, quantize the model again"
             )
-        self._require_foldable(loaded)
-        return loaded
 
-    def _load_again(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """What is not among `weights` stays: vLLM may send a checkpoint in pieces."""
-        if self.reload_failed:
-            raise FPTQuantError("loading weights into the running model failed before: start vLLM again")
-        require_same_config(self.fptquant_config.model_config, self.served)
-        self.reloading = self.reload_failed = True
-        loaded: set[str] = super().load_weights(weights)
-        self._require_foldable(loaded)
-        self.reload_failed = False
-        return loaded
-
-    def process_weights_after_loading(self) -> None:
-        """Of vLLM's, after those of all layers, when it has started the model."""
-        self.running = True
-
-    def _require_foldable(self, loaded: set[str]) -> None:
+    def _require_folded(self, loaded: set[str]) -> None:
         """Checks what of `loaded` no layer checks."""
         for name, module in self.named_modules():
             if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
