@@ -196,6 +196,10 @@ def test_part_of_a_checkpoint(own: tuple[Path, Path]) -> None:
     assert torch.equal(engine(), Engine(own[0])())
     with pytest.raises(FPTQuantError, match="down_proj: the checkpoint has no weight_scale"):
         engine.update({name: tensor for name, tensor in tensors.items() if not name.endswith("down_proj.weight_scale")})
+    engine = Engine(own[0])
+    engine.update({"model.norm.weight": tensors["model.norm.weight"]})
+    with pytest.raises(FPTQuantError, match=r"no model.norm.sink_output, though other tensors of model.norm"):
+        engine()
 
 
 @pytest.mark.parametrize(

@@ -278,8 +278,8 @@ class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[m
             FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; a norm before a scaled block
                 has a gain, which our layers leave out; or weights for a running model belong to another config.json.
         """
-        with self.loading():
-            loaded: set[str] = super().load_weights(weights)
+        with self.loading() as loaded:
+            loaded |= super().load_weights(weights)
             # Layers see to themselves once they are prepared; what a reload leaves out stays.
             if not self.running:
                 self._require_complete(loaded)

@@ -31,26 +31,33 @@ class ReloadGuard(Module):
         self._config = vllm_config
         self._served = served_config(vllm_config.model_config)
         self._reloading = self._failed = False
+        self._reloaded: set[str] = set()  # parameters
 
     def process_weights_after_loading(self) -> None:
         """Of vLLM's, the last when it starts a model."""
         self.running = True
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self) -> Iterator[set[str]]:
         """Around `load_weights`: a failure leaves a model of old and new weights, which must not answer.
+
+        Yields:
+            Set that wants the names of the parameters that were loaded.
 
         Raises:
             FPTQuantError: an earlier one failed, or the running model computes something else.
         """
         if not self.running:
-            yield
+            yield set()
             return
         if self._failed:
             raise FPTQuantError("loading weights into the running model failed before: start vLLM again")
         require_same_config(self._config.model_config, self._served)
         self._reloading = self._failed = True
-        yield
+        loaded: set[str] = set()
+        yield loaded
+        if get_layerwise_info(self).can_load():  # otherwise parameters were changed where they are
+            self._reloaded |= loaded
         self._failed = False
 
     def forward(
@@ -68,8 +75,21 @@ class ReloadGuard(Module):
         if self._reloading:
             if self._failed or any(get_layerwise_info(module).can_load() for module in self.modules()):
                 raise FPTQuantError("loading weights into the running model failed or isn't over: start vLLM again")
+            self._require_whole_layers()
             self._reloading = False
+            self._reloaded.clear()
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def _require_whole_layers(self) -> None:
+        """Refuses layers of which a part was loaded: the rest is whatever was in memory."""
+        for name, module in self.named_modules():
+            names = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
+            missing = names - self._reloaded
+            if missing and missing != names:
+                raise FPTQuantError(
+                    f"a reload had no {', '.join(sorted(missing))}, though other tensors of {name}: start vLLM again, "
+                    "and load all tensors of a layer"
+                )
 
 
 def served_config(config: ModelConfig) -> dict[str, Any]:
