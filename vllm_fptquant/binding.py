@@ -53,12 +53,17 @@ def one_line_errors(watch: Watch) -> Iterator[None]:
         ) from None
 
 
-def require_bound_tensors(watch: Watch, vllm_config: Any) -> None:
+def require_bound_tensors(watch: Watch, vllm_config: Any, *, all_of_them: bool) -> None:
     """Compares the tensors that were loaded, and the configuration again; warns of a checkpoint that isn't bound.
+
+    Args:
+        watch: saw them go by.
+        vllm_config: the engine's.
+        all_of_them: whether it was the whole checkpoint, and not a piece of one for a model that runs.
 
     Raises:
         FPTQuantError: a tensor or field differs, or the binding is missing.
     """
     model, checkpoint = vllm_config.model_config, vllm_config.quant_config.checkpoint
-    if not watch.require_bound(model.hf_config, checkpoint):
+    if not watch.require_bound(model.hf_config, checkpoint, all_of_them=all_of_them) and all_of_them:
         logger.warning_once(UNBOUND, model.model)

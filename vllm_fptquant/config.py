@@ -21,8 +21,12 @@ from vllm_fptquant.options import ServingOptions
 from vllm_fptquant.versions import require_extension
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
+
+
+DRAFT_PREFIX = "draft_model."  # of all modules of a model that drafts tokens for another
 
 
 class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -135,24 +139,31 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             FPTQuantError: the shards of a fused layer differ, a layer of a kind that we cannot quantize, or LoRA.
         """
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from vllm_fptquant.classifier import CLASSIFIER, ClassifierMethod, require_head_rows
         from vllm_fptquant.head import FPTQuantHeadMethod
         from vllm_fptquant.kv_cache import FPTQuantKVCacheMethod, require_decoder_attention
         from vllm_fptquant.linear import FPTQuantLinearMethod
+        from vllm_fptquant.loading import require_supported_loading
 
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         vllm_config = get_current_vllm_config_or_none()
         if getattr(vllm_config, "lora_config", None) is not None:
             raise FPTQuantError(
                 "LoRA adapters don't work on fptquant checkpoints: merge them into the model before it is quantized, "
                 "and leave --enable-lora out"
             )
+        require_supported_loading(vllm_config)
         options = ServingOptions.of(vllm_config)
         if current_platform.is_cuda():
             if options.exact:
                 raise FPTQuantError("--additional-config, key 'fptquant': exact serves on CPUs only: leave it out")
             keep_division_exact(vllm_config)
+        if prefix == CLASSIFIER:
+            return ClassifierMethod()
         if isinstance(layer, LinearBase):
             shards = self.shard_names(prefix)
             scheme = self.fused_scheme(prefix, shards)
@@ -174,6 +185,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             scheme = self.checkpoint.scheme_for(prefix)
             if scheme is None:
                 return None
+            require_head_rows(vllm_config)
             return FPTQuantHeadMethod(scheme, (prefix,), kernel=options.kernel)
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
@@ -183,9 +195,16 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             require_decoder_attention(layer, prefix)
             sink = self.checkpoint.sink is not None
             return FPTQuantKVCacheMethod(self, self.checkpoint.kv_cache, sink=sink, exact=options.exact)
-        if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
-            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet")
+        if isinstance(layer, RoutedExperts) and not self.ignores_experts(layer, prefix):
+            raise FPTQuantError(f"{prefix}: mixture-of-experts layers are not supported yet, but in `ignore`")
         return None
+
+    def ignores_experts(self, layer: RoutedExperts, prefix: str) -> bool:
+        """Whether `ignore` covers an expert layer, or every projection of every expert in it."""
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        experts = [f"{prefix}.{index}.{name}" for index in range(layer.global_num_experts) for name in names if name]
+        scheme = self.checkpoint.scheme_for
+        return scheme(prefix) is None or all(scheme(name) is None for name in experts)
 
     def shard_names(self, prefix: str) -> tuple[str, ...]:
         """Checkpoint names of the linear layers that vLLM fuses into `prefix`, in order."""

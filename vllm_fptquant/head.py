@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_fptquant.linear import FPTQuantLinearMethod
+from vllm_fptquant.loading import is_consumed
 
 
 class FPTQuantHeadMethod(FPTQuantLinearMethod):
@@ -25,13 +27,13 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """As `FPTQuantLinearMethod.create_weights`."""
-        rows = extra_weight_attrs.pop("weight_loader")
+        rows = extra_weight_attrs.pop("weight_loader").__func__
 
-        def load(parameter: Any, loaded: Tensor) -> None:
-            if getattr(parameter, "output_dim", None) is None:
-                parameter.data.copy_(loaded.reshape(parameter.shape))  # one value for the whole layer
+        def load(layer: ParallelLMHead, param: Any, loaded: Tensor) -> None:
+            if getattr(param, "output_dim", None) is None:
+                param.data.copy_(loaded.reshape(param.shape))  # one value for the whole layer
             else:
-                rows(parameter, loaded)
+                rows(layer, param, loaded)
 
         super().create_weights(
             layer,
@@ -40,7 +42,7 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
             input_size,
             output_size,
             params_dtype,
-            weight_loader=load,
+            weight_loader=MethodType(load, layer),
         )
 
     def _require_rows(self, layer: ParallelLMHead, index: int, rows: int) -> None:
@@ -48,7 +50,9 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
 
     def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
         """Gives the padded rows a scale, then as `FPTQuantLinearMethod.process_weights_after_loading`."""
-        if hasattr(layer, "weight_scale"):
+        if layer.weight_scale.is_meta:
+            return  # pooling runners have no head, but vLLM calls this all the same
+        if not is_consumed(layer, "weight_scale"):
             layer.weight_scale.data[layer.num_org_embeddings_per_partition :] = 1.0
             bits = self.scheme.weights.bits
             zero = sum(1 << (bits * i + bits - 1) for i in range(32 // bits))  # codes 0 in offset binary

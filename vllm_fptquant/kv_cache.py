@@ -26,6 +26,8 @@ from vllm.v1.attention.backend import AttentionType
 from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
 from fptquant.checkpoint.checks import require_positive, require_zero_point
 from fptquant.errors import FPTQuantError
+from vllm_fptquant.dummy import fill_kv_cache, has_dummy_weights
+from vllm_fptquant.loading import consume, is_consumed, require_not_failed, set_buffer
 
 CACHE_DTYPES = {
     "float32": torch.float32,
@@ -91,6 +93,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         self.sink = sink
         self.scheme = scheme
         self.exact = exact
+        self.dummy = False
+        self.failed: FPTQuantError | None = None  # see `loading.Loaded`
 
     def create_weights(self, layer: Attention) -> None:
         """Adds the parameters, and makes the layer a `StaticKVAttention`.
@@ -115,7 +119,10 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 constant = torch.full((layer.num_kv_heads, size), float("nan"), dtype=torch.float32)
                 self._add_parameter(layer, name, f"{side}_sink", constant, per_head=True)
             self._add_parameter(layer, name, "sink_steady", torch.tensor([-1], dtype=torch.int32), per_head=False)
+        if isinstance(layer, StaticKVAttention):
+            return  # created again, for other weights
         layer.__class__ = StaticKVAttention
+        self.dummy = has_dummy_weights()
         eager = get_current_vllm_config().compilation_config.mode == CompilationMode.NONE
         if eager and current_platform.is_cpu():
             layer.use_direct_call = True  # without the custom operators' way through the dispatcher
@@ -126,8 +133,16 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         Raises:
             FPTQuantError: a tensor is missing, a scale is not a positive number or a zero point out of range.
         """
-        if not hasattr(layer, "k_scale"):
+        if is_consumed(layer, "k_scale"):
             return  # done already
+        try:
+            self._prepare(layer)
+        except FPTQuantError as error:
+            self.failed = error
+            raise
+
+    def _prepare(self, layer: Attention) -> None:
+        """`process_weights_after_loading`, where there is something to do."""
         if getattr(layer, "query_quant", None) is not None:
             raise FPTQuantError(
                 f"{layer.layer_name}: attention backend {layer.attn_backend.get_name()} quantizes the query "
@@ -137,6 +152,9 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             from vllm_fptquant.exact import ExactAttentionImpl
 
             layer.impl.__class__ = ExactAttentionImpl
+        if self.dummy:
+            fill_kv_cache(layer, self.scheme)
+            self.dummy = False
         name = layer.layer_name.removesuffix(".attn")
         sizes = {"k": layer.head_size, "v": layer.head_size_v}
         scales, bounds = {}, []
@@ -149,8 +167,8 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             if not self.scheme.symmetric:
                 zero_point = layer.get_parameter(f"{side}_zero_point").data
                 require_zero_point(f"{name}.{side}_zero_point", zero_point, self.scheme.bits)
-                delattr(layer, f"{side}_zero_point")
-            delattr(layer, f"{side}_scale")
+                consume(layer, f"{side}_zero_point", name)
+            consume(layer, f"{side}_scale", name)
             scales[side] = scale
             bounds.append((scale, *code_bounds(zero_point, self.scheme.bits)))
 
@@ -160,22 +178,22 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
 
         for suffix, pair in zip(("scale", "low", "high"), zip(*bounds, strict=True), strict=True):
             flat = [spread(values, layer.num_kv_heads, sizes[side]) for side, values in zip("kv", pair, strict=True)]
-            layer.register_buffer(f"fptquant_kv_{suffix}", torch.cat(flat), persistent=False)
+            set_buffer(layer, f"fptquant_kv_{suffix}", torch.cat(flat))
         if self.sink:
             flat = [
                 self._take_constant(layer, name, side, spread(scales[side], layer.num_kv_heads, sizes[side]))
                 for side in ("k", "v")
             ]
-            layer.register_buffer("fptquant_sink_codes", torch.cat(flat), persistent=False)
+            set_buffer(layer, "fptquant_sink_codes", torch.cat(flat))
             steady = layer.get_parameter("sink_steady").data
             if bool(((steady != 0) & (steady != 1)).any()):
                 raise FPTQuantError(f"{name}.sink_steady is missing or neither 0 nor 1: quantize the model again")
             # a tensor: compiled graphs outlive a checkpoint
-            layer.register_buffer("fptquant_sink_steady", steady == 1, persistent=False)
-            delattr(layer, "sink_steady")
+            set_buffer(layer, "fptquant_sink_steady", steady == 1)
+            consume(layer, "sink_steady", name)
         for buffer, side in (("query_scale", "k"), ("output_scale", "v")):
             flat_scale = spread(scales[side], layer.num_heads, sizes[side])
-            layer.register_buffer(f"fptquant_{buffer}", flat_scale, persistent=False)
+            set_buffer(layer, f"fptquant_{buffer}", flat_scale)
 
     @staticmethod
     def _take_constant(layer: Attention, name: str, side: str, scale: Tensor) -> Tensor:
@@ -185,20 +203,21 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             raise FPTQuantError(
                 f"{name}.{side}_sink is missing, not finite, or too large for its scale: quantize the model again"
             )
-        delattr(layer, f"{side}_sink")
+        consume(layer, f"{side}_sink", name)
         return codes
 
     def _add_parameter(self, layer: Attention, module: str, tensor: str, data: Tensor, per_head: bool) -> None:
         parameter = torch.nn.Parameter(data, requires_grad=False)
 
-        def load(parameter: Tensor, loaded: Tensor) -> None:
-            values = local_heads(f"{module}.{tensor}", loaded, len(parameter)) if per_head else loaded
-            if values.numel() != parameter.numel():
+        def load(param: Tensor, loaded: Tensor) -> None:  # vLLM's reload replaces the argument of this name
+            require_not_failed(self.failed)
+            values = local_heads(f"{module}.{tensor}", loaded, len(param)) if per_head else loaded
+            if values.numel() != param.numel():
                 raise FPTQuantError(
-                    f"{module}.{tensor} has shape {list(loaded.shape)}, but {list(parameter.shape)} is needed here: "
+                    f"{module}.{tensor} has shape {list(loaded.shape)}, but {list(param.shape)} is needed here: "
                     "quantize the model again"
                 )
-            parameter.data.copy_(values.reshape(parameter.shape))
+            param.data.copy_(values.reshape(param.shape))
 
         parameter.weight_loader = load  # type: ignore[attr-defined]
         layer.register_parameter(tensor, parameter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,28 +23,16 @@ from vllm.platforms import current_platform
 from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
 from fptquant.checkpoint.checks import require_positive, require_shared, require_zero_point
 from fptquant.errors import FPTQuantError
+from vllm_fptquant.dummy import fill_linear, has_dummy_weights
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
-from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
+from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared, replace_prepared
 from vllm_fptquant.kernels.select import select_kernel
+from vllm_fptquant.loading import Loaded, ShapeParameter, consume, is_consumed, recording
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own loggers only
 
 WORD = 32  # bits of a packed word
-SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for parts of qkv_proj; those of others are numbers
-
-
-class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
-    """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
-
-    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
-        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """A layer that is not fused has one shape."""
-        self.data[0].copy_(loaded_weight)
-
-    load_column_parallel_weight = load_row_parallel_weight
 
 
 @register_weight_loader_v2_supported_method
@@ -78,7 +65,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.kernel = kernel
         self.hadamard_dtype = torch.float64 if exact else torch.float32
         self.fast_hadamard = fast_hadamard
-        self.loaded: dict[str, dict[int, torch.Size]] = {}  # shapes in the checkpoint, by tensor and shard
+        self.loaded = Loaded()
+        self.handle: Tensor | None = None  # of what was prepared, on CPUs
+        self.on_gpu: dict[str, Tensor] | None = None  # buffers of what was prepared
 
     def create_weights(
         self,
@@ -118,11 +107,10 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
         layer.fptquant_takes_scale = issubclass(self.kernel_class, GpuKernel)
-        loader = extra_weight_attrs["weight_loader"]
+        self.dummy = has_dummy_weights()
 
         def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
-            seen = self.loaded.setdefault(name, {})
-            recorded = recording(loader, [f"{shard}.{name}" for shard in self.shards], seen)
+            recorded = recording(extra_weight_attrs["weight_loader"], layer, name, self.shards, self.loaded)
             layer.register_parameter(name, parameter(data=data, weight_loader=recorded, **attributes))
 
         words = packed_words(in_features, weights.bits)
@@ -153,10 +141,27 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             FPTQuantError: a tensor is missing or contradicts the model, a scale is not a positive number, or
                 fused shards have different input quantizers.
         """
-        if not hasattr(layer, "weight_packed"):
+        if is_consumed(layer, "weight_packed"):
             return  # done already
-        self._require_loaded()
-        self._require_shapes(layer)
+        try:
+            weights = self._checked(layer)
+            for name in self.loaded:
+                consume(layer, name, " / ".join(self.shards))
+            self._prepare(layer, weights)
+        except FPTQuantError as error:
+            self.loaded.failed = error
+            raise
+        for seen in self.loaded.values():
+            seen.clear()
+
+    def _checked(self, layer: LinearBase) -> LinearWeights:
+        """What was loaded, checked and unpacked."""
+        if self.dummy and not any(self.loaded.values()):
+            ranks = getattr(layer, "tp_size", 1)
+            fill_linear(layer, self.scheme, [(rows * ranks, self.in_features) for rows in self.output_partition_sizes])
+        else:
+            self._require_loaded()
+            self._require_shapes(layer)
         scales = layer.weight_scale.data.split(self.output_partition_sizes)
         for name, scale in zip(self.shards, scales, strict=True):
             require_positive(f"{name}.weight_scale", scale)
@@ -168,25 +173,31 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if not self.scheme.activations.symmetric:
                 zero_point = self._shared("input_zero_point", layer.input_zero_point.data)
                 require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
-
-        bits = self.scheme.weights.bits
         shape = torch.Size((layer.fptquant_out_features, layer.input_size_per_partition))
-        weights = LinearWeights(
+        return LinearWeights(
             scheme=self.scheme,
-            codes=unpack_codes(layer.weight_packed.data, bits, shape),
+            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, shape),
             weight_scale=layer.weight_scale.data.flatten(),
             input_scale=input_scale,
             input_zero_point=zero_point,
             name=" / ".join(self.shards),
         )
-        for name in self.loaded:
-            delattr(layer, name)
+
+    def _prepare(self, layer: LinearBase, weights: LinearWeights) -> None:
+        """Builds the kernel; where there is one already, graphs go on with the new weights."""
         if issubclass(self.kernel_class, GpuKernel):
             kernel = self.kernel_class(weights, layer.params_dtype)
             rotation_on_gpu = make_rotation(
                 self.hadamard_block, self.fast_hadamard, layer.params_dtype, weights.codes.device
             )
-            layer.fptquant_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
+            prepared_on_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
+            buffers = dict(prepared_on_gpu.named_buffers())
+            if self.on_gpu is None:
+                self.on_gpu = buffers
+                layer.fptquant_gpu = prepared_on_gpu
+            else:  # vLLM took them off their modules for the time of a reload, and puts them back
+                for name, buffer in self.on_gpu.items():
+                    buffer.copy_(buffers[name])
             return
         assert issubclass(self.kernel_class, CpuKernel)
         rotation = None
@@ -195,7 +206,11 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
         layer.fptquant_prepared = prepared
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
-        layer.register_buffer("fptquant_handle", register_prepared(layer, prepared), persistent=False)
+        if self.handle is None:
+            self.handle = register_prepared(layer, prepared)
+        else:
+            replace_prepared(self.handle, prepared)
+        layer.register_buffer("fptquant_handle", self.handle, persistent=False)
 
     def apply(self, layer: LinearBase, x: Tensor | ScaledInput, bias: Tensor | None = None) -> Tensor:
         """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`.
@@ -277,29 +292,3 @@ def device_capability() -> int | None:
     """Of the GPU that this process serves on, 86 for 8.6; None on CPUs."""
     capability = current_platform.get_device_capability()
     return None if capability is None else capability.to_int()
-
-
-def recording(loader: Callable[..., None], names: list[str], seen: dict[int, torch.Size]) -> Callable[..., None]:
-    """Wraps the weight loader of a parameter.
-
-    Args:
-        loader: vLLM's.
-        names: of the checkpoint's tensors, one for each shard.
-        seen: gets the shape of each tensor, by shard.
-
-    Returns:
-        A loader that raises `FPTQuantError` where a tensor is of another type, or vLLM can't place it.
-    """
-
-    def load(parameter: Any, loaded_weight: Tensor, *shard: Any) -> None:
-        index = SHARDS.get(shard[0], shard[0]) if shard else 0
-        found = f"{names[index]} is {loaded_weight.dtype} of shape {list(loaded_weight.shape)}"
-        if loaded_weight.dtype != parameter.dtype:
-            raise FPTQuantError(f"{found}, expected {parameter.dtype}: quantize the model again")
-        try:
-            loader(parameter, loaded_weight, *shard)
-        except (AssertionError, RuntimeError):
-            raise FPTQuantError(f"{found}, which doesn't fit the model: quantize the model again") from None
-        seen[index] = loaded_weight.shape
-
-    return load

@@ -17,7 +17,7 @@ from fptquant import hf_models as _hf_models  # noqa: F401  (registers on import
 from fptquant.architectures import architecture_of
 from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
 from fptquant.checkpoint.binding import BINDING, UNBOUND, Binding, Watch, bind
-from fptquant.checkpoint.checks import require_consistent, require_finite, require_fitting
+from fptquant.checkpoint.checks import require_consistent, require_fitting
 from fptquant.errors import FPTQuantError
 from fptquant.simulation.attention import ATTENTION_NAME
 from fptquant.simulation.install import (
@@ -80,9 +80,8 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         require_shared_inputs(model, architecture_of(model.config))
         if self._files:
             watch = Watch()
-            for name, tensor in watch(_read_tensors(self._files)):
-                if tensor.is_floating_point():
-                    require_finite(name, tensor)
+            for _ in watch(_read_tensors(self._files)):
+                pass
             if not watch.require_bound(model.config, self.quantization_config.checkpoint):
                 _log.warning(UNBOUND, self._files[0])
         return model

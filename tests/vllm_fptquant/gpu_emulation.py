@@ -229,4 +229,5 @@ def pretended_platform(capability: int) -> list[tuple[str, Any]]:
         is_cpu=lambda: False,
         get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
     )
-    return [(f"vllm_fptquant.{module}.current_platform", platform) for module in ("linear", "config", "kv_cache")]
+    modules = ("linear", "config", "kv_cache", "loading")
+    return [(f"vllm_fptquant.{module}.current_platform", platform) for module in modules]

@@ -182,12 +182,6 @@ def test_embeddings_and_head_are_left_to_vllm() -> None:
         assert config.get_quant_method(kind.__new__(kind), "lm_head") is None
 
 
-def test_mixture_of_experts_is_refused() -> None:
-    experts = type("RoutedExperts", (torch.nn.Module,), {})()
-    with pytest.raises(FPTQuantError, match="experts: mixture-of-experts"):
-        quant_config().get_quant_method(experts, "model.layers.0.mlp.experts")
-
-
 def test_mapper_renames_paths_but_not_patterns() -> None:
     config = quant_config(
         ignore=("lm_head", "model.layers.0.mlp.down_proj", "re:.*model.layers.1.*"),

@@ -82,6 +82,8 @@ class Stage:
         config.compilation_config.static_forward_context.clear()
         with self.active(), set_default_torch_dtype(config.model_config.dtype):
             self.model = FPTQuantLlamaForCausalLM(vllm_config=config)
+            if tensors is not None:
+                self.model.binding = None  # not those of the directory
             self.model.load_weights((tensors or load_file(checkpoint / "model.safetensors")).items())
             process_weights_after_loading(self.model, config.model_config, torch.device("cpu"))
 

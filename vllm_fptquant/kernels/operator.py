@@ -82,6 +82,11 @@ def register_prepared(layer: torch.nn.Module, prepared: PreparedLinear) -> Tenso
     return torch.tensor(handle, dtype=torch.int64)
 
 
+def replace_prepared(handle: Tensor, prepared: PreparedLinear) -> None:
+    """Puts `prepared` behind a handle that graphs hold already."""
+    _prepared[int(handle.item())] = prepared
+
+
 def linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Computes the layer behind `handle`: (..., K) to (..., out_features), in the type of `x`."""
     output: Tensor = torch.ops.fptquant.linear(x, handle, bias, out_features)

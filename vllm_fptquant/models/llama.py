@@ -31,11 +31,12 @@ from vllm.sequence import IntermediateTensors
 
 from fptquant.checkpoint import CheckpointConfig, residual_scale
 from fptquant.checkpoint.binding import Watch
-from fptquant.checkpoint.checks import require_finite
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
+from vllm_fptquant.dummy import keep_norms_plausible
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
+from vllm_fptquant.models.reload import ReloadGuard
 
 AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
 
@@ -245,7 +246,7 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         return SinkMasks(at_start, at_start & (input_ids == self.sink_token)[:, None])
 
 
-class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
     """`LlamaForCausalLM` made of these layers."""
 
     def __init__(
@@ -268,35 +269,48 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         self.vllm_config = vllm_config
+        keep_norms_plausible(self)
+        self.guard(vllm_config)
 
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
         return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As `LlamaForCausalLM.load_weights`.
+        """As `LlamaForCausalLM.load_weights`; into a running model, any part of a checkpoint in vLLM's reload.
 
         Raises:
-            FPTQuantError: a tensor is missing, altered, of another checkpoint, or not finite; or a norm before a scaled
-                block has a gain, which our layers leave out.
+            FPTQuantError: a tensor is missing, altered, of another checkpoint, or not finite; a norm before a scaled
+                block has a gain, which our layers leave out; or weights for a running model belong to another
+                config.json.
         """
-        watch = Watch(self.binding)
-        with one_line_errors(watch):
-            loaded: set[str] = super().load_weights(watch(weights))
-        missing = [name for name, _ in self.named_parameters() if name not in loaded]
-        if missing:  # vLLM looks at this in unquantized models only
+        watch = Watch(None if self.running else self.binding)
+        with self.loading() as loaded:
+            with one_line_errors(watch):
+                loaded |= super().load_weights(watch(weights))
+            # Layers see to themselves once they are prepared; what a reload leaves out stays.
+            if not self.running:
+                self._require_complete(loaded)
+            self._require_folded(loaded)
+            require_bound_tensors(watch, self.vllm_config, all_of_them=not self.running)
+        return loaded
+
+    def _require_complete(self, loaded: set[str]) -> None:
+        """VLLM looks at this in unquantized models only. A classifier's layer sees to itself."""
+        missing = [name for name, _ in self.named_parameters() if name not in loaded and not name.startswith("score.")]
+        if missing:
             raise FPTQuantError(
                 f"the checkpoint has no {', '.join(missing[:3])}: it is incomplete, quantize the model again"
             )
+
+    def _require_folded(self, loaded: set[str]) -> None:
+        """Checks what of `loaded` no layer checks."""
         for name, module in self.named_modules():
             if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
                 for norm in ("input_layernorm", "post_attention_layernorm"):
+                    if f"{name}.{norm}.weight" not in loaded:
+                        continue
                     if bool((module.get_parameter(f"{norm}.weight") != 1).any()):
                         raise FPTQuantError(
                             f"{name}.{norm}: a model with residual scale has its norms' gains in the weights, "
                             "this gain isn't 1: quantize the model again"
                         )
-        for name, parameter in self.named_parameters():
-            if parameter.is_floating_point() and not name.endswith("_scale"):  # those are checked with their layers
-                require_finite(name, parameter)
-        require_bound_tensors(watch, self.vllm_config)
-        return loaded

@@ -20,18 +20,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fptquant.checkpoint.checks import require_finite
 from fptquant.checkpoint.schema import CheckpointConfig
 from fptquant.errors import FPTQuantError
 
 BINDING = "fptquant_binding"  # name of the tensor: uint8 (bytes,), JSON in UTF-8
 
 # Fields of config.json that no logit depends on. Everything else is bound, fields of later versions too.
-_FREE = frozenset(
+FREE = frozenset(
     {
         "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype",
         "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id",
         "eos_token_id", "pad_token_id", "output_attentions", "output_hidden_states", "return_dict", "id2label",
-        "label2id", "problem_type", "chunk_size_feed_forward", "task_specific_params", "quantization_config",
+        "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "task_specific_params",
+        "quantization_config",
+        "classifier_from_token", "method", "use_sep_token",  # what vLLM's classifiers make of the logits
     }
 )  # fmt: skip
 # RoPE of these types does not look at how many positions the model says it has.
@@ -98,7 +101,7 @@ class Binding:
         Raises:
             FPTQuantError: names the first field that differs, and both values.
         """
-        free = _FREE - {"quantization_config"}
+        free = FREE - {"quantization_config"}
         bound, found = (
             {name: value for name, value in content.items() if name not in free} for content in (self.config, config)
         )
@@ -118,7 +121,7 @@ class Binding:
         bound = _flat(CheckpointConfig.parse(self.config["quantization_config"]).to_dict(), "quantization_config.")
         found = _flat(checkpoint.to_dict(), "quantization_config.")
         expected = type(actual).from_dict({**self.config, "quantization_config": None})
-        free = set(_FREE)
+        free = set(FREE)
         if (getattr(expected, "rope_parameters", None) or {}).get("rope_type", "default") in _ANY_LENGTH:
             free.add("max_position_embeddings")
         for fields, config in ((bound, expected), (found, actual)):
@@ -166,7 +169,7 @@ class Watch:
         """Passes on all but the binding.
 
         Raises:
-            FPTQuantError: a name comes twice, or a tensor is not what a binding that is known before says.
+            FPTQuantError: a name comes twice, a tensor is not finite, or not what a binding that is known before says.
         """
         known = self.binding
         for self.current, tensor in weights:
@@ -175,6 +178,8 @@ class Watch:
                 continue
             if self.current in self.found:
                 raise FPTQuantError(f"{self.current} is in two of the checkpoint's files: delete the stale one")
+            if tensor.is_floating_point() and not self.current.endswith("_scale"):  # its layer says more of a scale
+                require_finite(self.current, tensor)
             self.found[self.current] = checksum(tensor)
             if known is not None:
                 known.require_tensors({self.current: self.found[self.current]}, all_of_them=False)
