@@ -96,9 +96,9 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             else:
                 fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
             raise FPTQuantError(
-                f"config.json of {model_name}: transforms.residual_scale is {str(scaled).lower()} and there is "
-                f"{'a' if sink else 'no'} sink, which "
-                f"architecture '{architecture}' does not implement: {fix}"
+                f"config.json of {model_name}: architecture '{architecture}' does not compute what the checkpoint holds "
+                f"(format_version {self.checkpoint.format_version}, transforms.residual_scale is {str(scaled).lower()}, "
+                f"{'a' if sink else 'no'} sink): {fix}"
             )
 
     @staticmethod

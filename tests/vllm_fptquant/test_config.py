@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("parallel_world")
 
 
 def test_newer_format_is_refused() -> None:
-    config = {**CheckpointConfig().to_dict(), "format_version": 2}
-    with pytest.raises(FPTQuantError, match="format_version 2.*upgrade vllm-fptquant"):
+    config = {**CheckpointConfig().to_dict(), "format_version": 3}
+    with pytest.raises(FPTQuantError, match="format_version 3.*upgrade vllm-fptquant"):
         FPTQuantConfig.from_config(config)
 
 
@@ -197,18 +197,22 @@ def test_mapper_renames_paths_but_not_patterns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scaled", "architecture", "fix"),
+    ("scaled", "version", "architecture", "fix"),
     [
-        (True, "LlamaForCausalLM", "FPTQuantLlamaForCausalLM"),
-        (False, "FPTQuantLlamaForCausalLM", "'LlamaForCausalLM'"),
+        (True, 1, "LlamaForCausalLM", "FPTQuantLlamaForCausalLM"),
+        (False, 1, "FPTQuantLlamaForCausalLM", "'LlamaForCausalLM'"),
+        (False, 2, "LlamaForCausalLM", "FPTQuantLlamaForCausalLM"),  # ours serves all of them since
     ],
 )
-def test_architecture_must_match_residual_scaling(scaled: bool, architecture: str, fix: str) -> None:
-    config = quant_config(transforms=TransformRecord(residual_scale=scaled))
+def test_architecture_must_match(scaled: bool, version: int, architecture: str, fix: str) -> None:
+    def config(scaled: bool) -> FPTQuantConfig:
+        return quant_config(transforms=TransformRecord(residual_scale=scaled), format_version=version)
+
     hf_config = SimpleNamespace(architectures=[architecture])
     with pytest.raises(FPTQuantError, match=f"residual_scale is {str(scaled).lower()}.*{fix}"):
-        config.maybe_update_config("model", hf_config)
-    quant_config(transforms=TransformRecord(residual_scale=not scaled)).maybe_update_config("model", hf_config)
+        config(scaled).maybe_update_config("model", hf_config)
+    right = architecture if version == 1 else "FPTQuantLlamaForCausalLM"
+    config(not scaled).maybe_update_config("model", SimpleNamespace(architectures=[right]))
 
 
 def test_unknown_kernel_override(serving: Callable[..., None]) -> None:
