@@ -1,4 +1,4 @@
-"""The checkpoint format in transformers: `import fptquant`, then `AutoModelForCausalLM.from_pretrained(OUT)`."""
+"""The checkpoint format in transformers. Importing this module registers it; `hf_entries` does so when it is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fptquant.architectures import architecture_of
@@ -16,7 +17,6 @@ from fptquant.simulation.attention import ATTENTION_NAME
 from fptquant.simulation.install import drop_quantized_weights, finish_loading, install_simulation
 
 
-@register_quantization_config(QUANT_METHOD)
 class FPTQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` as transformers passes it around; `checkpoint` is the validated form."""
 
@@ -78,3 +78,8 @@ def _require_tensors(model: PreTrainedModel, files: list[str]) -> None:
     missing = sorted(expected - stored)
     if files and missing:
         raise FPTQuantError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}: it is damaged")
+
+
+# Replaces the entry of `hf_entries` in one step, which `register_quantization_config` would refuse; and comes last, so
+# that a thread which sees it finds the quantizer too.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = FPTQuantHfConfig
