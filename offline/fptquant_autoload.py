@@ -80,7 +80,7 @@ class _Loader:
 
 
 def _add_entries(module: "ModuleType") -> None:
-    """Adds our entries to one module's table. Whatever goes wrong with us is a warning: transformers has to work."""
+    """Adds our entries to one module's table. Whatever goes wrong with us is one warning: transformers has to work."""
     try:
         from fptquant import hf_entries
 
@@ -88,6 +88,7 @@ def _add_entries(module: "ModuleType") -> None:
     except Exception as error:
         import logging
 
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         logging.getLogger("fptquant").warning(
             "fptquant can't register itself with transformers, which won't load its checkpoints (%s: %s): install "
             "vllm-fptquant again, or set FPTQUANT_AUTOLOAD=0 to do without it",
