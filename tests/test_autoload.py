@@ -94,8 +94,8 @@ def logits(checkpoint: Path) -> list[float]:
     return AutoModelForCausalLM.from_pretrained(checkpoint)(torch.tensor(TOKENS)).logits[0, -1].tolist()
 
 
-# How programs come to a model, by what of transformers they import first: the second is in the middle of importing Llama
-# when it imports the tables.
+# By what of transformers a program imports first: the second is in the middle of importing Llama when it imports the
+# tables.
 WAYS = {
     "pipeline": "from transformers import pipeline; model = pipeline('text-generation', PATH).model",
     "class": "from transformers import LlamaForCausalLM; model = LlamaForCausalLM.from_pretrained(PATH)",
