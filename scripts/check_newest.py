@@ -135,15 +135,24 @@ def newest_cpu_torch(requirement: str) -> str:
     if sys.platform != "linux":
         return requirement  # PyPI's is the CPU build there
     listing = pip("index", "versions", "torch", "--extra-index-url", TORCH_INDEX_URL, *WITHOUT_WAITING)
-    builds = sorted(set(re.findall(r"[\d.]+\+cpu", listing)), key=release, reverse=True)
+    build = newest_cpu_build(listing, requirement)
+    if build is None:
+        sys.exit(
+            f"check_newest.py: neither pip's index nor {TORCH_INDEX_URL} has a CPU build of {requirement}; "
+            "set TORCH_INDEX_URL to an index that has one"
+        )
+    return f"torch=={build}"
+
+
+def newest_cpu_build(listing: str, requirement: str) -> str | None:
+    """The newest version ending in +cpu within the bounds, among those that `pip index versions` lists."""
     bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
-    for build in builds:
-        if all((release(build) >= release(bound)) == (sign == ">=") for sign, bound in bounds):
-            return f"torch=={build}"
-    sys.exit(
-        f"check_newest.py: neither pip's index nor {TORCH_INDEX_URL} has a CPU build of {requirement}; "
-        "set TORCH_INDEX_URL to an index that has one"
-    )
+    fitting = [
+        build
+        for build in re.findall(r"[\d.]+\+cpu", listing)
+        if all((release(build) >= release(bound)) == (sign == ">=") for sign, bound in bounds)
+    ]
+    return max(fitting, key=release, default=None)
 
 
 def release(version: str) -> tuple[int, ...]:
