@@ -40,7 +40,9 @@ class Environment:
 
     def borrow_packages(self) -> None:
         """Python doesn't read the .pth files in a folder that a .pth file names: our own install stays out."""
-        (self.site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+        (self.site / "borrowed.pth").write_text(
+            "\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+        )
 
     def run(self, code: str, **env: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
