@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fptquant.checkpoint.binding import BINDING, bind
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
 VOCABULARY = 320
@@ -183,6 +185,13 @@ def edit_json(path: Path, **changes: object) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     data.update(changes)
     path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def bound(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """Altered tensors of a checkpoint, as if they had been its own from the start."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    others = {name: tensor for name, tensor in tensors.items() if name != BINDING}
+    return {**others, BINDING: bind(config, others)}
 
 
 @pytest.fixture(scope="session")

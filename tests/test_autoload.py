@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fptquant import hf_entries, pipeline, planning
-from fptquant.checkpoint import QUANT_METHOD
+from fptquant.architectures import FAMILIES
+from fptquant.checkpoint import MODEL_TYPE_PREFIX, QUANT_METHOD
 from fptquant.recipe import Recipe
 from tests.conftest import TEXT
 
@@ -185,3 +186,4 @@ def test_uninstalling_leaves_nothing_and_editable_installs_have_it_too(tmp_path:
 
 def test_the_entries_are_the_formats() -> None:
     assert hf_entries.QUANT_METHOD == QUANT_METHOD
+    assert set(hf_entries.MODEL_TYPES) == {MODEL_TYPE_PREFIX + family for family in FAMILIES}

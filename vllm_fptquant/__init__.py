@@ -25,7 +25,7 @@ def register() -> None:
 
     from vllm_fptquant.versions import check_versions
 
-    check_versions()
+    check_versions()  # imports fptquant, by which transformers knows the checkpoints' model_type
 
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry

@@ -1,4 +1,4 @@
-"""Checks on tensors that a checkpoint brings."""
+"""Checks on tensors that some kernels need; those that every reader makes are in `fptquant.checkpoint.checks`."""
 
 from __future__ import annotations
 
@@ -6,34 +6,6 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import FPTQuantError
-
-
-def require_positive(name: str, scale: Tensor) -> None:
-    """Refuses a quantization scale that is not a positive, finite number.
-
-    Raises:
-        FPTQuantError: names the tensor, the first bad value and where it is.
-    """
-    bad = ~(torch.isfinite(scale) & (scale > 0))
-    if bool(bad.any()):
-        index = int(bad.flatten().nonzero()[0])
-        value = scale.flatten()[index].item()
-        where = f" at index {index}" if scale.numel() > 1 else ""
-        raise FPTQuantError(
-            f"{name} is {value:g}{where}, must be positive and finite: the checkpoint is damaged, "
-            "quantize the model again"
-        )
-
-
-def require_zero_point(name: str, zero_point: Tensor, bits: int) -> None:
-    """Refuses zero points that are no codes of this width.
-
-    Raises:
-        FPTQuantError: names the tensor and the limits.
-    """
-    limit = 2 ** (bits - 1)
-    if bool(((zero_point < -limit) | (zero_point >= limit)).any()):
-        raise FPTQuantError(f"{name} is missing or outside of [{-limit}, {limit - 1}]: quantize the model again")
 
 
 def require_exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,8 +24,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
+from fptquant.checkpoint.checks import require_positive, require_zero_point
 from fptquant.errors import FPTQuantError
-from vllm_fptquant.checks import require_positive, require_zero_point
 
 CACHE_DTYPES = {
     "float32": torch.float32,

@@ -22,8 +22,8 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
+from fptquant.checkpoint.checks import require_positive, require_shared, require_zero_point
 from fptquant.errors import FPTQuantError
-from vllm_fptquant.checks import require_positive, require_zero_point
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared
@@ -269,12 +269,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _shared(self, tensor: str, values: Tensor) -> Tensor:
         """The one value that all shards have: their product is computed from one quantized input."""
-        if bool((values != values[0]).any()):
-            given = zip(self.shards, values.tolist(), strict=True)
-            listed = ", ".join(f"{name} {value:g}" for name, value in given)
-            raise FPTQuantError(
-                f"{tensor} must be equal in layers that share an input, got {listed}: quantize the model again"
-            )
+        require_shared(tensor, self.shards, values)
         return values[0].clone()
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fptquant
-from fptquant.console import RichStages, err, megabytes, out, plan_table
+from fptquant.console import RichStages, err, megabytes, out, plan_table, show_notes
 from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
 from fptquant.files import require_writable
 from fptquant.progress import Stages
@@ -46,6 +46,20 @@ Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoi
 Precision = Annotated[
     str | None, typer.Option(help="one of: w4a8kv8, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric")
 ]
+# by the recipe's field that it sets
+OPTIONS = {
+    "precision": "--precision",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "calibration.source": "--calibration",
+    "calibration.config": "--calibration-config",
+    "calibration.split": "--calibration-split",
+    "calibration.field": "--calibration-field",
+    "calibration.sequences": "--sequences",
+    "calibration.length": "--length",
+    "rounding.method": "--rounding",
+    "budget": "--budget",
+}
 Rounding = Annotated[str | None, typer.Option(help="weight rounding: nearest, gptq, quantease")]
 
 
@@ -56,11 +70,14 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe, or a YAML file")] = "fptquant",
     precision: Precision = None,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     calibration_config: Annotated[str | None, typer.Option(help="configuration name of the dataset")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="split of the dataset")] = None,
-    calibration_field: Annotated[str | None, typer.Option(help="text column of the dataset")] = None,
+    calibration_field: Annotated[
+        str | None, typer.Option(help="column of the dataset: text, chats (through the chat template) or token ids")
+    ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in each calibration sequence")] = None,
     seed: Annotated[int | None, typer.Option(help="draws the calibration windows and the signs of Hadamards")] = None,
@@ -110,13 +127,13 @@ def quantize(
         if not equals:
             raise FPTQuantError(f"--budget: '{budget}' is no limit: give sites=N, extra_bytes=N or target_kl=X")
         fields["budget"] = {name: value}
-    chosen = _without(Recipe.load(recipe).changed("options", **fields), without)
+    chosen = _without(Recipe.load(recipe).changed("options", OPTIONS, **fields), without)
     if kv_strategy is not None:
         kept = chosen.precision.model_dump(mode="json")
         if kept["kv_cache"]["bits"] == 16:
             raise FPTQuantError("--kv-strategy: the KV cache is not quantized at this precision: leave it out")
         kept["kv_cache"]["strategy"] = kv_strategy
-        chosen = chosen.changed("--kv-strategy", precision=kept)
+        chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
 
     parallel.start()
     Publication(output, overwrite=overwrite)  # the quickest check
@@ -127,6 +144,7 @@ def quantize(
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
         out.print(plan_table(job, output))
+        show_notes(job.source)
     if dry_run:
         out.print("dry run: nothing was written")
         return
@@ -165,6 +183,7 @@ def verify(
         check_function_preserved,
         check_greedy,
         check_read_back,
+        check_recorded,
         check_served,
         check_served_exactly,
         check_unaltered,
@@ -188,7 +207,7 @@ def verify(
         checks.append(check)
     with err.status("simulated model and checkpoint read back"):
         check, simulated = check_read_back(job, transformed, checkpoint, tokens)
-        checks.append(check)
+        checks += [check, check_recorded(simulated, checkpoint)]
     if vllm:
         with err.status("vLLM, as users run it"):
             engine = VLLMEngine(checkpoint, length + 1)
@@ -214,7 +233,7 @@ def verify(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file, compressed or not")],
     windows: Annotated[int, typer.Option(min=1, help="non-overlapping windows from the start of the text")] = 20,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 512,
     backend: Annotated[Backend, typer.Option(help="transformers (the simulation) or vllm")] = Backend.transformers,
@@ -234,7 +253,10 @@ def evaluate(
     if json_file:
         require_writable("--json", json_file)
     source = open_source(model)
+    show_notes(source)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
+    if backend is Backend.vllm:
+        source.weights.require_alone()
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     require_known(int(tokens.max()), source.config.vocab_size)
     engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
@@ -274,7 +296,8 @@ def sensitivity(
     windows: Annotated[int, typer.Option(min=1, help="windows to measure on")] = 4,
     length: Annotated[int, typer.Option(min=8, help="tokens in each window")] = 256,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'")
+        str | None,
+        typer.Option(help="text file, dataset (file, directory, hub name), or 'builtin'; text:FILE takes JSON as text"),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="number of calibration sequences")] = None,
     rounding: Rounding = None,
@@ -291,7 +314,6 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
-    from fptquant.loading import model_fingerprint
     from fptquant.planning import plan
     from fptquant.recipe import Recipe
     from fptquant.sensitivity import KINDS, Probe, sites_of
@@ -306,7 +328,8 @@ def sensitivity(
     if plot_file:
         check_plot(plot_file)
     _quiet_transformers()
-    job = plan(model, Recipe.load(recipe).changed("options", **fields))
+    job = plan(model, Recipe.load(recipe).changed("options", OPTIONS, **fields))
+    show_notes(job.source)
     sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
     if not sites:
         raise FPTQuantError(f"recipe '{job.recipe.name}' quantizes none of these sites")
@@ -322,7 +345,7 @@ def sensitivity(
                 "lower --windows or --length, or give a --text"
             )
     settings = {
-        "model": model_fingerprint(job.source.path),
+        "model": job.source.fingerprint(),
         "recipe": job.recipe.digest(),
         "calibration": fingerprint(job.windows),
         "measured on": fingerprint(tokens),

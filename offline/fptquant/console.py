@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +21,7 @@ from rich.table import Table
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
+    from fptquant.loading import Source
     from fptquant.planning import Plan
 
 err = Console(stderr=True)
@@ -68,7 +70,7 @@ def plan_table(job: Plan, output: Path) -> Table:
             return "not quantized"
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
-    table = Table(title=f"plan: {job.source.path} -> {output}", show_header=False)
+    table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
     table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     table.add_row("weights", bits(config.weights))
@@ -81,13 +83,16 @@ def plan_table(job: Plan, output: Path) -> Table:
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
-        table.add_row("first token", f"constant where it is {first}")
+        table.add_row("first token", escape(f"constant where it is {first}"))
     elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
         table.add_row("first token", f"not constant: {obstacle}")
     if job.transforms.hadamard_block:
         table.add_row("T_d block", str(job.transforms.hadamard_block))
     count, length = job.windows.shape
-    table.add_row("calibration", f"{job.recipe.calibration.source}: {count} sequences of {length} tokens")
+    calibration = f"{job.recipe.calibration.source}: {count} sequences of {length} tokens"
+    table.add_row("calibration", escape(calibration))
+    text = job.source.tokenizer.decode(job.windows[0].tolist(), clean_up_tokenization_spaces=False)
+    table.add_row("first sequence", escape(visible(text[:80])))
     if job.training_windows.numel():
         count, length = job.training_windows.shape
         table.add_row("training", f"{count} sequences of {length} tokens")
@@ -96,6 +101,17 @@ def plan_table(job: Plan, output: Path) -> Table:
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
     return table
+
+
+def show_notes(source: Source) -> None:
+    """What is odd about a source and may be meant."""
+    for note in source.notes:
+        err.print(f"note: '{source.path}': {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Text with everything that would move the cursor or can't be seen as its escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def megabytes(count: int) -> str:

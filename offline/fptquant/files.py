@@ -1,11 +1,44 @@
-"""Files that a user names for results."""
+"""Files that a user names, to be read or written."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fptquant.errors import FPTQuantError
+
+
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: the file.
+        unique: refuse a key that is given twice; the last one counts otherwise.
+
+    Raises:
+        FPTQuantError: not valid JSON, or no object.
+    """
+    try:
+        hook = _unique if unique else None
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FPTQuantError(f"'{path}' is not valid JSON: {first_line(error)}") from None
+    except _GivenTwice as error:
+        raise FPTQuantError(f"'{path}' gives '{error}' twice: fetch the file again") from None
+    if not isinstance(data, dict):
+        raise FPTQuantError(f"'{path}' is not a JSON object")
+    return data
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text; its kind where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def require_writable(option: str, file: Path) -> None:
@@ -23,5 +56,39 @@ def require_writable(option: str, file: Path) -> None:
         raise FPTQuantError(f"{option}: '{folder}' is not a directory")
     if file.is_dir():
         raise FPTQuantError(f"{option}: '{file}' is a directory: name a file")
-    if not os.access(file if file.exists() else folder, os.W_OK):
+    if not os.access(file, os.W_OK) if file.exists() else not takes_files(folder):
         raise FPTQuantError(f"{option}: '{file}' can't be written to")
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether a directory can be made in `folder`, space apart.
+
+    Found by making one: by its rights, root may write to /proc, too.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fptquant-", dir=folder):
+            return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes in all files below `folder`; 0 where there is none."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # gone meanwhile
+            total += file.lstat().st_size
+    return total
+
+
+class _GivenTwice(Exception):
+    """A key of a JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _GivenTwice(key)
+        found[key] = value
+    return found

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.architectures import Architecture, architecture_of, check_model_type
+from fptquant.checkpoint import QUANT_METHOD
+from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
+from fptquant.evaluation.recorded import require_recorded
+from fptquant.files import first_line, read_json
+from fptquant.weight_files import StoredTensor, WeightFiles
 
-_INDEX = "model.safetensors.index.json"
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_DUPLICATES = ["consolidated*", "original/*"]
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Not weights: buffers that older versions of transformers stored, and computes itself today.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+_PEEK = 4096  # values, of which one is not 0 in almost every matrix
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,28 @@ class Source:
     config: PretrainedConfig
     architecture: Architecture
     tokenizer: Tokenizer
+    weights: WeightFiles
+    stored_dtype: torch.dtype  # of the weights; float32 where they have several
+    notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the stored weights."""
-        stored = getattr(self.config, "dtype", None)
-        return stored if isinstance(stored, torch.dtype) else torch.float32
+        """Dtype that config.json names; where it names none, that of the stored weights."""
+        named = getattr(self.config, "dtype", None)
+        return named if isinstance(named, torch.dtype) else self.stored_dtype
 
     @property
     def quantized(self) -> bool:
-        """Whether this is a checkpoint that we wrote."""
+        """Whether this is quantized, by us or by another tool."""
         return getattr(self.config, "quantization_config", None) is not None
+
+    def fingerprint(self) -> str:
+        """Short hash by which a model is known again: its configuration and its weights."""
+        found = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in self.weights.files:
+            with file.open("rb") as stream:
+                found.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return found.hexdigest()[:16]
 
     def require_length(self, setting: str, length: int, generated: int = 0) -> None:
         """Refuses sequences of `length` tokens, `generated` ones apart, that the model has no positions for.
@@ -64,41 +87,67 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
         FPTQuantError: not a model, unknown architecture, damaged weight file, missing tokenizer.
     """
     path = _local_directory(str(name))
+    _refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise FPTQuantError(f"'{path}' is no model: it has no config.json")
-    check_model_type(read_json(path / "config.json"))
+    described = read_json(path / "config.json")
+    check_model_type(described)
+    if described.get("transformers_weights") is not None:
+        raise FPTQuantError(
+            f"{path / 'config.json'}: transformers_weights names another weight file, which only transformers would "
+            "read: call it model.safetensors, and remove that field"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, all of them the file's fault
-        raise FPTQuantError(f"{path / 'config.json'}: {_first_line(error)}") from None
+        raise FPTQuantError(f"{path / 'config.json'}: {first_line(error)}") from None
     architecture = architecture_of(config)
     if architecture.shape(config).layers < 1:
         raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
-    shapes = check_weight_files(path)
-    if getattr(config, "quantization_config", None) is None:
-        _check_tensors(path, config, shapes)
+    weights = WeightFiles.of(path)
+    quantization = getattr(config, "quantization_config", None)
+    stored, notes = torch.float32, list[str]()
+    if quantization is None:
+        stored, notes = _check_tensors(config, weights)
+    elif isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        weights.require_alone()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise FPTQuantError(
-            f"'{path}' has no usable tokenizer ({_first_line(error)}): copy tokenizer.json and "
+            f"'{path}' has no usable tokenizer ({first_line(error)}): copy tokenizer.json and "
             "tokenizer_config.json of the original model into it"
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    return Source(path, config, architecture, tokenizer)
+    return Source(path, config, architecture, tokenizer, weights, stored, tuple(notes))
 
 
-def load_model(source: Source) -> PreTrainedModel:
-    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation)."""
+def load_model(source: Source, *, recorded: bool = True) -> PreTrainedModel:
+    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation).
+
+    Args:
+        source: what to load.
+        recorded: compare the logits of a quantized checkpoint with those that were recorded when it was written.
+    """
+    options = {"dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
+        if source.quantized:  # its quantizer wants to see the files; `open_source` saw to it that there are no others
+            model, report = AutoModelForCausalLM.from_pretrained(source.path, **options)
+        else:
+            kind = getattr(transformers, source.architecture.class_name)
+            model, report = kind.from_pretrained(
+                None,
+                config=source.config,
+                state_dict=dict(source.weights.items()),  # mapped, not read; held by nothing else, so let go of again
+                **options,
+            )
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError, ImportError) as error:  # ImportError: quantized by another tool
         if is_out_of_memory(error):
             raise
-        raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {_first_line(error)}") from None
+        raise FPTQuantError(f"'{source.path}': the weights can't be loaded: {first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random values
         raise FPTQuantError(
@@ -108,91 +157,103 @@ def load_model(source: Source) -> PreTrainedModel:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    file = source.path / EXTRAS / RECORDED_LOGITS
+    if recorded and source.quantized and file.is_file():
+        require_recorded(loaded, file)
     return loaded
 
 
-def check_weight_files(path: Path) -> dict[str, list[int]]:
-    """Reads the header of every weight file, which also proves that none is truncated.
-
-    Returns:
-        Shapes of all tensors by name.
-
-    Raises:
-        FPTQuantError: no safetensors, a missing shard, or a damaged file.
-    """
-    if (path / _INDEX).is_file():
-        placed = read_json(path / _INDEX).get("weight_map")
-        if not isinstance(placed, dict):
-            raise FPTQuantError(f"'{path / _INDEX}' has no weight_map: fetch the model again")
-        names = sorted(set(placed.values()))
-    else:
-        names = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
-    if not names:
-        raise FPTQuantError(f"'{path}' has no model.safetensors (other formats aren't read: convert it to safetensors)")
-    shapes: dict[str, list[int]] = {}
-    for name in names:
-        if not (path / name).is_file():
-            raise FPTQuantError(f"'{path / name}' is missing, but {_INDEX} names it: fetch the model again")
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118 (no dict)
-        except (SafetensorError, OSError) as error:
-            raise FPTQuantError(
-                f"'{path / name}' is corrupt or truncated ({_first_line(error)}): fetch the model again"
-            ) from None
-    return shapes
-
-
-def _check_tensors(path: Path, config: PretrainedConfig, stored: dict[str, list[int]]) -> None:
+def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torch.dtype, list[str]]:
     """Compares the tensors of an unquantized model with what its configuration asks for.
 
     transformers would replace missing ones by random values.
+
+    Returns:
+        Dtype of the weights (float32 where they have several), and notes for the user.
     """
+    path = weights.directory
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # an impossible configuration fails in many ways
         name = type(error).__name__
-        raise FPTQuantError(f"{path / 'config.json'} describes no model: {name}: {_first_line(error)}") from None
-    tied = set(model.all_tied_weights_keys)
+        raise FPTQuantError(f"{path / 'config.json'} describes no model: {name}: {first_line(error)}") from None
+    tied: Mapping[str, str] = model.all_tied_weights_keys
+    used: dict[str, str] = {}  # the model's name -> the stored one, without the prefix in files of base models
     for name, tensor in model.state_dict().items():
-        shape = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}.")))
-        if shape is None and name not in tied:
-            raise FPTQuantError(f"'{path}' lacks the tensor {name}: fetch the model again")
-        if shape is not None and shape != list(tensor.shape):
+        stored = [n for n in dict.fromkeys((name, name.removeprefix(f"{model.base_model_prefix}."))) if n in weights]
+        if len(stored) > 1:
+            raise FPTQuantError(f"'{path}' holds both {stored[0]} and {stored[1]}, for one weight: remove one")
+        if stored:
+            _check_stored(stored[0], weights.tensors[stored[0]], list(tensor.shape))
+            used[name] = stored[0]
+        elif name not in tied:
+            raise FPTQuantError(f"'{path}' lacks the tensor {name}: {_remedy(weights)}")
+    names = set(used.values())
+    contents = {name: tensor for name, tensor in weights.items() if name in names}  # mapped, not read
+    for copy, original in tied.items():
+        if copy in used and original in used and not torch.equal(contents[used[copy]], contents[used[original]]):
             raise FPTQuantError(
-                f"'{path}': {name} has shape {shape}, but config.json asks for {list(tensor.shape)}: "
-                "weights and config.json do not belong together"
+                f"'{path}': config.json ties {copy} to {original}, but both are stored, with different values: remove "
+                f"{used[copy]}, or set tie_word_embeddings to false"
             )
+    types = sorted({weights.tensors[name].dtype for name in names})
+    stored_dtype = _FLOATS[types[0]] if len(types) == 1 and types != ["F64"] else torch.float32
+    notes = _notes(type(model).__name__, weights, contents)
+    if len(types) > 1 and getattr(config, "dtype", None) is None:
+        notes.append(f"config.json names no dtype and weights are stored as {', '.join(types)}: taken as float32")
+    return stored_dtype, notes
 
 
-def model_fingerprint(path: Path) -> str:
-    """Short hash by which a model is known again: its configuration and its weights."""
-    found = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            found.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return found.hexdigest()[:16]
+def _notes(kind: str, weights: WeightFiles, used: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is odd about the tensors of a model of class `kind`, and may be meant."""
+    notes = []
+    unknown = sorted(name for name in weights.tensors.keys() - used.keys() if not _COMPUTED.search(name))
+    if unknown:
+        notes.append(f"a {kind} has no place for {_count(unknown, 'tensor', 'tensors')}: left out")
+    zero = sorted(name for name, tensor in used.items() if tensor.dim() > 1 and _is_zero(tensor))
+    if zero:
+        notes.append(f"all values are 0 in {_count(zero, 'weight matrix', 'weight matrices')}")
+    return notes
 
 
-def weight_bytes(path: Path) -> int:
-    """Size of the weight files of a checkpoint directory, in bytes."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+def _count(names: list[str], one: str, many: str) -> str:
+    return f"the {one} {names[0]}" if len(names) == 1 else f"{len(names)} {many}, the first is {names[0]}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def _check_stored(name: str, stored: StoredTensor, shape: list[int]) -> None:
+    if list(stored.shape) != shape:
+        raise FPTQuantError(
+            f"'{stored.file.parent}': {name} has shape {list(stored.shape)}, but config.json asks for {shape}: "
+            "weights and config.json do not belong together"
+        )
+    if stored.dtype not in _FLOATS:
+        raise FPTQuantError(
+            f"'{stored.file}': {name} is stored as {stored.dtype}, so it is quantized already: give the original model"
+        )
 
-    Raises:
-        FPTQuantError: not valid JSON, or no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FPTQuantError(f"'{path}' is not valid JSON: {_first_line(error)}") from None
-    if not isinstance(data, dict):
-        raise FPTQuantError(f"'{path}' is not a JSON object")
-    return data
+
+def _remedy(weights: WeightFiles) -> str:
+    """For a tensor that isn't there."""
+    integer = sorted(name for name, tensor in weights.tensors.items() if tensor.dtype not in _FLOATS)
+    if integer:
+        return f"{integer[0]} looks quantized, but config.json has no quantization_config: give the original model"
+    return "fetch the model again"
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    flat = tensor.reshape(-1)
+    return not bool(flat[:_PEEK].any()) and not bool(flat.any())
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Transformers applies an adapter where peft is installed, and nobody else does."""
+    for name in _ADAPTER_FILES:
+        if (path / name).exists():
+            raise FPTQuantError(
+                f"'{path / name}' is of an adapter: merge it into its model first (peft's merge_and_unload) and save "
+                "that; where it has nothing to do with the model, remove it"
+            )
 
 
 def _local_directory(name: str) -> Path:
@@ -204,13 +265,8 @@ def _local_directory(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_DUPLICATES))
     except Exception as error:  # network, authorization, no such repository: all have the same remedy
         raise FPTQuantError(
-            f"'{name}' is no local directory and could not be fetched from the hub: {_first_line(error)}"
+            f"'{name}' is no local directory and could not be fetched from the hub: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

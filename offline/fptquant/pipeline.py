@@ -17,10 +17,12 @@ from fptquant.calibration.smoothing import start_is_measured
 from fptquant.checkpoint.publication import Publication
 from fptquant.checkpoint.writer import EXTRAS, write_checkpoint
 from fptquant.errors import FPTQuantError
-from fptquant.loading import load_model, open_source, weight_bytes
+from fptquant.files import folder_size
+from fptquant.loading import load_model, open_source
 from fptquant.merging import merge_transforms, round_floats
 from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
+from fptquant.rehearsal import rehearse
 from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.sensitivity import spend
@@ -36,14 +38,19 @@ from fptquant.training.stages import (
     train_scales,
     train_transforms,
 )
-from fptquant.training.state import RunState
+from fptquant.training.state import RunState, restoring
+from fptquant.training.state_size import state_bytes
+from fptquant.weight_files import WeightFiles
+
+# The same command again would only repeat the end.
+_START_OVER = "nothing was published; run again with --fresh to start over, and report it if that ends here, too"
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run did."""
 
-    output: str
+    output: str  # name of the directory; where on this machine is nobody else's business
     seconds: dict[str, float]
     peak_memory_bytes: int
     source_bytes: int
@@ -72,12 +79,15 @@ def quantize(
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
     with publication if parallel.is_main() else nullcontext(Path()) as staging, state:
+        if parallel.is_main():
+            with stages.stage("rehearse"):
+                rehearse(job, staging / "rehearsal")
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", SHORTER):
                 teacher = make_teacher(job, state, stages)
         clipping = train_transforms(job, teacher, state, stages, metrics)
         if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
-            return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
+            return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
         spending = None
         if recipe.budget is not None:
             narrow = {name: job.config.scheme_for(name) for name in clipping}
@@ -86,7 +96,7 @@ def quantize(
                 widened = job.config.scheme_for(name)
                 if scheme and widened and scheme.weights != widened.weights:
                     del clipping[name]  # it was learned for fewer bits
-            publication.require_space(2 * job.output_bytes)
+            require_space(job, publication, state)
         with stages.stage("load"):
             model = load_model(job.source)
         with stages.stage("merge transforms", "lower calibration.length and pass --fresh"):
@@ -105,7 +115,7 @@ def quantize(
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
         if not parallel.is_main():  # the others only helped to train
-            return Summary(str(output), stages.seconds, peak_memory(), 0, 0)
+            return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
             write_ranges(job, model, before, after, staging / EXTRAS)
@@ -116,11 +126,11 @@ def quantize(
             check_read_back(expected, staging, probe)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
-            output=str(output),
+            output=publication.target.name,
             seconds=stages.seconds,
             peak_memory_bytes=peak_memory(),
-            source_bytes=weight_bytes(job.source.path),
-            output_bytes=weight_bytes(staging),
+            source_bytes=job.source.weights.size,
+            output_bytes=WeightFiles.of(staging).size,
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
         )
@@ -139,9 +149,18 @@ def prepare(job: Plan, output: Path, *, overwrite: bool, fresh: bool) -> tuple[P
     source = job.source.path.resolve()
     if publication.target == source or publication.target in source.parents:
         raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
-    publication.require_space(2 * job.output_bytes)  # finished layers are kept beside it until the end
-    state = publication.target.with_name(f".{publication.target.name}.state")
-    return publication, RunState(state, job.signature(), fresh=fresh)
+    if source in publication.target.parents:
+        raise FPTQuantError(f"'{output}' is inside the source model's directory: choose another output")
+    directory = publication.target.with_name(f".{publication.target.name}.state")
+    state = RunState(directory, job.signature(), fresh=fresh)
+    require_space(job, publication, state)
+    return publication, state
+
+
+def require_space(job: Plan, publication: Publication, state: RunState) -> None:
+    """Raises FPTQuantError when checkpoint and state, which is kept until the end, don't fit on the disk."""
+    there = folder_size(state.directory)  # continued from, or removed
+    publication.require_space(job.output_bytes + max(0, state_bytes(job) - there))
 
 
 def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict[str, Any]]:
@@ -149,7 +168,9 @@ def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict
     stored = state.load("budget")
     if stored is not None:
         facts = stored[1]
-        return replanned(job, job.recipe.changed("budget", budget=None, overrides=facts["overrides"])), facts["record"]
+        with restoring("budget"):
+            recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
+            return replanned(job, recipe), facts["record"]
     with stages.stage("load for the budget"):
         model = transformed(job)
     changed, spending = spend(job, model, stages)
@@ -206,9 +227,14 @@ def check_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
     """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
 
     Raises:
-        RuntimeError: they differ; the checkpoint is not published.
+        FPTQuantError: they differ; the checkpoint is not published.
     """
-    actual = logits(load_model(open_source(directory)), tokens)
+    try:
+        actual = logits(load_model(open_source(directory)), tokens)
+    except FPTQuantError as error:
+        raise FPTQuantError(f"the written checkpoint can't be read back ({error}): {_START_OVER}") from None
     if not torch.equal(expected, actual):
         difference = (expected - actual).abs().max().item()
-        raise RuntimeError(f"the written checkpoint does not equal the model in memory (logits differ by {difference})")
+        raise FPTQuantError(
+            f"the written checkpoint does not equal the model in memory (logits differ by {difference}): {_START_OVER}"
+        )

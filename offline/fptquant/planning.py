@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from compressed_tensors.utils.match import match_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,11 +23,13 @@ from fptquant.checkpoint import (
     Sink,
     TransformRecord,
     WeightScheme,
+    match_name,
     packed_words,
 )
 from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError
-from fptquant.loading import Source, model_fingerprint, open_source, read_json
+from fptquant.files import read_json
+from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TransformSet
 
@@ -62,14 +63,14 @@ class Plan:
         recipe = self.recipe.changed("signature", end_to_end=checkpointing, scales=checkpointing)
         return {
             "package": f"vllm-fptquant {fptquant.__version__}",
-            "model": model_fingerprint(self.source.path),
+            "model": self.source.fingerprint(),
             "recipe": recipe.digest(),
             "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
         }
 
 
 def plan(model: str | Path, recipe: Recipe) -> Plan:
-    """Checks model, recipe and calibration text against each other; reads no weights.
+    """Checks model, recipe and calibration text against each other; loads no weights.
 
     Raises:
         FPTQuantError: whatever the user has to mend.
@@ -119,7 +120,7 @@ def _plan(source: Source, recipe: Recipe, windows: Tensor, training_windows: Ten
     )
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
-    size = _estimate_bytes(source, config, dtype)
+    size = estimate_bytes(source, config, dtype)
     return Plan(source, recipe, config, windows, training_windows, transforms, dtype, size)
 
 
@@ -129,7 +130,7 @@ def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
         return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
     kind = source.config.rope_parameters["rope_type"]
     scaling = 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](source.config, torch.device("cpu"))[1]
-    if scaling != 1:  # the constant is put before RoPE, and recognised behind it
+    if scaling != 1:  # the simulation puts the constant before RoPE, the plugin behind it
         return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
     return None
 
@@ -171,7 +172,7 @@ def plan_of(checkpoint: Path, model: str | Path) -> Plan:
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
     no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
     job = _plan(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
-    if read_json(summary_file).get("source_fingerprint") != model_fingerprint(job.source.path):
+    if read_json(summary_file).get("source_fingerprint") != job.source.fingerprint():
         raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': give the model that was quantized")
     try:
         job.transforms.load_state_dict(load_file(transforms_file))
@@ -236,12 +237,14 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def _estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
     """Expected size of the checkpoint's weights."""
     architecture = source.architecture
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    for name, (rows, columns) in {**linear_sizes(source), architecture.head: vocabulary}.items():
+    linears = {**linear_sizes(source), architecture.head: vocabulary}
+    total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
+    for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
         words = packed_words(columns, scheme.weights.bits) if scheme else 0
         total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from fptquant.checkpoint import ActivationScheme, KVCacheScheme, Override, WeightScheme
-from fptquant.checkpoint.schema import ModulePattern, one_line
+from fptquant.checkpoint.schema import ModulePattern
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.quantizers import InputRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.recipe_errors import explain
 from fptquant.rounding import RoundingOptions
 from fptquant.training.block_wise import BlockWiseOptions
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions
@@ -73,10 +73,14 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field("builtin", description="'builtin', a text file, or a dataset (file, directory or hub name)")
+    source: str = Field(
+        "builtin",
+        description="'builtin', a text file, or a dataset (file, directory or hub name); "
+        "'text:' in front takes JSON and the like as text",
+    )
     config: str | None = Field(None, description="configuration name of a dataset")
     split: str = "train"
-    field: str = Field("text", description="column of a dataset that holds the text")
+    field: str = Field("text", description="column of a dataset: text, chats (through the chat template) or token ids")
     sequences: PositiveInt = 64
     length: int = Field(512, ge=8)
     special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")
@@ -167,20 +171,19 @@ class Recipe(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32)
 
-    @model_validator(mode="before")
+    @field_validator("precision", mode="before")
     @classmethod
-    def _expand(cls, data: Any) -> Any:
-        """Replaces preset names and transform lists by what they stand for."""
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        if isinstance(data.get("precision"), str):
-            if data["precision"] not in PRECISIONS:
-                raise unknown("precision", data["precision"], PRECISIONS)
-            data["precision"] = PRECISIONS[data["precision"]]
-        if "transforms" in data:
-            data["transforms"] = _parse_transforms(data["transforms"])
-        return data
+    def _named_precision(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in PRECISIONS:
+            raise unknown("precision", value, PRECISIONS)
+        return PRECISIONS[value]
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _listed_transforms(cls, value: Any) -> Any:
+        return _parse_transforms(value)
 
     @model_validator(mode="after")
     def _validate_transforms(self) -> Recipe:
@@ -190,7 +193,7 @@ class Recipe(BaseModel):
                     self.transforms[name] = TRANSFORMS[name].Options.model_validate(options)
                 except ValidationError as error:
                     fields = TRANSFORMS[name].Options.model_fields
-                    raise ValueError(f"transforms.{name}: {_suggest(error, fields)}") from None
+                    raise ValueError(explain(error, fields, f"transforms.{name}")) from None
         return self
 
     @model_validator(mode="after")
@@ -201,8 +204,13 @@ class Recipe(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+    def parse(cls, data: dict[str, Any], source: str = "recipe", options: Mapping[str, str] | None = None) -> Recipe:
         """Validates a recipe.
+
+        Args:
+            data: its fields.
+            source: where they are from, for errors.
+            options: what the user called a field, by the field's name (`rounding.method`), where it was another name.
 
         Raises:
             FPTQuantError: one line naming the field, with the nearest known name where one is misspelt.
@@ -210,7 +218,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise FPTQuantError(f"{source}: {_suggest(error, _field_names(Recipe))}") from None
+            raise FPTQuantError(explain(error, _field_names(Recipe), source, options or {})) from None
 
     @classmethod
     def load(cls, name_or_file: str) -> Recipe:
@@ -240,13 +248,13 @@ class Recipe(BaseModel):
             raise FPTQuantError(f"{name_or_file}: a recipe is a mapping of fields")
         return cls.parse({"name": path.stem, **data}, source=name_or_file)
 
-    def changed(self, source: str = "option", **fields: Any) -> Recipe:
-        """Copy with top-level fields replaced (mappings are merged into what stands), validated again."""
+    def changed(self, source: str = "option", options: Mapping[str, str] | None = None, **fields: Any) -> Recipe:
+        """Copy with top-level fields replaced (mappings are merged into what stands), validated again (see `parse`)."""
         data = self.to_dict()
         for key, value in fields.items():
             merge = isinstance(value, dict) and key not in ("transforms", "precision", "budget")
             data[key] = {**data[key], **value} if merge else value
-        return Recipe.parse(data, source)
+        return Recipe.parse(data, source, options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as written to `fptquant/recipe.yaml`."""
@@ -270,7 +278,7 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
     if isinstance(value, list):
         value = {name: setting for item in value for name, setting in _named(item)}
     if not isinstance(value, dict):
-        raise ValueError("transforms: a list of names, or a mapping of names to options")
+        raise ValueError("give a list of names, or a mapping of names to options")
     options: dict[str, Any] = {}
     for name, setting in value.items():
         if name not in TRANSFORMS:
@@ -283,17 +291,6 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
 def _named(item: Any) -> Iterable[tuple[Any, Any]]:
     """`T_k`, or `T_k: {...}`."""
     return item.items() if isinstance(item, dict) else [(str(item), True)]
-
-
-def _suggest(error: ValidationError, known: Iterable[str]) -> str:
-    """One line for a validation error; for an unknown field, the nearest of the `known` ones."""
-    item = error.errors()[0]
-    if item["type"] != "extra_forbidden":
-        return one_line(error)
-    field = str(item["loc"][-1])
-    near = difflib.get_close_matches(field, sorted(known), n=1, cutoff=0.5)
-    where = ".".join(map(str, item["loc"]))
-    return f"unknown field '{where}'" + (f": did you mean '{near[0]}'?" if near else "")
 
 
 def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -24,7 +24,9 @@ from fptquant.checkpoint import (
     code_bounds,
     exact_attention,
     hadamard_factors,
+    match_name,
     pack_codes,
+    packed_words,
     quantize,
     quantize_per_tensor,
     quantized_linear,
@@ -138,12 +140,12 @@ def test_exact_attention_is_causal_attention_in_float64(new: int, total: int) ->
 # -- packing --
 
 
-@given(rows=st.integers(1, 4), columns=st.integers(1, 40), bits=st.sampled_from([4, 8]), seed=st.integers(0, 999))
+@given(rows=st.integers(1, 4), columns=st.integers(1, 40), bits=st.sampled_from([4, 7, 8]), seed=st.integers(0, 999))
 def test_packing_round_trip(rows: int, columns: int, bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator).float()
     packed = pack_codes(codes, bits)
-    assert packed.dtype == torch.int32 and packed.shape == (rows, -(-columns * bits // 32))
+    assert packed.dtype == torch.int32 and packed.shape == (rows, -(-columns // (8 if bits == 4 else 4)))
     assert torch.equal(unpack_codes(packed, bits, codes.shape).float(), codes)
 
 
@@ -155,8 +157,28 @@ def test_packed_layout_by_hand() -> None:
     words = [int(word) & 0xFFFFFFFF for word in pack_codes(codes, 4)[0]]
     assert words[0] == first == 0xCBA9F810
     assert words[1] & 0xFF == second == 0xD7
-    eight = [int(word) & 0xFFFFFFFF for word in pack_codes(torch.tensor([[-128, 127, 0, 1]]), 8)[0]]
-    assert eight == [0x8180FF00]
+
+
+@pytest.mark.parametrize(
+    "bits, codes, expected",
+    [
+        (4, [-8, -7, 0, 7, 1, 2, 3, 4, -1, 5], "10f8a9cb d7000000"),
+        (7, [-64, 63, 0, 1, -1, 42], "803f3008 3f350000"),
+        (8, [-128, 127, 0, 1, -1], "00ff8081 7f000000"),
+    ],
+)
+def test_golden_bytes(bits: int, codes: list[int], expected: str) -> None:
+    """The bytes of docs/format.md. 7-bit codes are four to a word, as the checkpoints of format version 1 have them."""
+    packed = pack_codes(torch.tensor([codes]), bits)
+    assert packed.numpy().astype("<i4").tobytes().hex(" ", -4) == expected
+    assert unpack_codes(packed, bits, torch.Size((1, len(codes)))).tolist() == [codes]
+    assert packed.shape == (1, packed_words(len(codes), bits))
+
+
+def test_patterns_match_names_from_their_start() -> None:
+    assert match_name("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    assert match_name("model.layers.1.mlp.up_proj", r"re:.*\.mlp") and match_name("lm_head", "re:lm")
+    assert not match_name("model.layers.1.mlp.up_proj", "re:mlp") and not match_name("lm_head2", "lm_head")
 
 
 @given(st.floats(2**-30, 60000, width=32))
@@ -181,7 +203,7 @@ def test_schema_round_trip() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format_version": 2}, "format_version 2, but this package reads up to 1: upgrade"),
+        ({"format_version": 3}, "format_version 3, but this package reads up to 2: upgrade"),
         ({"surprise": 1}, "surprise"),
         ({"weights": {"bits": 3}}, "weights.bits"),
         ({"weights": {"group": 128}}, "weights.group"),
@@ -387,9 +409,28 @@ def test_space_is_checked_before(tmp_path: Path) -> None:
     publication = Publication(tmp_path / "not" / "yet" / "out", overwrite=False)
     free = shutil.disk_usage(tmp_path).free
     publication.require_space(free // 2)
-    with pytest.raises(FPTQuantError, match=r"MB free, but the checkpoint needs about .* MB"):
+    with pytest.raises(FPTQuantError, match=r"MB free, but the checkpoint and the run's state need about .* MB"):
         publication.require_space(free * 2)
     assert listing(tmp_path) == []
+
+
+def test_space_of_what_killed_runs_left_is_free(tmp_path: Path) -> None:
+    """It goes when the run begins."""
+    free = shutil.disk_usage(tmp_path).free
+    for process in (dead_process(), os.getppid()):
+        left = tmp_path / f".out.partial-{process}"
+        left.mkdir()
+        with (left / "model.safetensors").open("wb") as file:
+            file.truncate(2 * free)  # takes no space
+    publication = Publication(tmp_path / "out", overwrite=False)
+    publication.require_space(2 * free)
+    with pytest.raises(FPTQuantError, match="MB free"):
+        publication.require_space(4 * free)  # the other run's stays
+    with publication as staging:
+        with (staging / "model.safetensors").open("wb") as file:
+            file.truncate(2 * free)
+        with pytest.raises(FPTQuantError, match="MB free"):
+            publication.require_space(2 * free)  # that is of the run itself
 
 
 def test_disk_full_is_recognized() -> None:

@@ -24,7 +24,7 @@ from fptquant import cli, pipeline, planning
 from fptquant.checkpoint import writer
 from fptquant.checkpoint.publication import Publication
 from fptquant.training.state import RunState
-from tests.conftest import TEXT
+from tests.conftest import TEXT, bound
 
 ROOT = Path(fptquant.__file__).parents[1]
 SMALL = ("--sequences", "4", "--length", "32")
@@ -129,6 +129,20 @@ def test_options_reach_the_recipe(run: Run, model: Path, calibration: Path, tmp_
     assert recipe.precision.kv_cache.strategy == "head" and recipe.precision.activations.bits == 8
     assert (recipe.calibration.sequences, recipe.calibration.length) == (4, 32)
     assert recipe.weight_range.method == "minmax"
+
+
+def test_quantize_on_chats(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    chat = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Yes."}]
+    (tmp_path / "chats.txt").write_text((json.dumps({"messages": chat}) + "\n") * 50)
+    (model / "chat_template.jinja").write_text("<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    options = ("-o", tmp_path / "out", "--calibration", tmp_path / "chats.txt", *SMALL, "--dry-run")
+    result = run("quantize", model, *options, "--calibration-field", "messages")
+    assert result.code == 0 and "first sequence" in result.out, result.err
+    assert "Rome?" in result.out and "'role'" not in result.out and result.out.count("<s>") == 2
+    assert "no column 'text'; it has: messages " in one_error(run("quantize", model, *options))
+    assert "is json, not text" in one_error(run("evaluate", model, "--text", tmp_path / "chats.txt", "--length", 24))
 
 
 def test_without(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
@@ -250,7 +264,7 @@ def test_sensitivity_where_a_transform_starts_from_activations(run: Run, model_d
         (["--json", "no/such/x.json"], "--json: "),
         (["--plot", "no/such/x.png"], "--plot: "),
         (["--plot", "x.xyz"], "--plot: 'x.xyz' has no known image type"),
-        (["--rounding", "up"], "rounding.method"),
+        (["--rounding", "up"], "error: --rounding: Input should be"),
         (["--recipe", "none"], "unknown recipe 'none'"),
     ],
 )
@@ -288,7 +302,7 @@ def verify(run: Run, checkpoint: Path, model: Path) -> Result:
 def test_verify_accepts_what_was_written(run: Run, quantized: Path, model_dir: Path) -> None:
     result = verify(run, quantized, model_dir)
     assert result.code == 0 and "FAILED" not in result.out and "through vLLM: not checked" in result.out
-    assert result.out.count(" ok ") == 3
+    assert result.out.count(" ok ") == 4
 
 
 @pytest.mark.parametrize(
@@ -308,6 +322,9 @@ def test_verify_notices_an_altered_tensor(
     first[0] = first[0] ^ 1 if tensors[name].dtype == torch.int32 else first[0] * 1.001
     save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
     result = verify(run, altered, model_dir)
+    assert result.code == 2 and f"{name} is not what was written into this checkpoint" in result.err
+    save_file(bound(tensors, altered), altered / "model.safetensors", metadata={"format": "pt"})
+    result = verify(run, altered, model_dir)  # what binds them was forged: the digests tell
     assert result.code == 1 and "FAILED" in result.out and "Traceback" not in result.err
 
 
@@ -429,6 +446,8 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
     "smaller vocabulary": (edit_config(vocab_size=100), "do not belong together"),
     "no layers": (edit_config(num_hidden_layers=0), "describes a model without layers"),
     "unknown RoPE": (edit_config(rope_parameters={"rope_type": "round", "rope_theta": 1e4}), "config.json"),
+    "an adapter": (write("adapter_config.json", b"{}"), "adapter_config.json' is of an adapter: merge it into its mod"),
+    "a shard beside it": (write("model-00001-of-00002.safetensors", b""), "has both model.safetensors and model-"),
     "unknown type": (edit_config(dtype="float8_e4m3fn"), "config.json describes no model: TypeError"),
 }  # fmt: skip
 
@@ -459,21 +478,22 @@ def test_a_file_is_no_model(run: Run, calibration: Path, tmp_path: Path) -> None
 BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "recipe": (["--recipe", "fptquan"], "unknown recipe 'fptquan': did you mean 'fptquant'?"),
     "recipe file": (["--recipe", "none.yaml"], "recipe file 'none.yaml' does not exist"),
-    "precision": (["--precision", "w4a8kv9"], "unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
+    "precision": (["--precision", "w4a8kv9"], "--precision: unknown precision 'w4a8kv9': did you mean 'w4a8kv8'?"),
     "transform": (["--without", "T_q"], "unknown transform 'T_q': did you mean 'T_"),
-    "rounding": (["--rounding", "up"], "rounding.method"),
+    "rounding": (["--rounding", "up"], "error: --rounding: Input should be 'nearest', 'gptq' or 'quantease'"),
     "budget": (["--budget", "4"], "--budget: '4' is no limit: give sites=N, extra_bytes=N or target_kl=X"),
-    "budget of something": (["--budget", "layers=4"], "unknown field 'budget.layers'"),
-    "endless budget": (["--budget", "target_kl=inf"], "budget.target_kl"),
-    "budget without a number": (["--budget", "sites="], "budget.sites: "),
-    "two budgets": (["--budget", "sites=2,target_kl=1"], "budget.sites: "),
-    "kv strategy": (["--kv-strategy", "token"], "kv_cache.strategy"),
+    "budget of something": (["--budget", "layers=4"], "error: --budget: unknown field 'layers'"),
+    "endless budget": (["--budget", "target_kl=inf"], "error: --budget: target_kl: Input should be"),
+    "budget without a number": (["--budget", "sites="], "error: --budget: sites: Input should be"),
+    "two budgets": (["--budget", "sites=2,target_kl=1"], "error: --budget: sites: Input should be"),
+    "kv strategy": (["--kv-strategy", "token"], "error: --kv-strategy: Input should be 'tensor' or 'head'"),
     "kv strategy of no cache": (["--kv-strategy", "head", "--precision", "w4a16"], "the KV cache is not quantized at"),
     "field of a text": (["--calibration-field", "body"], "calibration.field: only a dataset has one"),
-    "dtype": (["--dtype", "int8"], "dtype"),
-    "seed": (["--seed", "-3"], "seed"),
-    "sequences": (["--sequences", "0"], "calibration.sequences"),
-    "length": (["--length", "2"], "calibration.length"),
+    "dtype": (["--dtype", "int8"], "error: --dtype: Input should be 'auto', "),
+    "seed": (["--seed", "-3"], "error: --seed: Input should be"),
+    "sequences": (["--sequences", "0"], "error: --sequences: Input should be"),
+    "length": (["--length", "2"], "error: --length: Input should be"),
+    "two options": (["--seed", "-3", "--length", "2"], "; --seed: Input should be"),
     "short text": (["--sequences", "5000"], "tokens, but 5000 sequences of 32 need"),
     "text missing": (["--calibration", "nothing.txt"], "nothing.txt' is neither a text file nor a dataset"),
 }  # fmt: skip
@@ -487,7 +507,7 @@ def test_bad_option(
     options, message = BAD_OPTIONS[case]
     before = tree(tmp_path)
     line = one_error(run("quantize", model, "-o", "new/out", "--calibration", calibration, *SMALL, *options))
-    assert message in line and "Value error" not in line
+    assert message in line and "Value error" not in line and "value:" not in line and "options:" not in line
     assert tree(tmp_path) == before
 
 
@@ -503,6 +523,7 @@ def test_bad_option(
         ("transforms: {T_d: {block: 7}}", "block must be a power of two, got 7"),
         ("transforms: {T_d: {block: 64}}", "block 64 does not divide the intermediate size 72"),
         ("overrides: [{modules: 're:.*nothing', activations: {bits: 8}}]", "'re:.*nothing' matches no linear layer"),
+        ("rounding: 3", "r.yaml: rounding: give a mapping of fields"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -512,6 +533,52 @@ def test_bad_recipe_file(content: str, message: str, run: Run, model: Path, cali
     options = ("--recipe", tmp_path / "r.yaml", "--calibration", calibration, *SMALL)
     assert message in one_error(run("quantize", model, "-o", tmp_path / "out", *options))
     assert tree(tmp_path) == before
+
+
+def test_output_within_the_source(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "elsewhere").symlink_to(model / "new")
+    before = tree(tmp_path)
+    for source, output in ((model, model / "out"), (model, tmp_path / "link" / "a" / "out"),
+                           (tmp_path / "link", model / "out"), (model, tmp_path / "elsewhere")):  # fmt: skip
+        line = one_error(run("quantize", source, "-o", output, "--calibration", calibration, *SMALL))
+        assert f"'{output}' is inside the source model's directory" in line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["/proc/out", "/proc/self/a/out", "circle/out", "x" * 300, "new/" + "x" * 250])
+def test_output_that_can_not_be_written(
+    output: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by trying: root may write to /proc, by its rights."""
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    line = one_error(run("quantize", model, "-o", output))
+    assert "written to" in line and "MB" not in line
+    assert sorted(os.listdir(tmp_path)) == ["circle", "model"]
+
+
+def test_notes(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    """What is odd is said, and quantized all the same; what says that a model is quantized is left behind."""
+    change_tensors(lambda t: (t[DOWN].zero_(), t.update({"model.extra.weight": torch.ones(2)})))(model)
+    (model / "hf_quant_config.json").write_text("{}")
+    notes = [
+        f"note: '{model}': a LlamaForCausalLM has no place for the tensor model.extra.weight: left out",
+        f"note: '{model}': all values are 0 in the weight matrix {DOWN}",
+    ]
+    result = run("quantize", model, "-o", tmp_path / "out", "--calibration", calibration, *SMALL)
+    assert result.code == 0 and all(result.err.count(note) == 1 for note in notes), result.err
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    result = run("evaluate", model, "--text", calibration, "--windows", 1, "--length", 8)
+    assert result.code == 0 and all(note in result.err for note in notes)
+
+
+def test_files_that_only_vllm_would_load(run: Run, model: Path, calibration: Path) -> None:
+    (model / "consolidated.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    options = ("--text", calibration, "--windows", 1, "--length", 8)
+    assert run("evaluate", model, *options).code == 0
+    line = one_error(run("evaluate", model, *options, "--backend", "vllm"))
+    assert "consolidated.safetensors' is no part of the checkpoint beside it, but vLLM may load it: remove it" in line
 
 
 def test_output_that_exists(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
@@ -580,7 +647,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small_is_found_before(run: Run, model: Path, calibration: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * 200_000)
     options = ("-o", small_disk / "out", "--calibration", calibration, *SMALL)
-    assert "MB free, but the checkpoint needs about" in one_error(run("quantize", model, *options))
+    assert "MB free, but the checkpoint and the run's state need about" in one_error(run("quantize", model, *options))
     assert os.listdir(small_disk) == ["filler"]
 
 
@@ -638,6 +705,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
         (["--text", SHORT, "--length", "1025"], "--length: 1025 tokens are more than the 1024 that the model has"),
         (["--text", SHORT, "--json", "no/such/folder/x.json"], "--json: "),
         (["--text", SHORT, "--json", "/"], "--json: '/' is a directory: name a file"),
+        (["--text", SHORT, "--json", "/proc/x.json"], "--json: '/proc/x.json' can't be written to"),
     ],
 )
 def test_evaluate_bad_input(

@@ -59,7 +59,7 @@ def test_residual_scale_is_taken_out(make_model: MakeModel, simulate: Simulate, 
     scaled = token_weights(simulate(model := make_model("gqa"), transforms=["S_n"]), LLAMA, windows)
     scales: list[Tensor] = []
     layer = model.model.layers[1].mlp.down_proj
-    layer.observer = lambda x: scales.append(layer.tap.scale.flatten().clone())
+    layer.register_forward_pre_hook(lambda module, args: scales.append(args[1].flatten().clone()))
     for window in windows:
         model(window[None], use_cache=False)
     name = "model.layers.1.mlp.down_proj"

@@ -17,6 +17,7 @@ from fptquant.checkpoint import CheckpointConfig, writer
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import PRECISIONS, Recipe
+from fptquant.training.state import RunState
 from tests.conftest import TEXT
 
 SaveModel = Callable[..., Path]
@@ -56,8 +57,7 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     scheme = PRECISIONS[precision]
     config = json.loads((out / "config.json").read_text())
     sink = scheme.kv_cache.bits < 16  # the tokenizer puts a BOS first
-    prefix = "FPTQuant" if residual_scale or sink else ""
-    assert config["architectures"] == [f"{prefix}LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config["architectures"] == ["FPTQuantLlamaForCausalLM"] and config["model_type"] == "fptquant_llama"
     assert config["tie_word_embeddings"] is False
     written = CheckpointConfig.parse(config["quantization_config"])
     assert (written.weights, written.activations, written.kv_cache) == (
@@ -98,11 +98,15 @@ def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize
         "chat_template.jinja", "fptquant",
     }  # fmt: skip
     assert {path.name for path in (out / "fptquant").iterdir()} == {
-        "digests.json", "ranges.json", "ranges.png", "recipe.yaml", "summary.json", "transforms.safetensors"
+        "digests.json", "logits.safetensors", "ranges.json", "ranges.png", "recipe.yaml", "summary.json",
+        "transforms.safetensors",
     }  # fmt: skip
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
     assert summary["output_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    assert list(summary["seconds"])[0] == "load" and summary["peak_memory_bytes"] > 1e8
+    assert list(summary["seconds"])[:2] == ["rehearse", "load"] and summary["peak_memory_bytes"] > 1e8
+    assert summary["output"] == "out"
+    for file in out.rglob("*"):  # where it was made is nobody's business; a recipe names its text as the user did
+        assert not file.is_file() or file.name == "recipe.yaml" or b"pytest-" not in file.read_bytes(), file
     producer = json.loads((out / "config.json").read_text())["quantization_config"]["producer"]
     assert producer["package"] == f"vllm-fptquant {fptquant.__version__}"
     recipe = Recipe.load(str(out / "fptquant" / "recipe.yaml"))
@@ -148,13 +152,27 @@ def test_kv_scales_per_head(model_dir: Path, quantize: Quantize) -> None:
 
 
 @pytest.mark.parametrize(
-    "source, target", [(torch.bfloat16, "auto"), (torch.float32, "bfloat16"), (torch.float32, "float16")]
+    "source, named, target",
+    [
+        (torch.bfloat16, True, "auto"),
+        (torch.bfloat16, False, "auto"),
+        (torch.float32, True, "bfloat16"),
+        (torch.float32, True, "float16"),
+    ],
 )
 def test_sixteen_bit_floats(
-    source: torch.dtype, target: str, save_model: SaveModel, quantize: Quantize, tmp_path: Path
+    source: torch.dtype,
+    named: bool,
+    target: str,
+    save_model: SaveModel,
+    quantize: Quantize,
+    tmp_path: Path,
+    change_json: Callable[..., None],
 ) -> None:
     """Floats are stored in 16 bits, scales stay float32; an ignored layer's weight is one of the floats."""
     model = save_model(tmp_path / "model", "bias", source)
+    if not named:
+        change_json(model / "config.json", dtype=None)
     kept = "model.layers.0.self_attn.o_proj"
     out = quantize(model, dtype=target, ignore=["lm_head", kept], precision="w4a4kv4")
     expected = torch.float16 if target == "float16" else torch.bfloat16
@@ -275,12 +293,34 @@ def test_a_checkpoint_that_reads_back_differently_is_not_published(
 
     def damaged(model: Any, dtype: torch.dtype) -> Any:
         for name, tensor in original(model, dtype):
-            yield name, tensor + 1e-6 if name == "model.layers.0.mlp.up_proj.input_scale" else tensor
+            yield name, tensor * 1.001 if name == "model.layers.1.mlp.down_proj.input_scale" else tensor
 
     monkeypatch.setattr(writer, "checkpoint_tensors", damaged)
-    with pytest.raises(RuntimeError, match="does not equal the model in memory"):
+    for _ in range(2):  # the state is kept, and what it ends in doesn't change
+        with pytest.raises(FPTQuantError, match="does not equal the model in memory .*--fresh to start over") as caught:
+            quantize(model_dir)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists() and (tmp_path / ".out.state" / "layer-1.safetensors").is_file()
+    monkeypatch.setattr(
+        writer, "checkpoint_tensors", lambda *a: ((n, t) for n, t in original(*a) if "1.self_attn.v_scale" not in n)
+    )
+    with pytest.raises(FPTQuantError, match="can't be read back .*v_scale.*--fresh to start over"):
         quantize(model_dir)
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writer, "checkpoint_tensors", original)
+    assert quantize(model_dir).is_dir()
+
+
+def test_a_state_that_does_not_fit(model_dir: Path, calibration: dict[str, Any], tmp_path: Path) -> None:
+    """Such as one of another version's packing, which nothing in its signature tells."""
+    job = planning.plan(model_dir, Recipe.parse({"calibration": calibration, "local": {"steps": 1}}))
+    for name, tensors in (
+        ("local", {"step": torch.tensor(1)}),
+        ("layer-0", {"mlp.up_proj.weight_scale": torch.ones(3)}),
+    ):
+        with RunState(tmp_path / ".out.state", job.signature(), fresh=True) as state:
+            state.save(name, tensors, {"step": 1})
+        with pytest.raises(FPTQuantError, match=f"the state '{name}' of the unfinished run doesn't fit .*--fresh"):
+            pipeline.quantize(job, tmp_path / "out")
 
 
 def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, calibration: dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from fptquant import pipeline, planning
+from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model
 from fptquant.planning import Plan
@@ -91,3 +93,18 @@ def test_more_tokens_than_positions(setting: str, make_plan: MakePlan) -> None:
 
 def test_training_length_counts_only_where_text_is_trained_on(make_plan: MakePlan) -> None:
     make_plan({"local": {"steps": 1}, "training": {"length": LIMIT + 1}})
+
+
+def test_the_plan_shows_what_is_calibrated_on(make_plan: MakePlan, tmp_path: Path) -> None:
+    """80 characters of it as they are: neither markup nor what moves the cursor has an effect."""
+    text = "[bold]a[/bold]\n\x1b[31m\\ " + " the" * 50
+    source = tmp_path / "[red]t.txt"
+    source.write_text(text, encoding="utf-8")
+    options = {"source": str(source), "sequences": 1, "length": 60, "special_tokens": False}
+    job = make_plan({"calibration": options, "transforms": [], "sink": "none"})
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(plan_table(job, tmp_path / "[b]out"))
+    shown = capture.get()
+    assert "[bold]a[/bold]\\n\\x1b[31m\\ " + text[text.index("  the") + 1 : 80] + " " in shown
+    assert "[red]t.txt: 1 seq" in shown and "[b]out" in shown

@@ -67,7 +67,7 @@ def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callabl
         if site.is_input:
             linear, seen = model.get_submodule(f"model.layers.{site.layer}.{INPUT_OF[site.kind]}"), []
             assert isinstance(linear, SimulatedLinear) and linear.observer is None
-            handle = linear.register_forward_hook(lambda m, args, y: seen.append(m.online(args[0])))  # noqa: B023
+            handle = linear.register_forward_hook(lambda m, args, y: seen.append(m.online(*args)))  # noqa: B023
             model(job.windows[:2])
             handle.remove()
             expected = Spread.of(seen[0][:, 1:])

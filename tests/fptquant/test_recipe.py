@@ -63,7 +63,10 @@ def test_precisions(name: str, bits: tuple[int, int, int]) -> None:
         ({"transforms": {"T_d": {"block": 12}}}, "transforms.T_d: .*power of two, got 12"),
         ({"transforms": {"T_d": 8}}, "transforms.T_d"),
         ({"transforms": {"T_v": {"max_condition": 0.5}}}, "transforms.T_v: max_condition"),
-        ({"transforms": "T_d"}, "a list of names"),
+        ({"transforms": "T_d"}, "my.yaml: transforms: give a list of names"),
+        ({"transforms": {"T_d": {"block": "x"}}}, "T_d: block: Input should be .* or Input should be 'auto'$"),
+        ({"overrides": 3}, "my.yaml: overrides: give a list$"),
+        ({"local": 3}, "my.yaml: local: give a mapping of fields$"),
         ({"rounding": {"method": "stochastic"}}, "rounding.method"),
         ({"calibration": {"sequences": 0}}, "calibration.sequences"),
         ({"calibration": {"length": 4}}, "calibration.length"),
@@ -139,5 +142,10 @@ def test_changed_merges_mappings_and_leaves_the_original() -> None:
     assert changed.precision == PRECISIONS["w4a16"] and changed.seed == 7
     assert recipe.seed == 0 and recipe.calibration.sequences != 3
     assert changed.digest() != recipe.digest()
-    with pytest.raises(FPTQuantError, match="options: .*calibration.length"):
+    with pytest.raises(FPTQuantError, match="^options: calibration.length: Input"):
         recipe.changed("options", calibration={"length": 1})
+    named = {"calibration.length": "--length", "precision": "--precision"}
+    with pytest.raises(
+        FPTQuantError, match="^--precision: unknown precision.*; --length: Input.*; options: seed: Input"
+    ):
+        recipe.changed("options", named, calibration={"length": 1}, seed=-1, precision="w2")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fptquant.architectures import FAMILIES
 from fptquant.architectures.llama import LLAMA
 from fptquant.checkpoint import CheckpointConfig
 from fptquant.simulation import SimulatedLinear, install_simulation, simulated_linears
-from fptquant.simulation.install import set_exact
+from fptquant.simulation.install import CLASSES, set_exact
 from fptquant.transforms import TRANSFORMS
 from tests.conftest import MODELS
 
@@ -22,6 +23,10 @@ MakeModel = Callable[..., LlamaForCausalLM]
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def test_every_family_has_its_classes() -> None:
+    assert CLASSES.keys() == FAMILIES.keys()
 
 
 # -- function preserved by the online transforms --
@@ -181,8 +186,7 @@ def test_output_keeps_the_dtype_of_the_input_and_scales_stay_float32(
 ) -> None:
     model = simulate(make_model("bias"), windows)
     layer = model.model.layers[0].mlp.down_proj
-    layer.tap.scale = torch.ones(1, 1)
-    assert layer(torch.randn(1, 72, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer(torch.randn(1, 72, dtype=torch.bfloat16), torch.ones(1, 1)).dtype == torch.bfloat16
     assert layer.input_scale.dtype == layer.weight_scale.dtype == torch.float32
 
 
@@ -225,9 +229,7 @@ def test_attention_over_codes_equals_attention_over_dequantized_values(
 
     q = torch.randn(2, heads, 6, d, generator=generator)
     k, v = (torch.randn(2, kv_heads, 6, d, generator=generator) for _ in range(2))
-    from fptquant.simulation.attention import quantized_attention
-
-    actual, _ = quantized_attention(attention, q, k, v, None, scaling=d**-0.5)
+    actual = attention.attend(q, k, v, scaling=d**-0.5)
     scores = q.double() @ dequantize("k", k).mT * d**-0.5 + torch.full((6, 6), -math.inf).triu(1)
     expected = (torch.softmax(scores, -1) @ dequantize("v", v)).transpose(1, 2)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
@@ -289,7 +291,7 @@ def test_exact_mode_does_not_depend_on_how_tokens_are_batched(
     set_exact(model)
     prompt, codes = windows[:1], []
     down = model.model.layers[1].mlp.down_proj
-    down.observer = lambda x: codes.append(down._input_codes(x))
+    down.observer = lambda x: codes.append(down.quantize_input(x)[0])
     prefill = model(prompt, use_cache=False).logits[0]
     cache, decoded = None, []
     for position in range(prompt.shape[1]):

@@ -14,7 +14,7 @@ from fptquant.evaluation.perplexity import evaluation_windows, transformers_scor
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.simulation.install import set_exact
-from tests.conftest import TEXT
+from tests.conftest import TEXT, bound
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -61,7 +61,7 @@ def test_the_constants_matter(tmp_path: Path) -> None:
         ("model.layers.0.self_attn.k_sink", slice(1, None)),
     ):
         altered = {**tensors, changed: tensors[changed] + 1}
-        save_file(altered, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(bound(altered, out), out / "model.safetensors", metadata={"format": "pt"})
         after = transformers_scorer(load_model(source))(windows[0])
         assert not torch.allclose(after[where], before[where], atol=1e-3)
     assert torch.equal(after[:1], before[:1])  # what follows the token itself depends on `sink_output` alone

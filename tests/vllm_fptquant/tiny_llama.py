@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fptquant.checkpoint import CheckpointConfig, pack_codes, residual_scaled_architecture, round_scale
+from fptquant.checkpoint import CheckpointConfig, pack_codes, round_scale
+from fptquant.checkpoint.binding import BINDING, bind
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 64, 2, 4, 2, 32, 96, 128
 EPS = 1e-5
@@ -134,12 +135,9 @@ class TinyLlama:
     def write(self, path: Path) -> Path:
         """Writes the checkpoint in Hugging Face layout."""
         path.mkdir(parents=True, exist_ok=True)
-        architecture = "LlamaForCausalLM"
-        if self.config.transforms.residual_scale:
-            architecture = residual_scaled_architecture(architecture)
         config = {
-            "architectures": [architecture],
-            "model_type": "llama",
+            "architectures": ["FPTQuantLlamaForCausalLM"],
+            "model_type": "fptquant_llama",
             "hidden_size": HIDDEN,
             "intermediate_size": MLP,
             "num_hidden_layers": LAYERS,
@@ -160,7 +158,9 @@ class TinyLlama:
             "quantization_config": self.config.to_dict(),
         }
         (path / "config.json").write_text(json.dumps(config))
-        save_file(self.tensors(), path / "model.safetensors", metadata={"format": "pt"})
+        tensors = self.tensors()
+        tensors[BINDING] = bind(config, tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return path
 
     def tensors(self) -> dict[str, Tensor]:

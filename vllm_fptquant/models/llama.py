@@ -30,7 +30,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
 from fptquant.checkpoint import CheckpointConfig, residual_scale
+from fptquant.checkpoint.binding import Watch
+from fptquant.checkpoint.checks import require_finite
 from fptquant.errors import FPTQuantError
+from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
@@ -262,7 +265,9 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 "config.json names an architecture of fptquant, but its quantization_config isn't fptquant's: "
                 "quantize the model again"
             )
+        self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self.vllm_config = vllm_config
 
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
         return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
@@ -271,10 +276,12 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """As `LlamaForCausalLM.load_weights`.
 
         Raises:
-            FPTQuantError: a tensor is missing, or the constant of a sink isn't finite; or a norm before a scaled block
-                has a gain, which our layers leave out.
+            FPTQuantError: a tensor is missing, altered, of another checkpoint, or not finite; or a norm before a scaled
+                block has a gain, which our layers leave out.
         """
-        loaded: set[str] = super().load_weights(weights)
+        watch = Watch(self.binding)
+        with one_line_errors(watch):
+            loaded: set[str] = super().load_weights(watch(weights))
         missing = [name for name, _ in self.named_parameters() if name not in loaded]
         if missing:  # vLLM looks at this in unquantized models only
             raise FPTQuantError(
@@ -288,7 +295,8 @@ class FPTQuantLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                             f"{name}.{norm}: a model with residual scale has its norms' gains in the weights, "
                             "this gain isn't 1: quantize the model again"
                         )
-        constant = getattr(getattr(self.model, "norm", None), "sink_output", None)
-        if constant is not None and not bool(torch.isfinite(constant).all()):
-            raise FPTQuantError("model.norm.sink_output is not finite: quantize the model again")
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point() and not name.endswith("_scale"):  # those are checked with their layers
+                require_finite(name, parameter)
+        require_bound_tensors(watch, self.vllm_config)
         return loaded

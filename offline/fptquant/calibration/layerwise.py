@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from fptquant.rounding import ROUNDERS
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.install import finish_loading
 from fptquant.simulation.layer_inputs import LayerInputs, Stop, first_inputs
+from fptquant.training.state import restoring
 
 
 class LayerStore(Protocol):
@@ -86,9 +88,9 @@ def calibrate_and_round(
     head = model.get_submodule(architecture.head)
     if isinstance(head, SimulatedLinear) and not _restored(head, architecture.head, store):
         catch_up()
-        inputs.arguments = {}
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
-        _quantize_group([head], architecture.head, inputs, final, recipe, importance.get(architecture.head))
+        entering = replace(inputs, arguments={}, masks=None)  # the first token, maybe a constant, does not count
+        _quantize_group([head], architecture.head, entering, final, recipe, importance.get(architecture.head))
         if store is not None:
             store.save(architecture.head, head.state_dict())
 
@@ -101,8 +103,9 @@ def _restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
     for module in layer.modules():
         if isinstance(module, SimulatedLinear) and module.scheme is not None:
             module.weight = None
-    layer.load_state_dict(stored[0])
-    finish_loading(layer)
+    with restoring(name):
+        layer.load_state_dict(stored[0])
+        finish_loading(layer)
     return True
 
 

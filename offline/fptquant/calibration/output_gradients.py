@@ -67,11 +67,10 @@ def _recorded(
     """Adds |d_t|^2 of every layer to its group's `norms` during the backward pass of one sequence."""
 
     def track(total: Tensor) -> object:
-        def hook(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(linear, SimulatedLinear)
+        def hook(linear: nn.Module, args: tuple[Tensor | None, ...], output: Tensor) -> None:
             # The layer divides by S after its product (S_n), so the gradient there is the one here over S.
-            scale = torch.ones(()) if linear.tap is None or linear.tap.scale is None else linear.tap.scale
-            divisor = scale.detach().reshape(-1)  # (tokens,) or (1,)
+            scale = args[1] if len(args) > 1 else None
+            divisor = torch.ones(1) if scale is None else scale.detach().reshape(-1)  # (tokens,) or (1,)
 
             def add(gradient: Tensor) -> None:
                 total.add_(gradient.float()[0].pow(2).sum(-1) / divisor.square())

@@ -1,21 +1,17 @@
-"""Calibration text: the shipped one, a text file, or a dataset of the `datasets` library."""
+"""Calibration windows: text, chats and token ids made into token sequences of one length."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fptquant.calibration.sources import Chat, Row, rows
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import CalibrationOptions
-
-_DATASET_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def calibration_windows(
@@ -49,20 +45,61 @@ def calibration_windows(
     body = options.length - len(prefix)
     needed = options.sequences * body
     tokens: list[int] = []
-    for text in _texts(options, seed):
-        tokens += encode(tokenizer, text)
+    plain = True
+    for row in rows(options, seed):
+        tokens += _row_tokens(tokenizer, row, options, vocabulary)
+        plain &= isinstance(row, str)
         if len(tokens) >= 4 * needed:  # enough to draw from
             break
-    if len(tokens) < (body if at_most else needed):
+    starts = _starts(tokens, body, [] if plain else prefix)
+    if len(starts) < (1 if at_most else options.sequences):
+        needed = max(needed, len(tokens) + 1)  # chats and token ids may bring the prefix along
         raise FPTQuantError(
             f"calibration text '{options.source}' has {len(tokens)} tokens, but {options.sequences} sequences of "
             f"{options.length} need {needed}: give a longer text or lower --sequences or --length"
         )
     require_known(max(tokens), vocabulary)
-    count = len(tokens) // body
-    windows = torch.tensor(tokens[: count * body]).view(count, body)
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: options.sequences]
-    return torch.cat((torch.tensor(prefix, dtype=torch.int64).repeat(len(drawn), 1), windows[drawn]), 1)
+    drawn = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))[: options.sequences]
+    return torch.tensor([prefix + tokens[start : start + body] for start in (starts[i] for i in drawn.tolist())])
+
+
+def _row_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: Row, options: CalibrationOptions, vocabulary: int
+) -> list[int]:
+    """Tokens of a text or a chat without those that the tokenizer puts first; token ids as they are."""
+    where = f"column '{options.field}' of '{options.source}'"
+    if isinstance(row, str):
+        return encode(tokenizer, row)
+    if isinstance(row, Chat):
+        if tokenizer.chat_template is None:
+            raise FPTQuantError(
+                f"{where} holds chats, but the tokenizer has no chat template: add the model's chat_template.jinja "
+                "to its directory, or choose a column of text"
+            )
+        remedy = "leave such chats out, or choose another column"
+        tokens = encode(tokenizer, _rendered(tokenizer, row.messages, where, "a chat of it", remedy))
+        first = leading_tokens(tokenizer)
+        return tokens[len(first) :] if tokens[: len(first)] == first else tokens
+    for token in (min(row), max(row)):
+        if not 0 <= token < vocabulary:
+            raise FPTQuantError(
+                f"{where} holds {token}, but the model's tokens are 0 to {vocabulary - 1}: "
+                "choose the column of this model's token ids"
+            )
+    return row
+
+
+def _starts(tokens: list[int], body: int, prefix: list[int]) -> list[int]:
+    """Where windows of `body` tokens begin, without overlap; a `prefix` that stands there already is left out."""
+    starts: list[int] = []
+    at = 0
+    while True:
+        if tokens[at : at + len(prefix)] == prefix:
+            at += len(prefix)
+        if at + body > len(tokens):
+            return starts
+        starts.append(at)
+        at += body
 
 
 def require_known(token: int, vocabulary: int) -> None:
@@ -117,66 +154,18 @@ def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
         return tokens[0]
     first = leading_tokens(tokenizer)
     if not first and tokenizer.chat_template is not None:
-        message = [{"role": "user", "content": "a"}]
-        try:
-            text = str(tokenizer.apply_chat_template(message, tokenize=False))
-        except Exception as error:  # a template is a program
-            raise FPTQuantError(
-                f"sink: the chat template fails on a user's message ({' '.join(str(error).split())}), "
-                "so that its first token isn't known: name the token, or 'none'"
-            ) from None
+        remedy = "so that its first token isn't known: name the token, or 'none'"
+        text = _rendered(tokenizer, [{"role": "user", "content": "a"}], "sink", "a user's message", remedy)
         first = encode(tokenizer, text)
     return first[0] if first else None
 
 
-def _texts(options: CalibrationOptions, seed: int) -> Iterator[str]:
-    path = Path(options.source)
-    builtin = options.source == "builtin"
-    is_text = builtin or (path.is_file() and path.suffix not in _DATASET_BUILDERS)
-    if is_text:
-        for name in ("config", "split", "field"):
-            if getattr(options, name) != CalibrationOptions.model_fields[name].default:
-                raise FPTQuantError(
-                    f"calibration.{name}: only a dataset has one, and '{options.source}' is a text: leave it out"
-                )
-    if builtin:
-        yield (resources.files("fptquant") / "data" / "wiki.calib.txt").read_text(encoding="utf-8")
-    elif is_text:
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FPTQuantError(f"calibration file '{path}' is not UTF-8 text: {error.reason}") from None
-    else:
-        yield from _dataset_texts(options, path, seed)
-
-
-def _dataset_texts(options: CalibrationOptions, path: Path, seed: int) -> Iterator[str]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, what: str, remedy: str
+) -> str:
+    """What the chat template makes of messages; `where`, `what` and `remedy` are parts of the error."""
     try:
-        import datasets
-    except ImportError:
-        raise FPTQuantError(
-            f"calibration source '{options.source}' is no text file; to read it as a dataset, "
-            "install the datasets library: pip install 'vllm-fptquant[data]'"
-        ) from None
-    arguments: dict[str, Any] = {"path": options.source, "name": options.config}
-    if path.is_file():
-        arguments = {"path": _DATASET_BUILDERS[path.suffix], "data_files": str(path)}
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(str(path))
-            data = data[options.split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(**arguments, split=options.split)
-    except Exception as error:  # the library raises many kinds, all of them the source's fault
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FPTQuantError(
-            f"calibration source '{options.source}' is neither a text file nor a dataset that can be loaded: {reason}"
-        ) from None
-    if options.field not in data.column_names:
-        raise FPTQuantError(
-            f"calibration dataset '{options.source}' has no column '{options.field}'; "
-            f"it has: {', '.join(data.column_names)} (choose with --calibration-field)"
-        )
-    for row in data.shuffle(seed=seed):
-        if row[options.field] is not None:
-            yield str(row[options.field]) + "\n"
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program
+        reason = " ".join(str(error).split())
+        raise FPTQuantError(f"{where}: the chat template fails on {what} ({reason}), {remedy}") from None

@@ -16,6 +16,7 @@ from fptquant.checkpoint.arithmetic import (
 from fptquant.checkpoint.packing import pack_codes, packed_words, round_scale, unpack_codes
 from fptquant.checkpoint.schema import (
     FORMAT_VERSION,
+    MODEL_TYPE_PREFIX,
     QUANT_METHOD,
     ActivationScheme,
     CheckpointConfig,
@@ -26,11 +27,13 @@ from fptquant.checkpoint.schema import (
     Sink,
     TransformRecord,
     WeightScheme,
+    match_name,
     residual_scaled_architecture,
 )
 
 __all__ = [
     "FORMAT_VERSION",
+    "MODEL_TYPE_PREFIX",
     "QUANT_METHOD",
     "ActivationScheme",
     "CheckpointConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "code_bounds",
     "exact_attention",
     "hadamard_factors",
+    "match_name",
     "pack_codes",
     "packed_words",
     "quantize",

@@ -13,7 +13,6 @@ import math
 from functools import lru_cache
 
 import torch
-from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from torch import Tensor
 
 
@@ -94,12 +93,19 @@ def hadamard_factors(block: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     Returns:
         (a, a) with entries +-1 and (b, b) with entries +-1 / sqrt(block), a * b = block, a <= b.
     """
-    exponent = int(math.log2(block))
-    if 2**exponent != block:
+    exponent = block.bit_length() - 1
+    if block < 1 or 2**exponent != block:
         raise ValueError(f"Hadamard block must be a power of two, got {block}")
-    left = deterministic_hadamard_matrix(2 ** (exponent // 2), torch.float64)
-    right = deterministic_hadamard_matrix(2 ** (exponent - exponent // 2), torch.float64)
+    left, right = _sylvester(exponent // 2), _sylvester(exponent - exponent // 2)
     return left.to(dtype), (right / math.sqrt(block)).to(dtype)
+
+
+def _sylvester(exponent: int) -> Tensor:
+    """Hadamard matrix of size 2^exponent, entries +-1 in float64: H_2n = [[H_n, H_n], [H_n, -H_n]]."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(exponent):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix
 
 
 def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.expand(y.shape[0], a, a), y).view(x.shape).float()
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Causal attention in float64, rounded once to float32: the same bits in whatever order it is computed.
 
     Quantizers turn a difference in the last bit into a whole code now and then, so two float32 kernels drift apart
@@ -130,13 +136,15 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
         key: (kv_heads, S, head_dim).
         value: (kv_heads, S, head_dim).
         scaling: of the scores.
+        mask: bool (T, S), the positions that each of the T attends to, in place of those up to its own.
 
     Returns:
-        (T, heads, head_dim) float32.
+        (T, heads, head_dim) float32; 0 where nothing is attended to.
     """
     groups, (length, total) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
     keys, values = (states.double().repeat_interleave(groups, 0) for states in (key, value))
     scores = torch.matmul(query.double() * scaling, keys.mT)  # (heads, T, S)
-    future = torch.ones(length, total, dtype=torch.bool).triu(total - length + 1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool, device=scores.device).tril(total - length)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
     return torch.matmul(weights, values).transpose(0, 1).float()

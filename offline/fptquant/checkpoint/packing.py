@@ -1,30 +1,40 @@
-"""Weight codes as compressed-tensors' `pack-quantized` int32 words, and scales that 16-bit kernels can hold."""
+"""Weight codes as int32 words, and scales that 16-bit kernels can hold. The layout is the format's own."""
 
 from __future__ import annotations
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 
 def packed_words(in_features: int, bits: int) -> int:
-    """Number of int32 words in a packed row."""
+    """Number of int32 words in a packed row: 8 codes of 4 bits in each, 4 of 7 or 8 bits."""
     return -(-in_features // (32 // bits))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs integer codes (N, K) in [-2^(bits-1), 2^(bits-1)) to int32 (N, `packed_words`).
 
-    Offset binary, lowest bits first, rows padded with zeros.
+    Code j of a word is stored in offset binary, code + 2^(bits-1), at bits [j * bits, (j + 1) * bits), lowest first. No
+    code is split between words: 7-bit ones leave a word's upper four bits zero. Rows are padded with zero bits.
     """
-    packed: Tensor = pack_to_int32(codes.to(torch.int8), bits)
-    return packed.contiguous()
+    offset, per_word = 1 << (bits - 1), 32 // bits
+    unsigned = codes.to(torch.int32) + offset
+    rows, columns = codes.shape
+    words = packed_words(columns, bits)
+    unsigned = torch.nn.functional.pad(unsigned, (0, words * per_word - columns)).view(rows, words, per_word)
+    packed = torch.zeros(rows, words, dtype=torch.int32, device=codes.device)
+    for j in range(per_word):
+        packed |= unsigned[..., j] << (j * bits)
+    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """Inverse of `pack_codes`: int8 codes of the given `shape` (N, K)."""
-    codes: Tensor = unpack_from_int32(packed, bits, shape)
-    return codes
+    offset, per_word = 1 << (bits - 1), 32 // bits
+    codes = torch.empty(*packed.shape, per_word, dtype=torch.int8, device=packed.device)
+    for j in range(per_word):
+        codes[..., j] = ((packed >> (j * bits)) & (2 * offset - 1)) - offset
+    return codes.flatten(1)[:, : shape[1]].contiguous()
 
 
 def round_scale(scale: Tensor) -> Tensor:

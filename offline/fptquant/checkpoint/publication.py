@@ -16,6 +16,7 @@ import psutil
 
 from fptquant.checkpoint.schema import QUANT_METHOD
 from fptquant.errors import FPTQuantError
+from fptquant.files import first_line, folder_size, takes_files
 
 
 class _Staged(NamedTuple):
@@ -51,8 +52,12 @@ class Publication:
         Raises:
             FPTQuantError: the target exists (without `overwrite`, or it is no checkpoint of ours), or can't be written.
         """
-        self.target = target.expanduser().resolve()
-        if self.target.parent.is_dir() and not self.target.exists():
+        try:
+            self.target = target.expanduser().resolve()
+            exists = self.target.exists()
+        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle, no such user
+            raise FPTQuantError(f"'{target}' can't be written to: {first_line(error)}") from None
+        if self.target.parent.is_dir() and not exists:
             for stale in self._staged():
                 if stale.moved_aside and not stale.in_use:  # killed between the two renames of `__exit__`
                     stale.folder.rename(self.target)
@@ -66,13 +71,14 @@ class Publication:
                 raise FPTQuantError(f"'{target}' is no checkpoint of fptquant; --overwrite only replaces one")
         parent = self.target.parent
         existing = next(p for p in (parent, *parent.parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise FPTQuantError(f"'{existing}' is not a directory that can be written to")
+        if not existing.is_dir() or not takes_files(existing):
+            raise FPTQuantError(f"'{existing}' is not a directory that can be written to: choose another output")
         self._existing_parent = existing
         self.overwrite = overwrite
         self.staging = parent / f".{self.target.name}.partial-{os.getpid()}"
         self._old = parent / f".{self.target.name}.partial-old-{os.getpid()}"
         self._created: list[Path] = []
+        self._entered = False
 
     def require_alone(self) -> None:
         """Raises FPTQuantError when another process is writing the same target."""
@@ -84,16 +90,21 @@ class Publication:
                 )
 
     def require_space(self, size: int) -> None:
-        """Raises FPTQuantError when the disk has not `size` bytes free."""
-        free = shutil.disk_usage(self._existing_parent).free
+        """Raises FPTQuantError when the disk hasn't `size` bytes free, with what `__enter__` will remove."""
+        left_behind = [] if self._entered else [stale.folder for stale in self._staged() if not stale.in_use]
+        free = shutil.disk_usage(self._existing_parent).free + sum(map(folder_size, left_behind))
         if free < size:
             raise FPTQuantError(
-                f"'{self._existing_parent}' has {free / 1e6:,.1f} MB free, but the checkpoint needs about "
-                f"{size / 1e6:,.1f} MB: free some space or choose another output"
+                f"'{self._existing_parent}' has {free / 1e6:,.1f} MB free, but the checkpoint and the run's state "
+                f"need about {size / 1e6:,.1f} MB: free some space or choose another output"
             )
 
     def __enter__(self) -> Path:
-        """Returns the directory to write into."""
+        """Returns the directory to write into.
+
+        Raises:
+            FPTQuantError: it can't be made.
+        """
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
@@ -102,9 +113,12 @@ class Publication:
                 if not stale.in_use:
                     shutil.rmtree(stale.folder, ignore_errors=True)
             self.staging.mkdir()
-        except BaseException:  # an interrupt, too: nobody calls `__exit__` then
+            self._entered = True
+        except BaseException as error:  # an interrupt, too: nobody calls `__exit__` then
             self._discard()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            raise FPTQuantError(f"'{self.staging}' can't be written to: {first_line(error)}") from None
         return self.staging
 
     def __exit__(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from compressed_tensors.utils.match import match_name
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,8 +20,9 @@ from pydantic import (
 from fptquant.errors import FPTQuantError
 
 QUANT_METHOD = "fptquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no binding (`fptquant.checkpoint.binding`), and the original's model_type
 ARCHITECTURE_PREFIX = "FPTQuant"
+MODEL_TYPE_PREFIX = "fptquant_"
 
 
 class Strict(BaseModel):
@@ -42,6 +42,13 @@ def _check_pattern(pattern: str) -> str:
 
 # A module's full name, or "re:" and a regular expression that matches from its start.
 ModulePattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+def match_name(module: str, pattern: str) -> bool:
+    """Whether a module's full name is `pattern`, or matches its regular expression after "re:" from the start."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return module == pattern
 
 
 class WeightScheme(Strict):
@@ -127,7 +134,7 @@ class CheckpointConfig(Strict):
     """The whole `quantization_config`."""
 
     quant_method: Literal["fptquant"] = "fptquant"
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
     kv_cache: KVCacheScheme = KVCacheScheme()
@@ -145,8 +152,8 @@ class CheckpointConfig(Strict):
 
     @property
     def own_model_class(self) -> bool:
-        """Whether serving needs the plugin's variant of the model class."""
-        return self.transforms.residual_scale or self.sink is not None
+        """Whether the plugin's own model class serves this checkpoint (in format version 1, only where needed)."""
+        return self.format_version > 1 or self.transforms.residual_scale or self.sink is not None
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> CheckpointConfig:
@@ -185,12 +192,12 @@ class CheckpointConfig(Strict):
 def one_line(error: ValidationError) -> str:
     """First problems of a validation error as `field: message`, on one line."""
     problems = [
-        f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
+        (*([".".join(map(str, item["loc"]))] if item["loc"] else []), item["msg"].removeprefix("Value error, "))
         for item in error.errors()
     ]
-    return "; ".join(problems[:3])
+    return "; ".join(": ".join(problem) for problem in problems[:3])
 
 
 def residual_scaled_architecture(architecture: str) -> str:
-    """Name under which the plugin registers its variant of a model class (S_n, sink)."""
+    """Name of our variant of a model class, in the plugin and in transformers."""
     return ARCHITECTURE_PREFIX + architecture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,8 +17,8 @@ def use_dynamic_ranges(model: PreTrainedModel) -> None:
     Activations get one range per token, keys and values one per token and head; symmetric ones stay symmetric.
     """
     for module in model.modules():
-        if isinstance(module, SimulatedLinear) and module.low is not None:
-            module.observer = _follow(module)
+        if type(module) is SimulatedLinear and module.low is not None:
+            module.__class__ = DynamicLinear
         quantizer = getattr(module, "kv_quantizer", None)
         if isinstance(quantizer, KVQuantizer):
             module.kv_quantizer = DynamicKV(quantizer)
@@ -31,16 +30,15 @@ def token_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     return affine(low, high, bits, symmetric)
 
 
-def _follow(linear: SimulatedLinear) -> Callable[[Tensor], None]:
-    """Sets the layer's range from its input, just before it is quantized."""
-    assert linear.scheme is not None
-    scheme = linear.scheme.activations
+class DynamicLinear(SimulatedLinear):
+    """A layer with a range of its own for each token of its input."""
 
-    def observe(x: Tensor) -> None:
-        linear.input_scale, zero_point = token_range(x.float(), scheme.bits, scheme.symmetric)
-        linear.low, linear.high = code_bounds(zero_point, scheme.bits)
-
-    return observe
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `SimulatedLinear`; scales are (..., 1)."""
+        assert self.scheme is not None
+        scheme = self.scheme.activations
+        scale, zero_point = token_range(x.float(), scheme.bits, scheme.symmetric)
+        return quantize(x, scale, *code_bounds(zero_point, scheme.bits)), scale
 
 
 class DynamicKV(KVQuantizer):
@@ -51,11 +49,13 @@ class DynamicKV(KVQuantizer):
         self.scheme, self.ready, self.exact, self.observer = quantizer.scheme, True, False, None
         self.sides = quantizer.sides
 
-    def codes(self, attention: nn.Module, key: str, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Fake-quantized `states`, and a scale of one."""
-        one = states.new_ones(1, 1, 1)
+    def scale(self, attention: nn.Module, key: str) -> Tensor:
+        """One."""
+        return torch.ones(1, 1, 1, device=attention.get_buffer(f"{key}_scale").device)
+
+    def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
+        """Fake-quantized `states`."""
         if key not in self.sides:
-            return states, one
+            return states
         scale, zero_point = token_range(states, self.scheme.bits, self.scheme.symmetric)
-        values = quantize(states, scale, *code_bounds(zero_point, self.scheme.bits)) * scale
-        return self._keep_sink(attention, key, states, values, one), one
+        return quantize(states, scale, *code_bounds(zero_point, self.scheme.bits)) * scale

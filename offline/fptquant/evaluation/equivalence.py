@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.checkpoint.writer import EXTRAS, digest
 from fptquant.evaluation.perplexity import Scorer
+from fptquant.evaluation.recorded import DEVIATION, FILE, deviation
 from fptquant.evaluation.vllm_backend import VLLMEngine
-from fptquant.loading import load_model, open_source, read_json
+from fptquant.files import read_json
+from fptquant.loading import load_model, open_source
 from fptquant.merging import round_floats
 from fptquant.pipeline import logits, transform
 from fptquant.planning import Plan
 from fptquant.simulation.install import finish_loading
+from fptquant.weight_files import WeightFiles
 
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32
 PERPLEXITY_TOLERANCE = 1e-3  # relative, served against simulated
@@ -75,7 +77,7 @@ def check_read_back(
     round_floats(transformed, job.source.architecture, job.config, job.dtype)
     _load_quantized_tensors(transformed, checkpoint)
     simulated = [logits(transformed, window[None]) for window in windows]
-    loaded = load_model(open_source(checkpoint))
+    loaded = load_model(open_source(checkpoint), recorded=False)
     read_back = [logits(loaded, window[None]) for window in windows]
     difference = _largest_difference(simulated, read_back)
     check = Check(
@@ -87,6 +89,17 @@ def check_read_back(
     return check, loaded
 
 
+def check_recorded(loaded: PreTrainedModel, checkpoint: Path) -> Check:
+    """Logits of a fixed prompt against those that were stored when the checkpoint was written (`recorded`)."""
+    found = deviation(loaded, checkpoint / EXTRAS / FILE)
+    return Check(
+        "logits of a fixed prompt = those recorded",
+        f"differ by {found:.1e} of their spread",
+        f"< {DEVIATION}",
+        found < DEVIATION,
+    )
+
+
 def check_unaltered(checkpoint: Path) -> Check:
     """Tensors of the checkpoint against the digests taken of the simulated model when it was written.
 
@@ -94,10 +107,7 @@ def check_unaltered(checkpoint: Path) -> Check:
         FPTQuantError: the digests are missing.
     """
     recorded = read_json(checkpoint / EXTRAS / "digests.json")
-    found = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found.update({name: digest(tensors.get_tensor(name)) for name in tensors.keys()})  # noqa: SIM118 (no dict)
+    found = {name: digest(tensor) for name, tensor in WeightFiles.of(checkpoint).items()}
     altered = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     return Check(
         "tensors = those that were written",
@@ -179,10 +189,8 @@ def _largest_difference(first: list[Tensor], second: list[Tensor]) -> float:
 def _load_quantized_tensors(model: PreTrainedModel, checkpoint: Path) -> None:
     """Copies integers and scales of a checkpoint into a float simulation."""
     buffers = dict(model.named_buffers())
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no dict)
-                if name in buffers:
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(parent), leaf, tensors.get_tensor(name))
+    for name, tensor in WeightFiles.of(checkpoint).items():
+        if name in buffers:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, tensor)
     finish_loading(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fptquant.calibration.formats import read_text
 from fptquant.calibration.text import encode, leading_tokens
 from fptquant.errors import FPTQuantError
 
@@ -37,7 +38,7 @@ def evaluation_windows(
 
     Args:
         tokenizer: of the model.
-        text: UTF-8 file.
+        text: UTF-8 file, which may be compressed; `text:` in front takes JSON and the like as text.
         windows: how many.
         length: tokens in each, special tokens included.
         special_tokens: start every window with the tokens that the tokenizer puts first, or else its BOS.
@@ -48,10 +49,7 @@ def evaluation_windows(
     Raises:
         FPTQuantError: unreadable or too short.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FPTQuantError(f"text file '{text}' can't be read: {error}") from None
+    content = read_text(text)
     prefix = []
     if special_tokens:
         bos = tokenizer.bos_token_id

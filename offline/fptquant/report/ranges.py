@@ -16,7 +16,7 @@ from fptquant.checkpoint import code_bounds
 from fptquant.planning import Plan
 from fptquant.sensitivity.sites import CACHES, INPUTS, Site, sites_of
 from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.sink import sink_state
+from fptquant.simulation.sink import sink_token
 
 _SEQUENCES = 2  # enough to see outliers, which sit in the same channels and tokens of every text
 
@@ -51,7 +51,7 @@ def observe(job: Plan, model: PreTrainedModel) -> dict[Site, Spread]:
     sites = sites_of(job, (*INPUTS, *CACHES))
     if not sites:
         return {}
-    first = 0 if sink_state(model) is None else 1
+    first = 0 if sink_token(model) is None else 1
     found: dict[Site, Spread] = {}
     undo: list[Callable[[], None]] = []
     for site in sites:

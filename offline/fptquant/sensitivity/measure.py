@@ -20,6 +20,7 @@ from fptquant.quantizers.weights import round_to_nearest
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
 from fptquant.simulation import KVQuantizer, SimulatedLinear
 from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
+from fptquant.simulation.sink import put_output
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 WIDE_WEIGHTS = WeightScheme(bits=7)
@@ -71,7 +72,7 @@ class Probe:
         self.job, self.model, self.tokens, self.wide_weights = job, model, tokens, wide_weights
         architecture = job.source.architecture
         self.layers = architecture.layer_modules(model)
-        self.tail = nn.Sequential(model.get_submodule(architecture.final_norm), model.get_submodule(architecture.head))
+        self.norm, self.head = model.get_submodule(architecture.final_norm), model.get_submodule(architecture.head)
         self._ranges: dict[tuple[Site, bool], _Range] = {}
         self._codes: dict[Site, _Codes] = {}
         self._importance: dict[str, Tensor] = {}  # of tokens, by name of a group's first layer
@@ -110,11 +111,7 @@ class Probe:
             for layer in self.layers[start:]:
                 inputs.hidden = list(inputs.run(layer))
         kl = loss = 0.0
-        for hidden, tokens, (expected, entropy) in zip(
-            torch.cat(inputs.hidden), self.tokens, self._reference, strict=True
-        ):
-            inputs.locate(tokens[None])
-            logits = self.tail(hidden[None])[0].float()  # (length, vocabulary)
+        for logits, tokens, (expected, entropy) in zip(self._logits(inputs), self.tokens, self._reference, strict=True):
             normalizer = logits.logsumexp(-1)
             kl += float((normalizer - (expected * logits).sum(-1) - entropy).double().sum())
             loss += float((normalizer[:-1] - logits[:-1].gather(-1, tokens[1:, None])[:, 0]).double().sum())
@@ -145,12 +142,18 @@ class Probe:
         for layer in self.layers:
             self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))
         self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
-        for hidden, tokens in zip(torch.cat(self._entries.pop()), self.tokens, strict=True):
-            self._inputs.locate(tokens[None])
-            logs = torch.log_softmax(self.tail(hidden[None])[0].float(), -1)
+        for logits in self._logits(replace(self._inputs, hidden=self._entries.pop())):
+            logs = torch.log_softmax(logits, -1)
             expected = logs.exp()
             self._reference.append((expected, -(expected * logs).sum(-1)))
         self.unquantized = self.measure({})
+
+    def _logits(self, inputs: LayerInputs) -> Iterator[Tensor]:
+        """(length, vocabulary) of each window, from the hidden states behind the last layer."""
+        for index in range(len(self.tokens)):
+            window = inputs.sequence(index)
+            states = put_output(self.norm, self.norm(window.hidden[0]), window.masks[0] if window.masks else None)
+            yield self.head(states)[0].float()
 
     @contextmanager
     def _applied(self, sites: Mapping[Site, bool]) -> Iterator[None]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.errors import FPTQuantError
-from fptquant.files import require_writable
-from fptquant.loading import read_json
+from fptquant.files import read_json, require_writable
 from fptquant.sensitivity.measure import Effect, Probe
 from fptquant.sensitivity.sites import KINDS, Site
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.architectures.base import INPUT_GROUPS
+from fptquant.architectures.llama import LLAMA
 from fptquant.checkpoint import CheckpointConfig, LinearScheme
+from fptquant.checkpoint.checks import require_shared
+from fptquant.errors import FPTQuantError
+from fptquant.simulation import llama
 from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
-from fptquant.simulation.linear import ResidualScaleTap, SimulatedLinear
+from fptquant.simulation.linear import SimulatedLinear
 from fptquant.simulation.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
+
+# What transformers' classes become, by model family: one module and one entry each.
+CLASSES: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {LLAMA.model_type: llama.CLASSES}
 
 
 def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:
@@ -22,17 +32,16 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
     """
     shape = architecture.shape(model.config)
-    hadamard = config.transforms.down_hadamard
-    eps = model.config.rms_norm_eps if config.transforms.residual_scale else None
+    hadamard, residual_scaled = config.transforms.down_hadamard, config.transforms.residual_scale
+    become_simulation(model, architecture, residual_scaled)
     for index, layer in enumerate(architecture.layer_modules(model)):
         for role, path in architecture.projections.items():
             scheme = config.scheme_for(architecture.projection_name(index, role))
             block = hadamard.block if hadamard and role is Role.DOWN else None
-            scaled = eps if role in (Role.OUTPUT, Role.DOWN) else None
+            scaled = residual_scaled and role in (Role.OUTPUT, Role.DOWN)
             layer.set_submodule(path, simulated_projection(layer, architecture, role, scheme, block, scaled))
         if config.kv_cache.bits < 16:
             attention = layer.get_submodule(architecture.attention)
-            # plain attribute: the quantizer's tensors are buffers of the attention module itself
             attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
     head_scheme = config.scheme_for(architecture.head)
     if head_scheme is not None:
@@ -45,13 +54,32 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
         install_sink(model, architecture, config.sink.token)
 
 
+def become_simulation(model: PreTrainedModel, architecture: Architecture, residual_scaled: bool) -> None:
+    """Makes a model's modules the simulation's, by a change of their classes.
+
+    Args:
+        model: of transformers' own classes.
+        architecture: its family.
+        residual_scaled: whether layers compute S for their projections.
+    """
+    classes = CLASSES[architecture.model_type]
+    names = {kind.__name__: simulated.__name__ for kind, simulated in classes.items()}
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+        if isinstance(module, PreTrainedModel):  # layers that accelerate keeps on one device, by class name
+            module._no_split_modules = {names.get(name, name) for name in module._no_split_modules or ()}
+    if residual_scaled:
+        for layer in architecture.layer_modules(model):
+            layer.residual_eps = model.config.rms_norm_eps
+
+
 def simulated_projection(
     layer: nn.Module,
     architecture: Architecture,
     role: Role,
     scheme: LinearScheme | None,
     hadamard_block: int | None,
-    eps: float | None,
+    residual_scaled: bool,
 ) -> SimulatedLinear:
     """The projection of `role` with its online steps; the caller puts it in place.
 
@@ -61,15 +89,11 @@ def simulated_projection(
         role: which projection.
         scheme: what is quantized.
         hadamard_block: of T_d, None without.
-        eps: of the norm that S_n is tapped from (a hook is added to it), None without S_n.
+        residual_scaled: whether it is given S.
     """
     linear = layer.get_submodule(architecture.projections[role])
     assert isinstance(linear, nn.Linear)
-    tap = None
-    if eps is not None:
-        tap = ResidualScaleTap(eps)
-        layer.get_submodule(architecture.norm_before(role)).register_forward_hook(tap)
-    return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, tap=tap)
+    return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, residual_scaled=residual_scaled)
 
 
 def drop_quantized_weights(model: PreTrainedModel) -> None:
@@ -83,14 +107,35 @@ def finish_loading(model: nn.Module) -> None:
     """Prepares a model, or a part of one, whose buffers were read from a checkpoint.
 
     Raises:
-        FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named.
+        FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named. Or a tensor was offloaded.
     """
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise FPTQuantError(
+                f"{name} was offloaded before its integers were unpacked: load the model without a device_map that "
+                "offloads, then offload it with accelerate.cpu_offload or accelerate.disk_offload"
+            )
     for name, module in model.named_modules():
         if isinstance(module, SimulatedLinear):
             module.finish_loading(name)
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             module.kv_quantizer.finish_loading(module, name)
     finish_loading_sink(model)
+
+
+def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuses different input quantizers at projections that read the same input.
+
+    Raises:
+        FPTQuantError: names the layers and their values.
+    """
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(index, role) for role in group]
+            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+            for tensor in ("input_scale", "input_zero_point"):
+                if hasattr(linears[0], tensor):
+                    require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
 
 
 def set_exact(model: PreTrainedModel) -> None:
@@ -103,6 +148,22 @@ def set_exact(model: PreTrainedModel) -> None:
             module.hadamard_dtype = torch.float64
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             module.kv_quantizer.exact = True
+
+
+@contextmanager
+def exactly(model: PreTrainedModel) -> Iterator[None]:
+    """`set_exact` for as long as the context lasts."""
+    owners: list[tuple[Any, str]] = [(linear, "hadamard_dtype") for _, linear in simulated_linears(model)]
+    for module in model.modules():
+        if isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            owners.append((module.kv_quantizer, "exact"))
+    before = [getattr(owner, name) for owner, name in owners]
+    set_exact(model)
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(owners, before, strict=True):
+            setattr(owner, name, value)
 
 
 def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:

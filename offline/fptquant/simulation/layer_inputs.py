@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.simulation.sink import SinkState, sink_state
+from fptquant.simulation.sink import SinkMasks, sink_token
 
 _BATCH = 4  # sequences per forward pass
 
@@ -26,53 +26,42 @@ class LayerInputs:
 
     hidden: list[Tensor]  # each (batch, length, hidden)
     arguments: dict[str, Any]
-    tokens: Sequence[Tensor]  # each (batch, length)
-    sink: SinkState | None
-
-    @property
-    def first(self) -> int:
-        """Tokens before this one are constants and do not count."""
-        return 0 if self.sink is None else 1
-
-    def locate(self, tokens: Tensor) -> None:
-        """Puts constants where they belong in `tokens` (batch, length), which a part of the model is about to see."""
-        if self.sink is not None:
-            self.sink.locate(tokens, torch.arange(tokens.shape[1]))
+    masks: list[SinkMasks] | None  # where constants belong, of each batch
+    first: int  # tokens before this one are constants and do not count
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
-        for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
-            self.locate(tokens)
-            yield self.output(layer, hidden)
+        for index, hidden in enumerate(self.hidden):
+            arguments = self.arguments if self.masks is None else {**self.arguments, "sink": self.masks[index]}
+            output = layer(hidden, **arguments)
+            yield output[0] if isinstance(output, tuple) else output
 
-    def output(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states that leave `layer`, of the shape of `hidden`."""
-        output = layer(hidden, **self.arguments)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
-
-    def sequence(self, index: int) -> Tensor:
-        """Hidden states of one sequence, (1, length, hidden), which a layer is about to see."""
+    def sequence(self, index: int) -> LayerInputs:
+        """What enters of one sequence: hidden states (1, length, hidden)."""
         batch, row = divmod(index, _BATCH)
-        self.locate(self.tokens[batch][row][None])
-        return self.hidden[batch][row][None]
+        masks = None if self.masks is None else [SinkMasks(*(mask[row][None] for mask in self.masks[batch]))]
+        return replace(self, hidden=[self.hidden[batch][row][None]], masks=masks)
 
     def run_until_stopped(self, layer: nn.Module) -> None:
         """Runs `layer` on every batch, up to where an observer in it raises `Stop`."""
-        for hidden, tokens in zip(self.hidden, self.tokens, strict=True):
-            self.locate(tokens)
+        for index in range(len(self.hidden)):
+            masks = None if self.masks is None else [self.masks[index]]
             with suppress(Stop):
-                layer(hidden, **self.arguments)
+                next(replace(self, hidden=[self.hidden[index]], masks=masks).run(layer))
 
 
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
     """Runs the model up to its first layer."""
-    inputs = LayerInputs([], {}, torch.split(windows, _BATCH), sink_state(model))
+    hidden: list[Tensor] = []
+    masks: list[SinkMasks] = []
+    arguments: dict[str, Any] = {}
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        inputs.hidden.append(args[0])
-        inputs.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
+        hidden.append(args[0])
+        arguments.update(kwargs)
+        if "sink" in arguments:
+            masks.append(arguments.pop("sink"))
         raise Stop
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
@@ -80,5 +69,10 @@ def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> L
         with suppress(Stop):
             model(window[None], use_cache=False)
     handle.remove()
-    inputs.hidden = [torch.cat(inputs.hidden[i : i + _BATCH]) for i in range(0, len(inputs.hidden), _BATCH)]
-    return inputs
+    batches = [slice(start, start + _BATCH) for start in range(0, len(hidden), _BATCH)]
+    return LayerInputs(
+        [torch.cat(hidden[batch]) for batch in batches],
+        arguments,
+        [SinkMasks(*map(torch.cat, zip(*masks[batch], strict=True))) for batch in batches] if masks else None,
+        first=0 if sink_token(model) is None else 1,
+    )

@@ -17,28 +17,14 @@ from fptquant.checkpoint import (
     packed_words,
     quantize,
     quantized_linear,
-    residual_scale,
     unpack_codes,
 )
+from fptquant.checkpoint.checks import require_positive, require_zero_point
 from fptquant.errors import FPTQuantError
+from fptquant.simulation.buffers import FixedBuffers
 
 
-class ResidualScaleTap:
-    """Forward hook of a norm: keeps S = 1 / RMS of its input for its sub-block, and normalizes with that same S."""
-
-    def __init__(self, eps: float) -> None:
-        """Args: eps is the norm's."""
-        self.eps = eps
-        self.scale: Tensor | None = None
-
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Replaces the norm's output by what serving computes from its input (..., hidden)."""
-        self.scale = residual_scale(args[0], self.eps)
-        normed: Tensor = args[0] * self.scale
-        return normed.to(output.dtype) * norm.get_parameter("weight")
-
-
-class SimulatedLinear(nn.Module):
+class SimulatedLinear(FixedBuffers):
     """y = Q(H(S x)) W^T / S + b, with every part optional, computed exactly as the serving kernels do.
 
     Tensors with the names of the checkpoint format are buffers; `weight` exists until the layer is rounded, `codes`
@@ -52,7 +38,7 @@ class SimulatedLinear(nn.Module):
         bias: bool,
         scheme: LinearScheme | None,
         hadamard_block: int | None = None,
-        tap: ResidualScaleTap | None = None,
+        residual_scaled: bool = False,
     ) -> None:
         """Makes a layer without weights; `from_linear` and `finish_loading` fill it.
 
@@ -62,26 +48,21 @@ class SimulatedLinear(nn.Module):
             bias: whether there is one.
             scheme: what is quantized; None leaves the layer in floating point.
             hadamard_block: block size of T_d at the input, None without.
-            tap: source of S_n, None without.
+            residual_scaled: whether `forward` is given S.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         self.hadamard_block = hadamard_block
         self.hadamard_dtype = torch.float32
-        self.tap = tap
+        self.residual_scaled = residual_scaled
         self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
         self.weight: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        for name in (
-            "codes",
-            "low",
-            "high",
-        ):  # derived: integer weights in float32, bounds of the input codes
-            self.register_buffer(name, None, persistent=False)
-        self.codes: Tensor | None
-        self.low: Tensor | None
-        self.high: Tensor | None
+        # Derived, buffers once they are there: integer weights in float32, bounds of the input codes.
+        self.codes: Tensor | None = None
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
         if scheme is not None:
             words = packed_words(in_features, scheme.weights.bits)
             self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
@@ -116,33 +97,34 @@ class SimulatedLinear(nn.Module):
     def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Replaces the float weight by integer codes (N, K) and channel scales (N, 1)."""
         assert self.scheme is not None
+        limit = 2 ** (self.scheme.weights.bits - 1)
+        assert int(codes.min()) >= -limit and int(codes.max()) < limit, "codes that don't fit into their bits"
         self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
         self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
-        self.codes = codes.float()
+        self._derive("codes", codes.float())
         self.weight = None
 
     def finish_loading(self, name: str) -> None:
         """Prepares the layer after its buffers were read from a checkpoint; `name` is for error messages."""
         if self.scheme is None:
             return
-        scales = {"weight_scale": self.weight_scale}
+        require_positive(f"{name}.weight_scale", self.weight_scale)
         if self.scheme.activations.bits < 16:
-            scales["input_scale"] = self.input_scale
+            require_positive(f"{name}.input_scale", self.input_scale)
+            if not self.scheme.activations.symmetric:
+                require_zero_point(f"{name}.input_zero_point", self.input_zero_point, self.scheme.activations.bits)
             self._set_bounds()
-        for key, value in scales.items():
-            if not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
-                raise FPTQuantError(f"{name}.{key}: not a positive finite scale; the checkpoint is damaged")
         shape = torch.Size((self.out_features, self.in_features))
         if self.weight_shape.tolist() != list(shape):
             raise FPTQuantError(f"{name}.weight_shape: {self.weight_shape.tolist()}, expected {list(shape)}")
-        self.codes = unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float()
+        self._derive("codes", unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float())
 
-    def online(self, x: Tensor) -> Tensor:
-        """The input after residual scale and Hadamard: what is quantized."""
-        if self.tap is not None:
-            assert self.tap.scale is not None, "the norm before this layer has not run"
-            x = x.float() * self.tap.scale
+    def online(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The input after residual scale S (..., 1) and Hadamard: what is quantized."""
+        assert (scale is not None) is self.residual_scaled, "a layer gets S if, and only if, it is residual-scaled"
+        if scale is not None:
+            x = x.float() * scale
         if self.hadamard_block is not None:
             factors = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
             x = block_hadamard(x, *(factor.to(x.device) for factor in factors))
@@ -150,43 +132,52 @@ class SimulatedLinear(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the layer makes of its (online-transformed) input: x^ = s (q - z)."""
-        return self._input_codes(x) * self.input_scale
+        codes, scale = self.quantize_input(x)
+        return codes * scale
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers q - z of an (online-transformed) input (..., K), held in float32, and their scale ()."""
+        assert self.low is not None and self.high is not None, "the input range is not set"
+        return quantize(x, self.input_scale, self.low, self.high), self.input_scale
 
     def float_weight(self) -> Tensor:
         """The weight (N, K) before rounding."""
         assert self.weight is not None, "the layer was rounded already"
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: x (..., K). Returns: (..., N) of the dtype of `x`."""
-        dtype, x = x.dtype, self.online(x)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Args: x (..., K), and S (..., 1) where the layer is scaled. Returns: (..., N) of the dtype of `x`."""
+        dtype, x = x.dtype, self.online(x, scale)
         if self.observer is not None:
             self.observer(x)
         if self.codes is not None:
             output_scale = self.weight_scale.flatten()
             if self.low is not None:
-                x = self._input_codes(x)
-                output_scale = self.input_scale * output_scale
+                x, input_scale = self.quantize_input(x)
+                output_scale = input_scale * output_scale
             y = quantized_linear(x.float(), self.codes, output_scale)
         else:
             assert self.weight is not None, "the layer has neither weights nor codes"
             if self.low is not None:
                 x = self.quantized_input(x)
             y = nn.functional.linear(x.to(self.weight.dtype), self.weight)
-        if self.tap is not None:
-            assert self.tap.scale is not None
-            y = y / self.tap.scale
+        if scale is not None:
+            y = y / scale
         if self.bias is not None:
             y = y + self.bias
         return y.to(dtype)
-
-    def _input_codes(self, x: Tensor) -> Tensor:
-        assert self.low is not None and self.high is not None, "the input range is not set"
-        return quantize(x, self.input_scale, self.low, self.high)  # integers q - z
 
     def _set_bounds(self) -> None:
         assert self.scheme is not None
         zero_point = torch.zeros((), dtype=torch.int32, device=self.input_scale.device)
         if not self.scheme.activations.symmetric:
             zero_point = self.input_zero_point
-        self.low, self.high = code_bounds(zero_point, self.scheme.activations.bits)
+        for name, bound in zip(("low", "high"), code_bounds(zero_point, self.scheme.activations.bits), strict=True):
+            self._derive(name, bound)
+
+    def _derive(self, name: str, value: Tensor) -> None:
+        """Sets one of the derived buffers. An empty one would be in the way of offloading."""
+        if name not in self._buffers:
+            delattr(self, name)
+            self.register_buffer(name, None, persistent=False)
+        setattr(self, name, value)

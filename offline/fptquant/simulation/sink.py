@@ -13,81 +13,115 @@ that starts otherwise needs no wide ranges and keeps the position that its token
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.architectures import Architecture, Role
+from fptquant.checkpoint.checks import DAMAGED, require_finite
 from fptquant.errors import FPTQuantError
 
 KEY, VALUE, STEADY, OUTPUT = "k_sink", "v_sink", "sink_steady", "sink_output"  # names of the tensors in a checkpoint
 _STEADY_DEVIATION = 0.15  # median over first tokens of |x - x_sink| / |x_sink|, of keys and of values
 
 
-class SinkState:
-    """Where the constants belong in the batch at hand; a forward pre-hook of the model."""
+class SinkMasks(NamedTuple):
+    """Tokens that are first in their sequence, each bool (batch, tokens)."""
 
-    def __init__(self, token: int) -> None:
-        """Args: token is the id that gets constants in every layer where it comes first."""
-        self.token = token
-        self.ready = False
-        self.at_token: Tensor | None = None  # (batch, tokens) bool: the token at position 0
-        self.at_start: Tensor | None = None  # any token at position 0
+    at_start: Tensor  # whatever they are
+    at_token: Tensor  # those that the constants were made for
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finds position 0 of each sequence."""
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else (args[0] if args else None)
-        if tokens is None:  # embeddings were given: nothing is known of the tokens
-            self.at_token = self.at_start = None
-            return
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            past = kwargs.get("past_key_values")
-            start = 0 if past is None else past.get_seq_length()
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        self.locate(tokens, positions)
 
-    def locate(self, tokens: Tensor, positions: Tensor) -> None:
-        """Finds position 0 in `tokens` (batch, length), given `positions` of a shape that broadcasts to it."""
-        self.at_start = (positions == 0).expand(tokens.shape)
-        self.at_token = self.at_start & (tokens == self.token)
+class SinkModel(nn.Module):
+    """What base models of every family share in a simulation: they find the first tokens for their layers."""
 
-    def constant(self, owner: nn.Module, name: str) -> Callable[..., Tensor | None]:
-        """Forward hook that puts the buffer `name` of `owner` in place of the output where it belongs."""
+    sink_token: int | None = None  # the id that gets constants in every layer where it comes first; None without
+    sink_ready = False  # whether the constants are there
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self.ready or self.at_start is None or self.at_token is None:
-                return None
-            where = self.at_start if name != OUTPUT and bool(owner.get_buffer(STEADY)) else self.at_token
-            return torch.where(where[..., None], owner.get_buffer(name).flatten().to(output.dtype), output)
+    def first_tokens(self, tokens: Tensor, positions: Tensor, embed: Callable[[Tensor], Tensor]) -> SinkMasks:
+        """Finds position 0 of each sequence.
 
-        return hook
+        Args:
+            tokens: ids (batch, length), or embeddings (batch, length, hidden) in their place: what is embedded as the
+                sink's token is that token to the model.
+            positions: of a shape that broadcasts to (batch, length).
+            embed: the model's embedding.
+        """
+        assert self.sink_token is not None
+        at_start = (positions == 0).expand(tokens.shape[:2])
+        if tokens.dim() == 2:
+            return SinkMasks(at_start, at_start & (tokens == self.sink_token))
+        embedded = embed(torch.full((1, 1), self.sink_token, device=tokens.device)).to(tokens)
+        return SinkMasks(at_start, at_start & (tokens == embedded).all(-1))
+
+
+def find_positions(tokens: Tensor, attention_mask: Any, past_key_values: Any) -> Tensor:
+    """Positions (1 or batch, length) of `tokens` (batch, length, ...) where a caller gives none.
+
+    As `generate` counts them: padding on the left comes before the first position.
+    """
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    indices = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return indices
+    padding = (attention_mask != 0).int().argmax(-1, keepdim=True).to(tokens.device)
+    return (indices - padding).clamp_min(0)
+
+
+def replaced(states: Tensor, constant: Tensor, where: Tensor) -> Tensor:
+    """`states` with `constant` in its place `where`."""
+    return torch.where(where, constant.to(states.dtype), states)
+
+
+def put_output(norm: nn.Module, states: Tensor, masks: SinkMasks | None) -> Tensor:
+    """Puts the constant in place.
+
+    Args:
+        norm: final norm of the model, which holds the constant.
+        states: its output (batch, tokens, hidden).
+        masks: where the first tokens are.
+
+    Raises:
+        FPTQuantError: the constant was offloaded.
+    """
+    if masks is None:
+        return states
+    constant = norm.get_buffer(OUTPUT)
+    if constant.is_meta and not states.is_meta:
+        raise FPTQuantError(f"{OUTPUT} of the final norm was offloaded: offload without offload_buffers=True")
+    return replaced(states, constant.to(states.device), masks.at_token.to(states.device)[..., None])
 
 
 def install_sink(model: PreTrainedModel, architecture: Architecture, token: int) -> None:
-    """Adds empty constants, and the hooks that put them in place once `record_sink` or a checkpoint filled them."""
+    """Adds empty constants to a simulation, to be filled by `record_sink` or a checkpoint."""
     shape = architecture.shape(model.config)
-    state = SinkState(token)
-    model.base_model.register_forward_pre_hook(state, with_kwargs=True)
     for layer in architecture.layer_modules(model):
         attention = layer.get_submodule(architecture.attention)
         attention.register_buffer(STEADY, torch.zeros((), dtype=torch.int32))
-        for name, role in ((KEY, Role.KEY), (VALUE, Role.VALUE)):
+        for name in (KEY, VALUE):
             attention.register_buffer(name, torch.zeros(shape.kv_heads, shape.head_dim, dtype=torch.float32))
-            # RoPE leaves position 0 as it is, so the key may be replaced before it
-            layer.get_submodule(architecture.projections[role]).register_forward_hook(state.constant(attention, name))
     norm = model.get_submodule(architecture.final_norm)
     norm.register_buffer(OUTPUT, torch.zeros(shape.hidden, dtype=torch.float32))
-    norm.register_forward_hook(state.constant(norm, OUTPUT))
-    model.fptquant_sink = state  # a plain attribute, not a module
+    _sink_model(model).sink_token = token
 
 
-def sink_state(model: nn.Module) -> SinkState | None:
-    """The state that `install_sink` made, None without."""
-    state = getattr(model, "fptquant_sink", None)
-    return state if isinstance(state, SinkState) else None
+def sink_token(model: PreTrainedModel) -> int | None:
+    """The token that `install_sink` was told of, None without."""
+    base = model.base_model
+    return base.sink_token if isinstance(base, SinkModel) else None
+
+
+def use_sink(model: PreTrainedModel) -> None:
+    """Turns the constants on, once they are there."""
+    _sink_model(model).sink_ready = True
+
+
+def _sink_model(model: PreTrainedModel) -> SinkModel:
+    base = model.base_model
+    assert isinstance(base, SinkModel), f"{type(base).__name__} is no simulation's"
+    return base
 
 
 @torch.no_grad()
@@ -99,8 +133,8 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
         architecture: its family.
         others: (n,) other tokens that a text may start with, by which steady layers are found.
     """
-    state = sink_state(model)
-    if state is None:
+    token = sink_token(model)
+    if token is None:
         return
     seen: dict[tuple[nn.Module, str], Tensor] = {}
     handles = []
@@ -118,7 +152,7 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
             projection = layer.get_submodule(architecture.projections[role])
             handles.append(projection.register_forward_hook(keep(attention, name)))
     handles.append(norm.register_forward_hook(keep(norm, OUTPUT)))
-    model(torch.cat((torch.tensor([state.token]), others.flatten()))[:, None], use_cache=False)
+    model(torch.cat((torch.tensor([token]), others.flatten()))[:, None], use_cache=False)
     for handle in handles:
         handle.remove()
     for (owner, name), states in seen.items():
@@ -128,7 +162,7 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
         if not others.numel() or max(_deviation(seen[attention, name]) for name in (KEY, VALUE)) > _STEADY_DEVIATION:
             break
         attention.get_buffer(STEADY).fill_(1)
-    state.ready = True
+    use_sink(model)
 
 
 def finish_loading_sink(model: nn.Module) -> None:
@@ -137,12 +171,14 @@ def finish_loading_sink(model: nn.Module) -> None:
     Raises:
         FPTQuantError: a constant is not finite.
     """
-    state = sink_state(model)
-    if state is not None:
-        for name, buffer in model.named_buffers():
-            if name.endswith((KEY, VALUE, OUTPUT)) and not bool(torch.isfinite(buffer).all()):
-                raise FPTQuantError(f"{name}: not finite; the checkpoint is damaged")
-        state.ready = True
+    for base in model.modules():
+        if isinstance(base, SinkModel) and base.sink_token is not None:
+            for name, buffer in model.named_buffers():
+                if name.endswith((KEY, VALUE, OUTPUT)):
+                    require_finite(name, buffer)
+                elif name.endswith(STEADY) and int(buffer) not in (0, 1):
+                    raise FPTQuantError(f"{name} is {int(buffer)}, neither 0 nor 1: {DAMAGED}")
+            base.sink_ready = True
 
 
 def _deviation(states: Tensor) -> float:

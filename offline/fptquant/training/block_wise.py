@@ -107,8 +107,9 @@ def _step(
     with transforms.reused(torch.float32):
         for sequence in chosen:
             with torch.no_grad():  # rotated as the student's residual is
-                goal = transforms.inputs(Role.EMBEDDING, -1, expected.sequence(sequence))
-            found = inputs.output(layer, inputs.sequence(sequence))
+                (target,) = expected.sequence(sequence).hidden
+                goal = transforms.inputs(Role.EMBEDDING, -1, target)
+            (found,) = inputs.sequence(sequence).run(layer)
             error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
             loss = error.square().mean() / size.square().mean() / len(chosen)
             if not bool(torch.isfinite(loss)):

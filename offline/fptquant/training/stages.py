@@ -25,7 +25,7 @@ from fptquant.training.block_wise import train_block_wise
 from fptquant.training.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
 from fptquant.training.local import train_local
 from fptquant.training.optimization import Optimization, transform_groups
-from fptquant.training.state import RunState
+from fptquant.training.state import RunState, restoring
 from fptquant.training.student import Student, integer_student, transform_student
 from fptquant.training.teacher import Teacher
 from fptquant.transforms import TransformSet
@@ -111,7 +111,8 @@ def train_transforms(
         return {}
     finished = state.load(stages_on[-1]) if stages_on else None
     if finished and finished[1]["step"] == trained[stages_on[-1]]:
-        _restore_transforms(transforms, finished[0])
+        with restoring(stages_on[-1]):
+            _restore_transforms(transforms, finished[0])
         return layer_clipping(_part(finished[0], _CLIPPING))
     model = start_transforms(job, stages)
     if recipe.local.steps:
@@ -209,9 +210,10 @@ def _run(
     """Continues a stage to its end, saving its state now and then, and what is `extra`."""
     saved = state.load(name)
     if saved is not None:
-        if transforms is not None:
-            _restore_transforms(transforms, saved[0])
-        optimization.restore(saved[0])
+        with restoring(name):
+            if transforms is not None:
+                _restore_transforms(transforms, saved[0])
+            optimization.restore(saved[0])
 
     def save() -> None:
         tensors = {**(extra or {}), **optimization.state()}
@@ -235,10 +237,11 @@ def _run_block_wise(job: Plan, student: Student, state: RunState, stages: Stages
     saved = state.load(BLOCK_WISE)
     finished = 0
     if saved is not None:
-        finished = saved[1]["step"] // options.steps
-        _restore_transforms(transforms, saved[0])
-        for name, value in _part(saved[0], _CLIPPING).items():
-            clipping[name].data.copy_(value)
+        with restoring(BLOCK_WISE):
+            finished = saved[1]["step"] // options.steps
+            _restore_transforms(transforms, saved[0])
+            for name, value in _part(saved[0], _CLIPPING).items():
+                clipping[name].data.copy_(value)
     if finished == job.layers:
         return
     steps = train_block_wise(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fptquant.errors import FPTQuantError
+from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.files import first_line
 from fptquant.training import parallel
 
 _SIGNATURE = "signature.json"
@@ -109,6 +110,23 @@ class RunState(AbstractContextManager["RunState"]):
 
     def _note(self, name: str, suffix: str = "") -> Path:
         return self.directory / f"{name}{suffix}.json"
+
+
+@contextmanager
+def restoring(name: str) -> Iterator[None]:
+    """For what is done with a loaded state.
+
+    Raises:
+        FPTQuantError: it doesn't fit: an earlier version of the packages wrote it.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, FPTQuantError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise FPTQuantError(
+            f"the state '{name}' of the unfinished run doesn't fit ({first_line(error)}): pass --fresh to start over"
+        ) from None
 
 
 def _write_atomically(file: Path, content: bytes) -> None:

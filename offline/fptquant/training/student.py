@@ -14,8 +14,8 @@ from fptquant.architectures import Architecture, Role
 from fptquant.architectures.base import INPUT_GROUPS
 from fptquant.checkpoint import round_scale
 from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.install import simulated_projection
-from fptquant.simulation.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_state
+from fptquant.simulation.install import become_simulation, simulated_projection
+from fptquant.simulation.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
 from fptquant.training.fake_quant import Estimator, StaticQuantizer
 from fptquant.training.student_weights import (
     FloatWeight,
@@ -81,16 +81,14 @@ class TrainedLinear(nn.Module):
         self.group, self.quantizer = group, group.quantizer
         self.weight, self.sink = weight, sink
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: x (..., K). Returns: (..., N)."""
-        linear = self.linear[0]
-        y, bias = self.weight.product(self.group(linear.online(x), self.weight))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Args: x (..., K), and S (..., 1) where the layer is scaled. Returns: (..., N)."""
+        y, bias = self.weight.product(self.group(self.linear[0].online(x, scale), self.weight))
         if self.sink is not None:
             assert isinstance(self.weight, FloatWeight)
             self.sink.update(self.weight)
-        if linear.tap is not None:
-            assert linear.tap.scale is not None
-            y = y / linear.tap.scale
+        if scale is not None:
+            y = y / scale
         return y if bias is None else y + bias
 
 
@@ -106,10 +104,14 @@ class TrainedKV(KVQuantizer):
             scale = attention.get_buffer(f"{key}_scale").view(-1, 1, 1)
             self.quantizers[key] = StaticQuantizer(scale, zero_point, self.scheme.bits, estimator)
 
-    def codes(self, attention: nn.Module, key: str, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Fake-quantized `states`, and a scale of one."""
-        values = self.quantizers[key](states)
-        return self._keep_sink(attention, key, states, values, torch.ones(1, 1, 1)), torch.ones(1, 1, 1)
+    def scale(self, attention: nn.Module, key: str) -> Tensor:
+        """One."""
+        return torch.ones(1, 1, 1)
+
+    def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
+        """Fake-quantized `states`."""
+        values: Tensor = self.quantizers[key](states)
+        return values
 
 
 @dataclass
@@ -211,21 +213,20 @@ def transform_student(
         estimator: see `fake_quantize`.
         float_weights: leave the weights in floating point, for rounding that comes later.
     """
-    source = sink_state(calibrated)
-    sink_inputs = {} if source is None else _sink_inputs(model, architecture, source.token)
+    token = sink_token(calibrated)
+    sink_inputs = {} if token is None else _sink_inputs(model, architecture, token)
+    become_simulation(model, architecture, transforms.residual_scale)
     rotate_ends(model, architecture, transforms)
     scale_norms(model, architecture, transforms)
-    if source is not None:
-        install_sink(model, architecture, source.token)
-        state = sink_state(model)
-        assert state is not None
-        state.ready = True
+    if token is not None:
+        install_sink(model, architecture, token)
+        use_sink(model)
         model.get_submodule(architecture.final_norm).get_buffer(OUTPUT).copy_(sink_inputs[-1])
     student = Student(model, architecture)
     layers = zip(architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True)
     for index, (layer, quantized) in enumerate(layers):
         attention = layer.get_submodule(architecture.attention)
-        if source is not None:
+        if token is not None:
             attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
         for roles in INPUT_GROUPS:
             group = None
@@ -233,8 +234,9 @@ def transform_student(
                 path = architecture.projections[role]
                 linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                 assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                eps = None if example.tap is None else example.tap.eps
-                online = simulated_projection(layer, architecture, role, None, example.hadamard_block, eps)
+                online = simulated_projection(
+                    layer, architecture, role, None, example.hadamard_block, example.residual_scaled
+                )
                 group = group or GroupInput(len(roles), _input_quantizer(example, estimator))
                 weight: FloatWeight
                 if float_weights or example.scheme is None:
@@ -246,9 +248,7 @@ def transform_student(
                 if sink_inputs and role in (Role.KEY, Role.VALUE):
                     name = KEY if role is Role.KEY else VALUE
                     sink = SinkInput(attention, name, sink_inputs[index])
-                trained = TrainedLinear(online, weight, group, sink)
-                trained._forward_hooks = linear._forward_hooks
-                layer.set_submodule(path, trained)
+                layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
         _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
     model.config._attn_implementation = calibrated.config._attn_implementation
     return student
@@ -312,10 +312,7 @@ def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQua
 
 
 def _replace(student: Student, name: str, linear: SimulatedLinear, group: GroupInput) -> None:
-    trained = TrainedLinear(linear, IntegerWeight(linear), group)
-    # hooks (the constants of a sink) belong to the place, not to the layer
-    trained._forward_hooks = linear._forward_hooks
-    student.model.set_submodule(name, trained)
+    student.model.set_submodule(name, TrainedLinear(linear, IntegerWeight(linear), group))
 
 
 def _replace_cache(student: Student, attention: nn.Module, calibrated: nn.Module, estimator: Estimator) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fptquant.rounding import RoundingOptions
 from fptquant.rounding.gptq import round_gptq
 from fptquant.sensitivity import KINDS, Effect, Probe, Site, sites_of
 from fptquant.simulation import KVQuantizer
-from fptquant.simulation.attention import quantized_attention
+from fptquant.simulation.attention import ATTENTION_NAME, QuantizedAttention
 
 MakeProbe = Callable[..., Probe]
 
@@ -129,11 +130,10 @@ def test_values(make_probe: MakeProbe) -> None:
 
 def test_keys_alone() -> None:
     """Attention with one of keys and values quantized, against what it makes of dequantized ones."""
-    attention = torch.nn.Module()
-    attention.num_key_value_groups, attention.is_causal = 2, True  # type: ignore[assignment]
+    attention = QuantizedAttention()
+    attention.num_key_value_groups, attention.config = 2, SimpleNamespace(_attn_implementation=ATTENTION_NAME)
     scheme = PRECISION.kv_cache
-    quantizer = KVQuantizer(attention, scheme, 2)
-    attention.kv_quantizer = quantizer  # type: ignore[assignment]
+    quantizer = attention.kv_quantizer = KVQuantizer(attention, scheme, 2)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
     arguments: dict[str, Any] = {"attention_mask": None, "scaling": 0.3}
@@ -145,9 +145,9 @@ def test_keys_alone() -> None:
     for sides in ({"k"}, {"v"}, {"k", "v"}):
         quantizer.ready = False
         inputs = [rounded[name] if name in sides else states for name, states in (("k", key), ("v", value))]
-        expected, _ = quantized_attention(attention, query, *inputs, **arguments)
+        expected = attention.attend(query, *inputs, **arguments)
         quantizer.ready, quantizer.sides = True, sides
-        found, _ = quantized_attention(attention, query, key, value, **arguments)
+        found = attention.attend(query, key, value, **arguments)
         torch.testing.assert_close(found, expected)
 
 

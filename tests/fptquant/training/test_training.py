@@ -22,7 +22,7 @@ from fptquant.merging import merge_transforms
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.simulation.layer_inputs import LayerInputs
-from fptquant.simulation.sink import KEY, VALUE, record_sink, sink_state
+from fptquant.simulation.sink import KEY, VALUE, record_sink, sink_token
 from fptquant.training import end_to_end, local, stages
 from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.training.optimization import Optimization, transform_groups
@@ -68,7 +68,7 @@ def quantized(job: planning.Plan) -> Any:
     simulation = load_model(job.source)
     pipeline.transform(job, simulation)
     record_sink(simulation, LLAMA, job.first_tokens)
-    if sink_state(simulation) is not None:
+    if sink_token(simulation) is not None:
         simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
     for _ in calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):
         pass

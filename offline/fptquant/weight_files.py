@@ -1,0 +1,159 @@
+"""Which file of a model directory holds which tensor: decided once, for everything that reads weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fptquant.errors import FPTQuantError
+from fptquant.files import first_line, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it, "BF16"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The tensors of a model directory, each with the one file it is read from."""
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def of(cls, directory: Path) -> WeightFiles:
+        """Takes `model.safetensors`, or the shards that the index names, and reads the headers of those files.
+
+        That also proves that none is truncated. Whatever else lies there is no part of the model. Where two readers
+        could take different files or tensors for the model, it is refused.
+
+        Raises:
+            FPTQuantError: no safetensors, a damaged or missing file, or files that contradict each other.
+        """
+        if not (directory / INDEX).is_file():
+            return cls(directory, _read_header(_single_file(directory)))
+        placed = _weight_map(directory / INDEX)
+        names = sorted(set(placed.values()))
+        if (directory / SINGLE).is_file() and names != [SINGLE]:
+            raise FPTQuantError(
+                f"'{directory}' has both {SINGLE} and an index that names other files: remove {SINGLE}, or {INDEX}, "
+                "whichever isn't the model"
+            )
+        tensors: dict[str, StoredTensor] = {}
+        for name in names:
+            if not (directory / name).is_file():
+                raise FPTQuantError(f"'{directory / name}' is missing, but {INDEX} names it: fetch the model again")
+            found = _read_header(directory / name)
+            _check_placed(directory / name, found, placed)
+            tensors.update(found)
+        return cls(directory, tensors)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor is stored."""
+        return name in self.tensors
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, sorted by name."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def size(self) -> int:
+        """Of the files, in bytes."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and content of every tensor, mapped from its file: a tensor that isn't looked at takes no memory."""
+        for file in self.files:
+            with safe_open(file, framework="pt") as opened:
+                for name, tensor in self.tensors.items():
+                    if tensor.file == file:
+                        yield name, opened.get_tensor(name)
+
+    def require_alone(self) -> None:
+        """Refuses other safetensors files beside these.
+
+        Raises:
+            FPTQuantError: names the first.
+        """
+        others = sorted(set(self.directory.glob("*.safetensors")) - set(self.files))
+        if others:
+            raise FPTQuantError(
+                f"'{others[0]}' is no part of the checkpoint beside it, but vLLM may load it: remove it"
+            )
+
+
+def _single_file(directory: Path) -> Path:
+    shards = sorted(file.name for file in directory.iterdir() if _SHARD.fullmatch(file.name))
+    if not (directory / SINGLE).is_file():
+        if shards:
+            raise FPTQuantError(f"'{directory}' has {shards[0]}, but no {INDEX}: fetch the model again")
+        raise FPTQuantError(f"'{directory}' has no {SINGLE} (other formats aren't read: convert it to safetensors)")
+    if shards:
+        raise FPTQuantError(
+            f"'{directory}' has both {SINGLE} and {shards[0]}, and no {INDEX} that tells which is the model: "
+            "remove the others"
+        )
+    return directory / SINGLE
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name; every file lies beside the index.
+
+    Raises:
+        FPTQuantError: not an index, or one that names a file elsewhere.
+    """
+    placed = read_json(index, unique=True).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise FPTQuantError(f"'{index}' has no weight_map from tensors to files: fetch the model again")
+    names = sorted(set(placed.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise FPTQuantError(f"'{index}' names '{name}', which is no safetensors file beside it: mend the index")
+    folded: dict[str, str] = {}
+    for name in names:
+        if name.casefold() in folded:
+            raise FPTQuantError(
+                f"'{index}' names both {folded[name.casefold()]} and {name}, one file on some disks: mend the index"
+            )
+        folded[name.casefold()] = name
+    return placed
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            return {name: StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise FPTQuantError(f"'{file}' is corrupt or truncated ({first_line(error)}): fetch the model again") from None
+
+
+def _check_placed(file: Path, found: Mapping[str, StoredTensor], placed: Mapping[str, str]) -> None:
+    """Compares what a shard holds with what the index says of it: transformers and vLLM load all that is in a shard.
+
+    Raises:
+        FPTQuantError: names the first tensor that differs.
+    """
+    for name in found:
+        if name not in placed:
+            raise FPTQuantError(f"'{file}' holds {name}, which {INDEX} does not name: fetch the model again")
+        if placed[name] != file.name:
+            raise FPTQuantError(f"'{file}' holds {name}, which {INDEX} places in {placed[name]}: fetch the model again")
+    for name, place in placed.items():
+        if place == file.name and name not in found:
+            raise FPTQuantError(f"'{file}' lacks the tensor {name} that {INDEX} places there: fetch the model again")

@@ -1,0 +1,64 @@
+"""A checkpoint's tensors against the configuration that vLLM computes with (`fptquant.checkpoint.binding`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+from fptquant.checkpoint.binding import UNBOUND, Binding, Watch
+from fptquant.checkpoint.checks import DAMAGED, require_consistent
+from fptquant.errors import FPTQuantError, is_out_of_memory
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def require_bound_config(vllm_config: Any) -> Binding | None:
+    """Compares the configuration in effect, with what the user overrides at start, before the model is built.
+
+    Only where the checkpoint is a local directory; files that come later are left to `require_bound_tensors`.
+
+    Returns:
+        The binding, where it is known already.
+
+    Raises:
+        FPTQuantError: names the field; or a weight file is truncated.
+    """
+    model, checkpoint = vllm_config.model_config, vllm_config.quant_config.checkpoint
+    require_consistent(checkpoint, model.hf_config)
+    binding = Binding.of_files(sorted(Path(model.model).glob("*.safetensors")))
+    if binding is not None:
+        binding.require_config(model.hf_config, checkpoint)
+    return binding
+
+
+@contextmanager
+def one_line_errors(watch: Watch) -> Iterator[None]:
+    """Names the tensor and the remedy where vLLM can't place one, for which it has an assertion or a `KeyError`.
+
+    Raises:
+        FPTQuantError: as said.
+    """
+    try:
+        yield
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FPTQuantError) or is_out_of_memory(error):
+            raise
+        why = " ".join(str(error).split())
+        raise FPTQuantError(
+            f"{watch.current} does not fit the model of config.json{f' ({why})' if why else ''}: {DAMAGED}"
+        ) from None
+
+
+def require_bound_tensors(watch: Watch, vllm_config: Any) -> None:
+    """Compares the tensors that were loaded, and the configuration again; warns of a checkpoint that isn't bound.
+
+    Raises:
+        FPTQuantError: a tensor or field differs, or the binding is missing.
+    """
+    model, checkpoint = vllm_config.model_config, vllm_config.quant_config.checkpoint
+    if not watch.require_bound(model.hf_config, checkpoint):
+        logger.warning_once(UNBOUND, model.model)
