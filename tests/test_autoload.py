@@ -101,7 +101,17 @@ def logits(checkpoint: Path) -> list[float]:
 # tables.
 WAYS = {
     "pipeline": "from transformers import pipeline; model = pipeline('text-generation', PATH).model",
-    "class": "from transformers import LlamaForCausalLM; model = LlamaForCausalLM.from_pretrained(PATH)",
+    # Llama's own class is refused, which takes the quantizer: without it, the answers would be garbage.
+    "class": """
+from transformers import LlamaForCausalLM
+try:
+    LlamaForCausalLM.from_pretrained(PATH)
+except ValueError as error:
+    assert "model_type is 'llama'" in str(error)
+else:
+    raise AssertionError("loaded")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(PATH)""",
     # A hook in front that looks for every module once more, as others have, and threads that all come first.
     "threads": """
 import importlib.util, inspect, sys
