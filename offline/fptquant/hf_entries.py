@@ -47,6 +47,10 @@ def _config_entry(name: str, table: Mapping[str, Any]) -> type:
             return _loaded(name, table, cls)(*args, **kwargs)
 
         @classmethod
+        def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            return _loaded(name, table, cls).get_config_dict(*args, **kwargs)
+
+        @classmethod
         def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
             return _loaded(name, table, cls).from_dict(*args, **kwargs)
 
