@@ -25,7 +25,7 @@ from fptquant.checkpoint import (
     TransformRecord,
     WeightScheme,
     pack_codes,
-    residual_scaled_architecture,
+    quantized_architecture,
     round_scale,
 )
 
@@ -105,7 +105,7 @@ def write(directory: Path, quantization: CheckpointConfig | dict[str, Any] | Non
     config = dict(LLAMA_3_8B)
     if isinstance(quantization, CheckpointConfig):
         config["quantization_config"] = quantization.to_dict()
-        config["architectures"] = [residual_scaled_architecture("LlamaForCausalLM")]
+        config["architectures"] = [quantized_architecture("LlamaForCausalLM")]
     elif quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -30,12 +30,12 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry
 
-    from fptquant.checkpoint import QUANT_METHOD, residual_scaled_architecture
+    from fptquant.checkpoint import QUANT_METHOD, quantized_architecture
     from vllm_fptquant.config import FPTQuantConfig
 
     register_quantization_config(QUANT_METHOD)(FPTQuantConfig)
     ModelRegistry.register_model(
-        residual_scaled_architecture("LlamaForCausalLM"),
+        quantized_architecture("LlamaForCausalLM"),
         "vllm_fptquant.models.llama:FPTQuantLlamaForCausalLM",
     )
     _registered = True

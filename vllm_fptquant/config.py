@@ -14,7 +14,7 @@ from fptquant.checkpoint import (
     QUANT_METHOD,
     CheckpointConfig,
     LinearScheme,
-    residual_scaled_architecture,
+    quantized_architecture,
 )
 from fptquant.errors import FPTQuantError
 from vllm_fptquant.options import ServingOptions
@@ -87,12 +87,12 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         """
         expected = self.checkpoint.own_model_class
         scaled, sink = self.checkpoint.transforms.residual_scale, self.checkpoint.sink is not None
-        prefix = residual_scaled_architecture("")
+        prefix = quantized_architecture("")
         for architecture in getattr(hf_config, "architectures", None) or []:
             if architecture.startswith(prefix) == expected:
                 continue
             if expected:
-                fix = f"set architectures to ['{residual_scaled_architecture(architecture)}']"
+                fix = f"set architectures to ['{quantized_architecture(architecture)}']"
             else:
                 fix = f"set architectures to ['{architecture.removeprefix(prefix)}']"
             raise FPTQuantError(

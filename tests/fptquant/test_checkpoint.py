@@ -29,9 +29,9 @@ from fptquant.checkpoint import (
     packed_words,
     quantize,
     quantize_per_tensor,
+    quantized_architecture,
     quantized_linear,
     residual_scale,
-    residual_scaled_architecture,
     round_scale,
     unpack_codes,
 )
@@ -234,8 +234,8 @@ def test_scheme_for_a_module() -> None:
     assert config.scheme_for("lm_head") is None and config.scheme_for("model.layers.9.mlp.up_proj") is None
 
 
-def test_residual_scaled_architecture_name() -> None:
-    assert residual_scaled_architecture("LlamaForCausalLM") == "FPTQuantLlamaForCausalLM"
+def test_quantized_architecture_name() -> None:
+    assert quantized_architecture("LlamaForCausalLM") == "FPTQuantLlamaForCausalLM"
 
 
 # -- publication --

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from fptquant.architectures.base import Architecture, Role, Shape
 from fptquant.architectures.llama import LLAMA
-from fptquant.checkpoint import MODEL_TYPE_PREFIX, residual_scaled_architecture
+from fptquant.checkpoint import MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.errors import FPTQuantError
 
 FAMILIES: dict[str, Architecture] = {LLAMA.model_type: LLAMA}
@@ -36,7 +36,7 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
     family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
     if family is None or not set(names) <= {
         family.class_name,
-        residual_scaled_architecture(family.class_name),
+        quantized_architecture(family.class_name),
     }:
         known = ", ".join(sorted(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values()))
         raise FPTQuantError(

@@ -28,7 +28,7 @@ from fptquant.checkpoint.schema import (
     TransformRecord,
     WeightScheme,
     match_name,
-    residual_scaled_architecture,
+    quantized_architecture,
 )
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
     "quantize_per_tensor",
     "quantized_linear",
     "residual_scale",
-    "residual_scaled_architecture",
+    "quantized_architecture",
     "round_scale",
     "unpack_codes",
 ]

@@ -198,6 +198,6 @@ def one_line(error: ValidationError) -> str:
     return "; ".join(": ".join(problem) for problem in problems[:3])
 
 
-def residual_scaled_architecture(architecture: str) -> str:
+def quantized_architecture(architecture: str) -> str:
     """Name of our variant of a model class, in the plugin and in transformers."""
     return ARCHITECTURE_PREFIX + architecture

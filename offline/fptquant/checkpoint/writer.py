@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.checkpoint.binding import BINDING, bind
-from fptquant.checkpoint.schema import MODEL_TYPE_PREFIX, residual_scaled_architecture
+from fptquant.checkpoint.schema import MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
 from fptquant.evaluation.recorded import record_logits
 from fptquant.simulation.install import checkpoint_tensors
@@ -69,7 +69,7 @@ def _config_dict(job: Plan) -> dict[str, Any]:
     config: dict[str, Any] = job.source.config.to_diff_dict()
     family = job.source.architecture
     config.update(
-        architectures=[residual_scaled_architecture(family.class_name)],
+        architectures=[quantized_architecture(family.class_name)],
         model_type=f"{MODEL_TYPE_PREFIX}{family.model_type}",
         tie_word_embeddings=False,
         dtype=str(job.dtype).removeprefix("torch."),
