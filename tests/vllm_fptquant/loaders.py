@@ -26,14 +26,16 @@ TOKENS = torch.tensor([0, 5, 17, 100, 9, 30])
 Outcome = Tensor | str
 
 
+def attend(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """In place of `Attention.forward`, where there is no KV cache: every token sees itself only."""
+    heads = (key + value).unflatten(1, (-1, self.head_size))
+    heads = heads.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+    return (query + heads.flatten(1)) / 8
+
+
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """VLLM's distributed state for a world of one, and attention that sees its own token only (there is no cache)."""
-
-    def attend(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        heads = (key + value).unflatten(1, (-1, self.head_size))
-        heads = heads.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-        return (query + heads.flatten(1)) / 8
+    """VLLM's distributed state for a world of one, without a KV cache."""
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Attention, "forward", attend)

@@ -24,6 +24,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from fptquant.errors import FPTQuantError
 from tests.conftest import bound
+from tests.vllm_fptquant.loaders import attend
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 from vllm_fptquant.models.llama import FPTQuantLlamaForCausalLM
 
@@ -103,12 +104,6 @@ class Stage:
 @pytest.fixture
 def stage(checkpoint: Path, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Stage]:
     """`stage(rank, size)`; there is no KV cache, so attention sees its own token only."""
-
-    def attend(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        heads = (
-            (key + value).unflatten(1, (-1, self.head_size)).repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-        )
-        return (query + heads.flatten(1)) / 8
 
     monkeypatch.setattr(Attention, "forward", attend)
     return lambda rank, size: Stage(rank, size, checkpoint, config)

@@ -33,6 +33,7 @@ from fptquant.checkpoint import CheckpointConfig
 from fptquant.errors import FPTQuantError
 from tests.conftest import bound
 from tests.vllm_fptquant.layers import build_linear, expected, quant_config, random_tensors
+from tests.vllm_fptquant.loaders import attend
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 from vllm_fptquant.loading import PREPARED_FORMATS, require_supported_loading
@@ -102,12 +103,6 @@ class Engine:
 @pytest.fixture(autouse=True)
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process, without an accelerator to free memory of."""
-
-    def attend(self: Attention, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        heads = (
-            (key + value).unflatten(1, (-1, self.head_size)).repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-        )
-        return (query + heads.flatten(1)) / 8
 
     monkeypatch.setattr(Attention, "forward", attend)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
