@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fptquant import pipeline, planning
 from fptquant.errors import FPTQuantError
-from fptquant.evaluation.recorded import DEVIATION, deviation
+from fptquant.evaluation.recorded import deviation
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.simulation import linear
@@ -36,12 +36,13 @@ unpacked = linear.unpack_codes
 def test_a_reader_of_another_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides of a comparison would unpack alike; only what was recorded tells."""
     source = open_source(GOLDEN / "w4a4kv4")
-    assert deviation(load_model(source), source.path / "fptquant" / "logits.safetensors") < 1e-4
+    file = source.path / "fptquant" / "logits.safetensors"
+    assert deviation(load_model(source), file).found < 1e-4
     monkeypatch.setattr(linear, "unpack_codes", other_layout)
     with pytest.raises(FPTQuantError, match=r"does not compute what it did when it was written \(logits differ by"):
         load_model(source)
-    found = deviation(load_model(source, recorded=False), source.path / "fptquant" / "logits.safetensors")
-    assert found > 2 * DEVIATION
+    result = deviation(load_model(source, recorded=False), file)
+    assert result.limit < 1 < 1.2 * result.found
 
 
 def test_records_that_are_damaged(tmp_path: Path) -> None:
