@@ -83,12 +83,15 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
     The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
     """
     from fptquant.checkpoint import CheckpointConfig, unpack_codes
+    from fptquant.checkpoint.binding import BINDING
 
     config = json.loads((source / "config.json").read_text())
     schemes = CheckpointConfig.parse(config["quantization_config"])
     tensors = {}
     with safe_open(source / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            if name == BINDING:  # to our config.json
+                continue
             parent, _, leaf = name.rpartition(".")
             tensor = file.get_tensor(name)
             scheme = schemes.scheme_for(parent)
@@ -103,6 +106,7 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
             elif parent != "lm_head" and leaf != "weight_shape":
                 tensors[name] = tensor
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

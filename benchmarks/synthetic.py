@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fptquant.checkpoint import (
+    MODEL_TYPE_PREFIX,
     ActivationScheme,
     CheckpointConfig,
     DownHadamard,
@@ -28,6 +29,7 @@ from fptquant.checkpoint import (
     quantized_architecture,
     round_scale,
 )
+from fptquant.checkpoint.binding import BINDING, bind, checksums
 
 VOCAB, HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM = 128256, 4096, 14336, 32, 8, 128
 LLAMA_3_8B: dict[str, Any] = {
@@ -106,6 +108,7 @@ def write(directory: Path, quantization: CheckpointConfig | dict[str, Any] | Non
     if isinstance(quantization, CheckpointConfig):
         config["quantization_config"] = quantization.to_dict()
         config["architectures"] = [quantized_architecture("LlamaForCausalLM")]
+        config["model_type"] = MODEL_TYPE_PREFIX + "llama"
     elif quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2))
@@ -113,10 +116,19 @@ def write(directory: Path, quantization: CheckpointConfig | dict[str, Any] | Non
         return
     generator = torch.Generator(device).manual_seed(0)
     index: dict[str, str] = {}
-    for number, tensors in enumerate(_parts(quantization, generator)):
-        file = f"model-{number:05}.safetensors"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, directory / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
+    crc32: dict[str, int] = {}
+
+    def save(tensors: dict[str, Tensor]) -> None:
+        file = f"model-{len(set(index.values())):05}.safetensors"
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+        crc32.update(checksums(tensors))
+
+    for tensors in _parts(quantization, generator):
+        save(tensors)
+    if isinstance(quantization, CheckpointConfig):
+        save({BINDING: bind(config, crc32)})
     content = {"metadata": {}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(content))
 
@@ -167,7 +179,7 @@ def _projection(
         scheme = quantization.scheme_for(name)
         assert scheme is not None
         bits, activations = scheme.weights.bits, scheme.activations
-        packed = words(8) if bits == 4 else pack_codes(random(-64, 64, torch.int8, rows, columns), 8)
+        packed = words(8) if bits == 4 else pack_codes(random(-64, 64, torch.int8, rows, columns), bits)
         tensors = {
             f"{name}.weight_packed": packed,
             f"{name}.weight_scale": round_scale(torch.full((rows, 1), scale / 2**bits)),

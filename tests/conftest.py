@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fptquant.checkpoint.binding import BINDING, bind
+from fptquant.checkpoint.binding import BINDING, bind, checksums
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
@@ -191,7 +191,7 @@ def bound(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Ten
     """Altered tensors of a checkpoint, as if they had been its own from the start."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     others = {name: tensor for name, tensor in tensors.items() if name != BINDING}
-    return {**others, BINDING: bind(config, others)}
+    return {**others, BINDING: bind(config, checksums(others))}
 
 
 @pytest.fixture(scope="session")

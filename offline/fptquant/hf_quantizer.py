@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fptquant import hf_models as _hf_models  # noqa: F401  (registers on import)
 from fptquant.architectures import architecture_of
 from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
-from fptquant.checkpoint.binding import BINDING, UNBOUND, Binding, Watch, bind
+from fptquant.checkpoint.binding import BINDING, UNBOUND, Binding, Watch, bind, checksums
 from fptquant.checkpoint.checks import require_consistent, require_fitting
 from fptquant.errors import FPTQuantError
 from fptquant.simulation.attention import ATTENTION_NAME
@@ -90,7 +90,7 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """What `save_pretrained` writes: the tensors, bound again to the configuration that it writes beside them."""
         state = dict(model.state_dict())
         if self.quantization_config.checkpoint.format_version > 1:
-            state[BINDING] = bind(model.config.to_diff_dict(), state)
+            state[BINDING] = bind(model.config.to_diff_dict(), checksums(state))
         return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fptquant.checkpoint import CheckpointConfig, pack_codes, round_scale
-from fptquant.checkpoint.binding import BINDING, bind
+from fptquant.checkpoint.binding import BINDING, bind, checksums
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 64, 2, 4, 2, 32, 96, 128
 EPS = 1e-5
@@ -159,7 +159,7 @@ class TinyLlama:
         }
         (path / "config.json").write_text(json.dumps(config))
         tensors = self.tensors()
-        tensors[BINDING] = bind(config, tensors)
+        tensors[BINDING] = bind(config, checksums(tensors))
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return path
 

@@ -44,9 +44,9 @@ UNBOUND = "%s: written by fptquant before its tensors were bound to config.json:
 _REMEDY = "weights and config.json do not belong together: fetch the checkpoint again, or quantize again"
 
 
-def bind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor that binds `tensors` to `config`, the content of their config.json; uint8 (bytes,)."""
-    record = {"config": dict(config), "crc32": {name: checksum(tensor) for name, tensor in tensors.items()}}
+def bind(config: Mapping[str, Any], crc32: Mapping[str, int]) -> Tensor:
+    """The tensor that binds others, of these checksums, to `config`, the content of config.json; uint8 (bytes,)."""
+    record = {"config": dict(config), "crc32": dict(crc32)}
     return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode()), dtype=torch.uint8)
 
 
@@ -54,6 +54,11 @@ def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's dtype, shape and bytes."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """`checksum` of each tensor."""
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.checkpoint.binding import BINDING, bind
+from fptquant.checkpoint.binding import BINDING, bind, checksums
 from fptquant.checkpoint.schema import MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
 from fptquant.evaluation.recorded import record_logits
@@ -48,7 +48,7 @@ def write_model(job: Plan, model: PreTrainedModel, directory: Path) -> dict[str,
     """Writes what serving needs: config.json, weights, tokenizer. Returns the tensors."""
     config = _config_dict(job)
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model, job.dtype)}
-    tensors[BINDING] = bind(config, tensors)
+    tensors[BINDING] = bind(config, checksums(tensors))
     save_torch_state_dict(tensors, directory, max_shard_size="5GB", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
