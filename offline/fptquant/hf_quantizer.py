@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
@@ -27,12 +25,9 @@ from fptquant.simulation.install import (
     install_simulation,
     require_shared_inputs,
 )
+from fptquant.weight_files import DTYPES, WeightFiles
 
 _log = logging.getLogger(__name__)
-_DTYPES = {  # safetensors' names of the types that the format uses
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
 
 
 class FPTQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -63,27 +58,27 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config.checkpoint
-        self._files: list[str] = kwargs.get("checkpoint_files") or []
-        stored = _stored_tensors(self._files)
-        binding = Binding.of_files(self._files) if self._files else None
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        self._weights = WeightFiles.of_files(Path(model.config.name_or_path), files)
+        binding = Binding.of_files(files)
         if binding is not None:
             binding.require_config(model.config, config)
         require_consistent(config, model.config)
         install_simulation(model, architecture_of(model.config), config)
         drop_quantized_weights(model)
-        if self._files:
-            _require_tensors(model, stored)
+        if files:
+            _require_tensors(model, self._weights)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         finish_loading(model)
         require_shared_inputs(model, architecture_of(model.config))
-        if self._files:
+        if self._weights.tensors:
             watch = Watch()
-            for _ in watch(_read_tensors(self._files)):
+            for _ in watch(self._weights.items()):
                 pass
             if not watch.require_bound(model.config, self.quantization_config.checkpoint):
-                _log.warning(UNBOUND, self._files[0])
+                _log.warning(UNBOUND, self._weights.directory)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,40 +98,13 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _stored_tensors(files: list[str]) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """Dtype and shape of every tensor in these files, by name, from their headers.
-
-    Raises:
-        FPTQuantError: a file is truncated, or a tensor is in two of them.
-    """
-    stored: dict[str, tuple[torch.dtype, list[int]]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no dict)
-                    if name in stored:
-                        raise FPTQuantError(f"{name} is in two of the checkpoint's files: delete the stale one")
-                    part = file.get_slice(name)
-                    stored[name] = (_DTYPES.get(part.get_dtype(), torch.uint8), part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise FPTQuantError(f"'{path}' is corrupt or truncated ({error}): fetch the checkpoint again") from None
-    return stored
-
-
-def _read_tensors(files: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dict)
-                yield name, file.get_tensor(name)
-
-
-def _require_tensors(model: PreTrainedModel, stored: Mapping[str, tuple[torch.dtype, list[int]]]) -> None:
+def _require_tensors(model: PreTrainedModel, weights: WeightFiles) -> None:
     """Refuses weight files without all tensors, which transformers would replace by random values, or with other ones.
 
     Raises:
         FPTQuantError: the first tensor that is missing, unknown, or of another type or shape, is named.
     """
-    expected = model.state_dict()
+    expected, stored = model.state_dict(), weights.tensors
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - {BINDING})
     if missing:
         raise FPTQuantError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}: it is damaged")
@@ -146,7 +114,8 @@ def _require_tensors(model: PreTrainedModel, stored: Mapping[str, tuple[torch.dt
             f"{unknown[0]}: they do not belong together, fetch it again or quantize again"
         )
     for name, tensor in expected.items():
-        require_fitting(name, stored[name], (tensor.dtype, tensor.shape))
+        found = stored[name]
+        require_fitting(name, (DTYPES.get(found.dtype, found.dtype), found.shape), (tensor.dtype, tensor.shape))
 
 
 # Replaces the entry of `hf_entries` in one step, which `register_quantization_config` would refuse; and comes last, so

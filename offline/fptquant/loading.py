@@ -22,13 +22,13 @@ from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
 from fptquant.evaluation.recorded import require_recorded
 from fptquant.files import first_line, read_json
-from fptquant.weight_files import StoredTensor, WeightFiles
+from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*"]
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 # Not weights: buffers that older versions of transformers stored, and computes itself today.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
 _PEEK = 4096  # values, of which one is not 0 in almost every matrix

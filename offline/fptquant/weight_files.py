@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from fptquant.files import first_line, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {  # safetensors' names of the types that weights, codes and scales have
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.IGNORECASE)
 
 
@@ -59,6 +64,21 @@ class WeightFiles:
                 raise FPTQuantError(f"'{directory / name}' is missing, but {INDEX} names it: fetch the model again")
             found = _read_header(directory / name)
             _check_placed(directory / name, found, placed)
+            tensors.update(found)
+        return cls(directory, tensors)
+
+    @classmethod
+    def of_files(cls, directory: Path, files: Iterable[Path]) -> WeightFiles:
+        """Takes the files that a loader has chosen.
+
+        Raises:
+            FPTQuantError: a damaged file, or a tensor in two of them.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            found = _read_header(file)
+            for name in found.keys() & tensors.keys():
+                raise FPTQuantError(f"{name} is in '{file}' and in '{tensors[name].file.name}': delete the stale file")
             tensors.update(found)
         return cls(directory, tensors)
 

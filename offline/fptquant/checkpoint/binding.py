@@ -106,7 +106,7 @@ class Binding:
         Raises:
             FPTQuantError: names the first field that differs, and both values.
         """
-        free = FREE - {"quantization_config"}
+        free = self._free(self.config.get("rope_parameters")) - {"quantization_config"}
         bound, found = (
             {name: value for name, value in content.items() if name not in free} for content in (self.config, config)
         )
@@ -126,13 +126,17 @@ class Binding:
         bound = _flat(CheckpointConfig.parse(self.config["quantization_config"]).to_dict(), "quantization_config.")
         found = _flat(checkpoint.to_dict(), "quantization_config.")
         expected = type(actual).from_dict({**self.config, "quantization_config": None})
-        free = set(FREE)
-        if (getattr(expected, "rope_parameters", None) or {}).get("rope_type", "default") in _ANY_LENGTH:
-            free.add("max_position_embeddings")
+        free = self._free(getattr(expected, "rope_parameters", None))
         for fields, config in ((bound, expected), (found, actual)):
             fields |= _flat({name: value for name, value in config.to_dict().items() if name not in free})
         bound["model_type"] = self.config.get("model_type")
         _require_equal(bound, found)
+
+    @staticmethod
+    def _free(rope: Mapping[str, Any] | None) -> frozenset[str]:
+        """Fields that no logit depends on, under this RoPE."""
+        any_length = (rope or {}).get("rope_type", "default") in _ANY_LENGTH
+        return FREE | ({"max_position_embeddings"} if any_length else set())
 
     def require_tensors(self, found: Mapping[str, int], *, all_of_them: bool = True) -> None:
         """Refuses tensors that are not those that were written.

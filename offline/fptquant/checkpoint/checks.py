@@ -38,13 +38,13 @@ def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
 
 
 def require_fitting(
-    name: str, found: tuple[torch.dtype, Sequence[int]], expected: tuple[torch.dtype, Sequence[int]]
+    name: str, found: tuple[torch.dtype | str, Sequence[int]], expected: tuple[torch.dtype, Sequence[int]]
 ) -> None:
     """Refuses a tensor of another shape, or another type where the type is the format's.
 
     Args:
         name: of the tensor.
-        found: dtype and shape in the checkpoint.
+        found: dtype and shape in the checkpoint; a type that no tensor of ours has is named.
         expected: dtype and shape in the model; 16-bit and 32-bit floating point may stand for each other, except in
             scales and constants, which are float32.
 
@@ -53,7 +53,9 @@ def require_fitting(
     """
     (dtype, shape), (wanted, size) = found, expected
     exact = not wanted.is_floating_point or name.endswith(("_scale", "_sink", "sink_output"))
-    if list(shape) != list(size) or (dtype != wanted if exact else not dtype.is_floating_point):
+    if list(shape) != list(size) or (
+        dtype != wanted if exact else isinstance(dtype, str) or not dtype.is_floating_point
+    ):
         kind = str(wanted).removeprefix("torch.") if exact else "floating point"
         raise FPTQuantError(
             f"{name} is {str(dtype).removeprefix('torch.')} of shape {list(shape)}, not {kind} of shape {list(size)}: "
