@@ -91,9 +91,12 @@ def check_read_back(
 
 def check_recorded(loaded: PreTrainedModel, checkpoint: Path) -> Check:
     """Logits of a fixed prompt against those that were stored when the checkpoint was written (`recorded`)."""
+    name = "logits of a fixed prompt = those recorded"
+    if read_json(checkpoint / "config.json")["quantization_config"]["format_version"] == 1:
+        return Check(name, "format version 1 recorded none", "none", passed=True)
     result = deviation(loaded, checkpoint / EXTRAS / FILE)
     return Check(
-        "logits of a fixed prompt = those recorded",
+        name,
         f"differ by {result.found:.1e} of their spread",
         f"< {result.limit:.2g}" if result.limit < 1 else "none: one turned code moves this model as far",
         result.passed,
