@@ -1,5 +1,6 @@
 """A wheel, built and installed as users do: transformers loads our checkpoints without an `import fptquant`."""
 
+import importlib
 import json
 import os
 import shutil
@@ -33,8 +34,16 @@ class Environment:
         self.site = Path(sysconfig.get_path("purelib", "venv", {"base": str(path), "platbase": str(path)}))
 
     def pip(self, *args: str | Path) -> None:
+        """With the build backend on the path, and nothing else of ours: pip would take it for the environment's own."""
+        backend = self.site.parent / "backend"
+        backend.mkdir(exist_ok=True)
+        for name in ("hatchling", "editables", "packaging", "pathspec", "pluggy", "trove_classifiers"):
+            package = Path(importlib.import_module(name).__file__ or "").parent
+            if not (backend / name).exists():
+                (backend / name).symlink_to(package)
+        command = [sys.executable, "-m", "pip", "--python", self.python, *args]
         offline = ["--disable-pip-version-check", "--no-input"]
-        subprocess.run([sys.executable, "-m", "pip", "--python", self.python, *args, *offline], check=True)
+        subprocess.run([*command, *offline], check=True, env={**os.environ, "PYTHONPATH": str(backend)})
 
     def install(self, *args: str | Path) -> None:
         self.pip("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *args)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fptquant.checkpoint import CheckpointConfig
 from fptquant.errors import FPTQuantError
+from tests.conftest import bound
 from tests.vllm_fptquant.serving import TOLERANCE, check_served, serve
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
@@ -104,8 +106,7 @@ def test_damaged_checkpoint_stops_the_engine_with_one_clear_line(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format_version": 2}, "format_version 2, but this package reads up to 1"),
-        ({"transforms": {"residual_scale": True}}, "architectures to .'FPTQuantLlamaForCausalLM'"),
+        ({"format_version": 3}, "format_version 3, but this package reads up to 2"),
         ({"kv_cash": {}}, "kv_cash"),
     ],
 )
@@ -116,6 +117,8 @@ def test_refused_before_loading(change: dict[str, Any], match: str, tmp_path: Pa
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"].update(change)
     (checkpoint / "config.json").write_text(json.dumps(config))
+    tensors = bound(load_file(checkpoint / "model.safetensors"), checkpoint)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     arguments = EngineArgs(str(checkpoint), dtype="float32", enforce_eager=True, skip_tokenizer_init=True)
     with pytest.raises((FPTQuantError, ValueError), match=match):
         arguments.create_engine_config()

@@ -46,7 +46,9 @@ _REMEDY = "weights and config.json do not belong together: fetch the checkpoint 
 
 def bind(config: Mapping[str, Any], crc32: Mapping[str, int]) -> Tensor:
     """The tensor that binds others, of these checksums, to `config`, the content of config.json; uint8 (bytes,)."""
-    record = {"config": dict(config), "crc32": dict(crc32)}
+    config = dict(config)
+    config["quantization_config"] = {**config["quantization_config"], "producer": {}}  # a record, of where as of how
+    record = {"config": config, "crc32": dict(crc32)}
     return torch.frombuffer(bytearray(json.dumps(record, sort_keys=True).encode()), dtype=torch.uint8)
 
 
