@@ -29,7 +29,7 @@ def require_bound_config(vllm_config: Any) -> Binding | None:
     """
     model, checkpoint = vllm_config.model_config, vllm_config.quant_config.checkpoint
     require_consistent(checkpoint, model.hf_config)
-    binding = Binding.of_files(sorted(Path(model.model).glob("*.safetensors")))
+    binding = Binding.of_directory(Path(model.model))
     if binding is not None:
         binding.require_config(model.hf_config, checkpoint)
     return binding

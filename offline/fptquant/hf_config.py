@@ -32,7 +32,7 @@ class FPTQuantLlamaConfig(LlamaConfig):  # type: ignore[misc]
         content, kwargs = super().get_config_dict(source, **kwargs)
         folder = Path(source)
         if folder.is_dir() and content.get("model_type") == cls.model_type:
-            binding = Binding.of_files(sorted(folder.glob("*.safetensors")))
+            binding = Binding.of_directory(folder)
             if binding is not None:
                 binding.require_file(content)
         return content, kwargs

@@ -1,1 +1,1 @@
-"""Model classes with residual scaling (S_n), one file per family; everything else uses vLLM's own classes."""
+"""Model classes, one file per family; of format version 1, what needs neither S_n nor a sink uses vLLM's own."""

@@ -268,7 +268,6 @@ class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[m
             )
         self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self.vllm_config = vllm_config
         keep_norms_plausible(self)
         self.guard(vllm_config)
 

@@ -27,7 +27,7 @@ class ReloadGuard(Module):
     def guard(self, vllm_config: VllmConfig) -> None:
         """Notes what is served; called once the model is built."""
         self.running = False
-        self._config = vllm_config
+        self.vllm_config = vllm_config
         self._served = served_config(vllm_config.model_config)
         self._reloading = self._failed = False
         self._reloaded: set[str] = set()  # parameters
@@ -51,7 +51,7 @@ class ReloadGuard(Module):
             return
         if self._failed:
             raise FPTQuantError("loading weights into the running model failed before: start vLLM again")
-        require_same_config(self._config.model_config, self._served)
+        require_same_config(self.vllm_config.model_config, self._served)
         self._reloading = self._failed = True
         loaded: set[str] = set()
         yield loaded

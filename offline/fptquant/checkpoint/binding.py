@@ -99,6 +99,11 @@ class Binding:
                 raise FPTQuantError(f"'{path}' is corrupt or truncated ({error}): fetch the checkpoint again") from None
         return None
 
+    @classmethod
+    def of_directory(cls, folder: Path) -> Binding | None:
+        """The binding in a checkpoint directory, None without; as `of_files`."""
+        return cls.of_files(sorted(folder.glob("*.safetensors")))
+
     def require_file(self, config: Mapping[str, Any]) -> None:
         """Refuses a config.json that is not the one that was written, before anything is made of its fields.
 

@@ -143,27 +143,29 @@ def set_exact(model: PreTrainedModel) -> None:
 
     Attention and the online Hadamard are computed in float64 and rounded once (`checkpoint.exact_attention`).
     """
-    for module in model.modules():
-        if isinstance(module, SimulatedLinear):
-            module.hadamard_dtype = torch.float64
-        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
-            module.kv_quantizer.exact = True
+    for owner, name, value in _exact_settings(model):
+        setattr(owner, name, value)
 
 
 @contextmanager
 def exactly(model: PreTrainedModel) -> Iterator[None]:
     """`set_exact` for as long as the context lasts."""
-    owners: list[tuple[Any, str]] = [(linear, "hadamard_dtype") for _, linear in simulated_linears(model)]
-    for module in model.modules():
-        if isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
-            owners.append((module.kv_quantizer, "exact"))
-    before = [getattr(owner, name) for owner, name in owners]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _exact_settings(model)]
     set_exact(model)
     try:
         yield
     finally:
-        for (owner, name), value in zip(owners, before, strict=True):
+        for owner, name, value in before:
             setattr(owner, name, value)
+
+
+def _exact_settings(model: PreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
+    """Owner, attribute and value of what exact mode sets."""
+    for module in model.modules():
+        if isinstance(module, SimulatedLinear):
+            yield module, "hadamard_dtype", torch.float64
+        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            yield module.kv_quantizer, "exact", True
 
 
 def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:
