@@ -80,7 +80,7 @@ def evaluate(checkpoint: Path, count: int) -> dict[str, float | str | None]:
     from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine
     from fptquant.loading import load_model, open_source
-    from fptquant.simulation.install import set_exact
+    from fptquant.simulate.install import set_exact
 
     source = open_source(checkpoint)
     windows = evaluation_windows(source.tokenizer, ROOT / "tests" / "data" / "wiki.test.txt", count, 512)

@@ -82,8 +82,8 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
 
     The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
     """
-    from fptquant.checkpoint import CheckpointConfig, unpack_codes
-    from fptquant.checkpoint.binding import BINDING
+    from fptquant.format import CheckpointConfig, unpack_codes
+    from fptquant.format.binding import BINDING
 
     config = json.loads((source / "config.json").read_text())
     schemes = CheckpointConfig.parse(config["quantization_config"])

@@ -208,7 +208,7 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
     from fptquant.evaluation.dynamic import use_dynamic_ranges
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.loading import load_model, open_source
-    from fptquant.training.teacher import Teacher
+    from fptquant.train.teacher import Teacher
 
     source = open_source(fetch())
     row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None, "commit": commit()}

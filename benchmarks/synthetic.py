@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fptquant.checkpoint import (
+from fptquant.format import (
     MODEL_TYPE_PREFIX,
     ActivationScheme,
     CheckpointConfig,
@@ -29,7 +29,7 @@ from fptquant.checkpoint import (
     quantized_architecture,
     round_scale,
 )
-from fptquant.checkpoint.binding import BINDING, bind, checksums
+from fptquant.format.binding import BINDING, bind, checksums
 
 VOCAB, HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM = 128256, 4096, 14336, 32, 8, 128
 LLAMA_3_8B: dict[str, Any] = {

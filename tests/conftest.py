@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fptquant.checkpoint.binding import BINDING, bind, checksums
+from fptquant.format.binding import BINDING, bind, checksums
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,12 @@ def digests(kind: str, recipe: dict[str, Any], folder: Path, arguments: list[str
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = ["quantize", folder / "model", "--output", folder / "out", "--recipe", folder / "recipe.yaml"]
     sys.argv = ["fptquant", *map(str, command), *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        if end.code:
-            raise
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
     found = {}
     for file in sorted((folder / "out").rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fptquant import hf_entries, pipeline, planning
-from fptquant.architectures import FAMILIES
-from fptquant.checkpoint import MODEL_TYPE_PREFIX, QUANT_METHOD
+from fptquant import hf_entries, pipeline
+from fptquant.format import MODEL_TYPE_PREFIX, QUANT_METHOD
 from fptquant.recipe import Recipe
+from fptquant.run.job import open_job
+from fptquant.wiring import FAMILIES
 from tests.conftest import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..
     folder = tmp_path_factory.mktemp("quantized")
     calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
     model = save_model(folder / "model", "gqa")
-    job = planning.plan(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
+    job = open_job(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
     pipeline.quantize(job, folder / "out")
     return folder / "out"
 

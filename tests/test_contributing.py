@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fptquant.architectures import architecture_of
-from fptquant.merging import merge_transforms
 from fptquant.transforms import TransformSet
 from fptquant.transforms.base import TransformOptions
+from fptquant.transforms.merging import merge_transforms
+from fptquant.wiring import architecture_of
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 

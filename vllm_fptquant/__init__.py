@@ -30,7 +30,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.models import ModelRegistry
 
-    from fptquant.checkpoint import QUANT_METHOD, quantized_architecture
+    from fptquant.format import QUANT_METHOD, quantized_architecture
     from vllm_fptquant.config import FPTQuantConfig
 
     register_quantization_config(QUANT_METHOD)(FPTQuantConfig)

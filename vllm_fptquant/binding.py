@@ -1,4 +1,4 @@
-"""A checkpoint's tensors against the configuration that vLLM computes with (`fptquant.checkpoint.binding`)."""
+"""A checkpoint's tensors against the configuration that vLLM computes with (`fptquant.format.binding`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from fptquant.checkpoint.binding import UNBOUND, Binding, Watch
-from fptquant.checkpoint.checks import DAMAGED, require_consistent
 from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.format.binding import UNBOUND, Binding, Watch
+from fptquant.format.checks import DAMAGED, require_consistent
 
 logger = init_logger(f"vllm.{__name__}")
 

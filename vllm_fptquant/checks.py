@@ -1,4 +1,4 @@
-"""Checks on tensors that some kernels need; those that every reader makes are in `fptquant.checkpoint.checks`."""
+"""Checks on tensors that some kernels need; those that every reader makes are in `fptquant.format.checks`."""
 
 from __future__ import annotations
 

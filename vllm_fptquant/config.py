@@ -10,13 +10,13 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.platforms import current_platform
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     QUANT_METHOD,
     CheckpointConfig,
     LinearScheme,
     quantized_architecture,
 )
-from fptquant.errors import FPTQuantError
 from vllm_fptquant.options import ServingOptions
 from vllm_fptquant.versions import require_extension
 

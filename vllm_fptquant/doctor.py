@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     ActivationScheme,
     LinearScheme,
     WeightScheme,
@@ -21,7 +22,6 @@ from fptquant.checkpoint import (
     quantize,
     round_scale,
 )
-from fptquant.errors import FPTQuantError
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, Kernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.operator import PreparedLinear

@@ -11,7 +11,7 @@ from torch.nn import Module
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from fptquant.checkpoint import KVCacheScheme, LinearScheme
+from fptquant.format import KVCacheScheme, LinearScheme
 
 RANGE = 8.0  # of static quantizers: from -4 to 4, for inputs of about unit variance
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from fptquant.checkpoint import exact_attention
+from fptquant.format import exact_attention
 
 
 class ExactAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]

@@ -23,9 +23,9 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
-from fptquant.checkpoint import KVCacheScheme, code_bounds, quantize
-from fptquant.checkpoint.checks import require_positive, require_zero_point
 from fptquant.errors import FPTQuantError
+from fptquant.format import KVCacheScheme, code_bounds, quantize
+from fptquant.format.checks import require_positive, require_zero_point
 from vllm_fptquant.dummy import fill_kv_cache, has_dummy_weights
 from vllm_fptquant.loading import consume, is_consumed, require_not_failed, set_buffer
 
@@ -86,7 +86,7 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         Args:
             quant_config: of the checkpoint.
             scheme: of the cache.
-            sink: whether the checkpoint has constant keys and values (`fptquant.simulation.sink`).
+            sink: whether the checkpoint has constant keys and values (`fptquant.simulate.sink`).
             exact: as in `vllm_fptquant.exact`.
         """
         super().__init__(quant_config)

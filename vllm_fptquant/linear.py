@@ -20,9 +20,9 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from fptquant.checkpoint import LinearScheme, hadamard_factors, packed_words, unpack_codes
-from fptquant.checkpoint.checks import require_positive, require_shared, require_zero_point
 from fptquant.errors import FPTQuantError
+from fptquant.format import LinearScheme, hadamard_factors, packed_words, unpack_codes
+from fptquant.format.checks import require_positive, require_shared, require_zero_point
 from vllm_fptquant.dummy import fill_linear, has_dummy_weights
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fptquant.checkpoint.schema import one_line
 from fptquant.errors import FPTQuantError
+from fptquant.format.schema import one_line
 
 
 class ServingOptions(BaseModel):

@@ -102,12 +102,11 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
-    from fptquant import pipeline
-    from fptquant.checkpoint.publication import Publication
+    from fptquant import parallel, pipeline
     from fptquant.evaluation.vllm_backend import on_gpu
-    from fptquant.planning import plan
     from fptquant.recipe import Recipe
-    from fptquant.training import parallel
+    from fptquant.run.job import open_job
+    from fptquant.run.publication import Publication
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
     fields: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -139,7 +138,7 @@ def quantize(
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
     with err.status("checking model, recipe and calibration text"):
-        job = plan(model, chosen)
+        job = open_job(model, chosen)
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
@@ -191,13 +190,13 @@ def verify(
     from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
     from fptquant.evaluation.vllm_backend import VLLMEngine, on_gpu, vllm_installed
     from fptquant.loading import open_source
-    from fptquant.planning import plan_of
-    from fptquant.simulation.install import set_exact
+    from fptquant.run.job import job_of
+    from fptquant.simulate.install import set_exact
 
     _quiet_transformers()
     vllm = vllm and vllm_installed()
     open_source(checkpoint).require_length("--length", length, generated=int(vllm))
-    job = plan_of(checkpoint, against)
+    job = job_of(checkpoint, against)
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
     tokens = evaluation_windows(job.source.tokenizer, text, windows, length)
@@ -314,8 +313,8 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
-    from fptquant.planning import plan
     from fptquant.recipe import Recipe
+    from fptquant.run.job import open_job
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 
@@ -328,7 +327,7 @@ def sensitivity(
     if plot_file:
         check_plot(plot_file)
     _quiet_transformers()
-    job = plan(model, Recipe.load(recipe).changed("options", OPTIONS, **fields))
+    job = open_job(model, Recipe.load(recipe).changed("options", OPTIONS, **fields))
     show_notes(job.source)
     sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
     if not sites:

@@ -22,7 +22,7 @@ from fptquant.progress import Stages
 
 if TYPE_CHECKING:
     from fptquant.loading import Source
-    from fptquant.planning import Plan
+    from fptquant.run.job import Job
 
 err = Console(stderr=True)
 out = Console()
@@ -58,9 +58,9 @@ class RichStages(Stages):
         self._bar.stop()
 
 
-def plan_table(job: Plan, output: Path) -> Table:
+def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
-    from fptquant.planning import sink_obstacle
+    from fptquant.run.job import sink_obstacle
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config

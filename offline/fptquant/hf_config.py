@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig
 
-from fptquant.checkpoint import MODEL_TYPE_PREFIX
-from fptquant.checkpoint.binding import Binding
 from fptquant.errors import FPTQuantError
+from fptquant.format import MODEL_TYPE_PREFIX
+from fptquant.format.binding import Binding
 
 
 class FPTQuantLlamaConfig(LlamaConfig):  # type: ignore[misc]

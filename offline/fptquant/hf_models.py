@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
-from fptquant.checkpoint.binding import BINDING
 from fptquant.errors import FPTQuantError
+from fptquant.format.binding import BINDING
 from fptquant.hf_config import FPTQuantLlamaConfig
 
 

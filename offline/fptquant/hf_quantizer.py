@@ -13,19 +13,19 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fptquant import hf_models as _hf_models  # noqa: F401  (registers on import)
-from fptquant.architectures import architecture_of
-from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
-from fptquant.checkpoint.binding import BINDING, UNBOUND, Binding, Watch, bind, checksums
-from fptquant.checkpoint.checks import require_consistent, require_fitting
 from fptquant.errors import FPTQuantError
-from fptquant.simulation.attention import ATTENTION_NAME
-from fptquant.simulation.install import (
+from fptquant.format import QUANT_METHOD, CheckpointConfig
+from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch, bind, checksums
+from fptquant.format.checks import require_consistent, require_fitting
+from fptquant.simulate.attention import ATTENTION_NAME
+from fptquant.simulate.install import (
     drop_quantized_weights,
     finish_loading,
     install_simulation,
     require_shared_inputs,
 )
 from fptquant.weight_files import DTYPES, WeightFiles
+from fptquant.wiring import architecture_of
 
 _log = logging.getLogger(__name__)
 

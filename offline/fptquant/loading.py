@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
-from fptquant.architectures import Architecture, architecture_of, check_model_type
-from fptquant.checkpoint import QUANT_METHOD
-from fptquant.checkpoint.writer import EXTRAS
 from fptquant.errors import FPTQuantError, is_out_of_memory
-from fptquant.evaluation.recorded import FILE as RECORDED_LOGITS
-from fptquant.evaluation.recorded import require_recorded
 from fptquant.files import first_line, read_json
+from fptquant.format import QUANT_METHOD
+from fptquant.format.schema import EXTRAS
+from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
+from fptquant.simulate.recorded import require_recorded
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
+from fptquant.wiring import Architecture, architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

@@ -12,24 +12,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.calibration import calibrate_and_round
+from fptquant import parallel
+from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.smoothing import start_is_measured
-from fptquant.checkpoint.publication import Publication
-from fptquant.checkpoint.writer import EXTRAS, write_checkpoint
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
+from fptquant.format.schema import EXTRAS
+from fptquant.layers.store import restoring
 from fptquant.loading import load_model, open_source
-from fptquant.merging import merge_transforms, round_floats
-from fptquant.planning import Plan, replanned
 from fptquant.progress import Stages, peak_memory
-from fptquant.rehearsal import rehearse
 from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
-from fptquant.sensitivity import spend
-from fptquant.simulation import install_simulation
-from fptquant.simulation.sink import record_sink
-from fptquant.training import parallel
-from fptquant.training.stages import (
+from fptquant.run.job import Job, with_recipe
+from fptquant.run.publication import Publication
+from fptquant.run.rehearsal import rehearse
+from fptquant.run.state import RunState
+from fptquant.run.state_size import state_bytes
+from fptquant.run.training import (
     SHORTER,
     MetricsFile,
     checkpointing,
@@ -38,8 +37,11 @@ from fptquant.training.stages import (
     train_scales,
     train_transforms,
 )
-from fptquant.training.state import RunState, restoring
-from fptquant.training.state_size import state_bytes
+from fptquant.run.writer import write_checkpoint
+from fptquant.sensitivity import spend
+from fptquant.simulate import install_simulation
+from fptquant.simulate.sink import record_sink
+from fptquant.transforms.merging import merge_transforms, round_floats
 from fptquant.weight_files import WeightFiles
 
 # The same command again would only repeat the end.
@@ -60,7 +62,7 @@ class Summary:
 
 
 def quantize(
-    job: Plan, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
+    job: Job, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
@@ -123,7 +125,7 @@ def quantize(
             expected = logits(model, probe)
             del model
         with stages.stage("read back"):
-            check_read_back(expected, staging, probe)
+            require_read_back(expected, staging, probe)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=publication.target.name,
@@ -141,7 +143,7 @@ def quantize(
     return summary
 
 
-def prepare(job: Plan, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Publication, RunState]:
+def prepare(job: Job, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Publication, RunState]:
     """Checks everything about the output, and writes nothing: arguments and errors are those of `quantize`."""
     publication = Publication(output, overwrite=overwrite)
     if parallel.is_main():
@@ -157,20 +159,20 @@ def prepare(job: Plan, output: Path, *, overwrite: bool, fresh: bool) -> tuple[P
     return publication, state
 
 
-def require_space(job: Plan, publication: Publication, state: RunState) -> None:
+def require_space(job: Job, publication: Publication, state: RunState) -> None:
     """Raises FPTQuantError when checkpoint and state, which is kept until the end, don't fit on the disk."""
     there = folder_size(state.directory)  # continued from, or removed
     publication.require_space(job.output_bytes + max(0, state_bytes(job) - there))
 
 
-def spend_budget(job: Plan, state: RunState, stages: Stages) -> tuple[Plan, dict[str, Any]]:
+def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:
     """The job with overrides in place of its budget, and the record of how they were chosen."""
     stored = state.load("budget")
     if stored is not None:
         facts = stored[1]
         with restoring("budget"):
             recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
-            return replanned(job, recipe), facts["record"]
+            return with_recipe(job, recipe), facts["record"]
     with stages.stage("load for the budget"):
         model = transformed(job)
     changed, spending = spend(job, model, stages)
@@ -192,7 +194,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> None:
+def transform(job: Job, model: PreTrainedModel, stages: Stages | None = None) -> None:
     """Merges the transforms and installs the online ones; the model computes what it did before."""
     merging = merge_transforms(model, job.source.architecture, job.transforms)
     for _ in (stages or Stages()).track(merging, job.layers):
@@ -200,7 +202,7 @@ def transform(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -
     install_simulation(model, job.source.architecture, job.config)
 
 
-def started(job: Plan, stages: Stages) -> PreTrainedModel:
+def started(job: Job, stages: Stages) -> PreTrainedModel:
     """`transformed`, with the transforms at their start; in stages of its own."""
     if start_is_measured(job.transforms):
         start_transforms(job, stages)
@@ -208,7 +210,7 @@ def started(job: Plan, stages: Stages) -> PreTrainedModel:
         return transformed(job, stages)
 
 
-def transformed(job: Plan, stages: Stages | None = None) -> PreTrainedModel:
+def transformed(job: Job, stages: Stages | None = None) -> PreTrainedModel:
     """The source with its transforms merged and a constant first token computed, nothing quantized."""
     model = load_model(job.source)
     transform(job, model, stages)
@@ -223,7 +225,7 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return result
 
 
-def check_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
+def require_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
     """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
 
     Raises:

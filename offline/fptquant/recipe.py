@@ -12,15 +12,16 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from fptquant.checkpoint import ActivationScheme, KVCacheScheme, Override, WeightScheme
-from fptquant.checkpoint.schema import ModulePattern
+from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
-from fptquant.quantizers import InputRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.format import ActivationScheme, KVCacheScheme, Override, WeightScheme
+from fptquant.format.schema import ModulePattern
+from fptquant.quantize import InputRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.quantize.rounding import RoundingOptions
 from fptquant.recipe_errors import explain
-from fptquant.rounding import RoundingOptions
-from fptquant.training.block_wise import BlockWiseOptions
-from fptquant.training.end_to_end import EndToEndOptions, TransformTrainingOptions
-from fptquant.training.local import LocalOptions
+from fptquant.train.block_wise import BlockWiseOptions
+from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions
+from fptquant.train.local import LocalOptions
 from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
 
 
@@ -66,24 +67,6 @@ PRECISIONS: dict[str, Precision] = {
     "w4a16": _precision(16, 16),
     "w4a4kv4-symmetric": _precision(4, 4, symmetric=True),
 }
-
-
-class CalibrationOptions(BaseModel):
-    """The text that ranges and rounding are fitted to."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: str = Field(
-        "builtin",
-        description="'builtin', a text file, or a dataset (file, directory or hub name); "
-        "'text:' in front takes JSON and the like as text",
-    )
-    config: str | None = Field(None, description="configuration name of a dataset")
-    split: str = "train"
-    field: str = Field("text", description="column of a dataset: text, chats (through the chat template) or token ids")
-    sequences: PositiveInt = 64
-    length: int = Field(512, ge=8)
-    special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")
 
 
 class TrainingData(BaseModel):

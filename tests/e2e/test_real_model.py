@@ -10,13 +10,13 @@ import torch
 from fptquant.evaluation.equivalence import check_function_preserved
 from fptquant.evaluation.perplexity import measure, transformers_scorer
 from fptquant.loading import Source, load_model, open_source
-from fptquant.planning import plan
 from fptquant.recipe import Recipe
+from fptquant.run.job import open_job
 
 
 def test_random_transforms_preserve_the_function(source: Source, windows: torch.Tensor) -> None:
     """T6: relative logit change below 1e-4, perplexity change below 0.01."""
-    job = plan(source.path, Recipe())
+    job = open_job(source.path, Recipe())
     job.transforms.randomize_(torch.Generator().manual_seed(0), strength=0.1)
     check, transformed = check_function_preserved(job, windows[:2])
     assert check.passed, check

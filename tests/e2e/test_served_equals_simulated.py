@@ -11,7 +11,7 @@ from fptquant.evaluation.equivalence import check_greedy, check_served, check_se
 from fptquant.evaluation.perplexity import transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
-from fptquant.simulation.install import set_exact
+from fptquant.simulate.install import set_exact
 
 pytestmark = pytest.mark.vllm
 

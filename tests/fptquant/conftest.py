@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import fptquant.rounding
-from fptquant.architectures.llama import LLAMA
-from fptquant.calibration import calibrate_and_round
-from fptquant.checkpoint import CheckpointConfig, DownHadamard, TransformRecord
-from fptquant.merging import merge_transforms
-from fptquant.planning import head_scheme
+import fptquant.quantize.rounding
+from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.format import CheckpointConfig, DownHadamard, TransformRecord
 from fptquant.recipe import Recipe
-from fptquant.simulation import install_simulation
+from fptquant.run.job import head_scheme
+from fptquant.simulate import install_simulation
 from fptquant.transforms import TransformSet
+from fptquant.transforms.merging import merge_transforms
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import VOCABULARY
 
 
@@ -30,13 +30,13 @@ def windows() -> Tensor:
 def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every Hessian that GPTQ is handed during the test, in order."""
     seen: list[Tensor] = []
-    original = fptquant.rounding.ROUNDERS["gptq"]
+    original = fptquant.quantize.rounding.ROUNDERS["gptq"]
 
     def spy(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: object) -> Tensor:
         seen.append(hessian.clone())
         return original(weight, scale, bits, hessian, options)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(fptquant.rounding.ROUNDERS, "gptq", spy)
+    monkeypatch.setitem(fptquant.quantize.rounding.ROUNDERS, "gptq", spy)
     return seen
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fptquant.calibration import calibration_windows
-from fptquant.calibration.text import fingerprint, leading_tokens
+from fptquant.calibration.options import CalibrationOptions
+from fptquant.calibration.text import calibration_windows, fingerprint, leading_tokens
 from fptquant.errors import FPTQuantError
-from fptquant.quantizers import RangeOptions, search_range
-from fptquant.recipe import CalibrationOptions, Recipe
-from fptquant.simulation import simulated_linears
+from fptquant.quantize import RangeOptions, search_range
+from fptquant.recipe import Recipe
+from fptquant.simulate import simulated_linears
 from tests.conftest import TEXT, VOCABULARY
 
 Simulate = Callable[..., LlamaForCausalLM]
@@ -279,10 +279,10 @@ def test_layers_that_share_an_input_share_its_quantizer(
 def test_calibration_ends_the_same_for_any_batching(
     make_model: MakeModel, simulate: Simulate, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fptquant.simulation import layer_inputs
+    from fptquant.layers import inputs
 
     first = simulate(make_model("gqa"), windows)
-    monkeypatch.setattr(layer_inputs, "_BATCH", 3)
+    monkeypatch.setattr(inputs, "_BATCH", 3)
     second = simulate(make_model("gqa"), windows)
     for key, tensor in first.state_dict().items():
         if key.endswith("_scale"):

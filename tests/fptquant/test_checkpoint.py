@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     CheckpointConfig,
     Override,
     WeightScheme,
@@ -35,8 +36,7 @@ from fptquant.checkpoint import (
     round_scale,
     unpack_codes,
 )
-from fptquant.checkpoint.publication import Publication, is_disk_full
-from fptquant.errors import FPTQuantError
+from fptquant.run.publication import Publication, is_disk_full
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 SCALES = st.floats(2**-20, 2**10, width=32)

@@ -20,10 +20,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fptquant
-from fptquant import cli, pipeline, planning
-from fptquant.checkpoint import writer
-from fptquant.checkpoint.publication import Publication
-from fptquant.training.state import RunState
+from fptquant import cli, pipeline
+from fptquant.run import writer
+from fptquant.run.job import open_job
+from fptquant.run.publication import Publication
+from fptquant.run.state import RunState
 from tests.conftest import TEXT, bound
 
 ROOT = Path(fptquant.__file__).parents[1]
@@ -80,7 +81,7 @@ def model(model_dir: Path, tmp_path: Path) -> Path:
 def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, calibration: Path) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "out"
     recipe = fptquant.recipe.Recipe().changed(calibration={"source": str(calibration), "sequences": 4, "length": 32})
-    pipeline.quantize(planning.plan(model_dir, recipe), out)
+    pipeline.quantize(open_job(model_dir, recipe), out)
     return out
 
 
@@ -750,7 +751,7 @@ def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
 def test_help_names_every_choice(run: Run) -> None:
     text = run("quantize", "--help").out + run("sensitivity", "--help").out
     words = re.findall(r"[\w-]+", text)
-    for name in (*fptquant.recipe.PRECISIONS, *fptquant.rounding.ROUNDERS):
+    for name in (*fptquant.recipe.PRECISIONS, *fptquant.quantize.rounding.ROUNDERS):
         assert words.count(name) >= 2, name
 
 

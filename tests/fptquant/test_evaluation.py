@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fptquant.architectures.llama import LLAMA
-from fptquant.checkpoint import LinearScheme
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.comparison import compare
 from fptquant.evaluation.dynamic import use_dynamic_ranges
 from fptquant.evaluation.equivalence import _largest_difference, check_served
 from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
-from fptquant.quantizers import RangeOptions, search_range
-from fptquant.simulation import SimulatedLinear
-from fptquant.training.teacher import Teacher
+from fptquant.format import LinearScheme
+from fptquant.quantize import RangeOptions, search_range
+from fptquant.simulate import SimulatedLinear
+from fptquant.train.teacher import Teacher
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import TEXT, VOCABULARY, build_model
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fptquant.loading import load_model, open_source
-from fptquant.simulation.install import exactly
+from fptquant.simulate.install import exactly
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

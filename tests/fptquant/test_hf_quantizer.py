@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fptquant import pipeline, planning
-from fptquant.checkpoint.binding import BINDING
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
+from fptquant.format.binding import BINDING
 from fptquant.recipe import Recipe
-from fptquant.simulation import SimulatedLinear
+from fptquant.run.job import open_job
+from fptquant.simulate import SimulatedLinear
 from tests.conftest import TEXT
 
 
@@ -22,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..
     folder = tmp_path_factory.mktemp("quantized")
     model = save_model(folder / "model", "bias", torch.bfloat16)
     calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
-    job = planning.plan(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
+    job = open_job(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
     pipeline.quantize(job, folder / "out")
     return folder / "out"
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from fptquant.architectures import Role
-from fptquant.architectures.llama import LLAMA
-from fptquant.checkpoint import CheckpointConfig
-from fptquant.merging import merge_transforms, round_floats
+from fptquant.format import CheckpointConfig
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
+from fptquant.transforms.merging import merge_transforms, round_floats
+from fptquant.wiring import Role
+from fptquant.wiring.llama import LLAMA
 
 GAINS = {role: "input_layernorm" for role in (Role.QUERY, Role.KEY, Role.VALUE)} | {
     role: "post_attention_layernorm" for role in (Role.GATE, Role.UP)

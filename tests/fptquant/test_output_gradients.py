@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import fptquant.calibration.layerwise
-import fptquant.rounding
-from fptquant.architectures.llama import LLAMA
+import fptquant.quantize.rounding
 from fptquant.calibration.output_gradients import token_weights
-from fptquant.simulation import simulated_linears
+from fptquant.simulate import simulated_linears
+from fptquant.wiring.llama import LLAMA
 
 Simulate = Callable[..., LlamaForCausalLM]
 MakeModel = Callable[..., LlamaForCausalLM]

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fptquant
-from fptquant import pipeline, planning
-from fptquant.checkpoint import CheckpointConfig, writer
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import PRECISIONS, Recipe
-from fptquant.training.state import RunState
+from fptquant.run import writer
+from fptquant.run.job import job_of, open_job
+from fptquant.run.state import RunState
 from tests.conftest import TEXT
 
 SaveModel = Callable[..., Path]
@@ -39,7 +41,7 @@ def quantize(calibration: dict[str, Any], tmp_path: Path) -> Quantize:
 
     def run(model: Path, name: str = "out", **fields: Any) -> Path:
         recipe = Recipe.parse({"calibration": calibration, **fields})
-        pipeline.quantize(planning.plan(model, recipe), tmp_path / name)
+        pipeline.quantize(open_job(model, recipe), tmp_path / name)
         return tmp_path / name
 
     return run
@@ -86,7 +88,7 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
 
     model = load_model(open_source(out))
     original = load_model(open_source(model_dir))
-    tokens = planning.plan(model_dir, Recipe.load(str(out / "fptquant" / "recipe.yaml"))).windows
+    tokens = open_job(model_dir, Recipe.load(str(out / "fptquant" / "recipe.yaml"))).windows
     difference = (model(tokens).logits - original(tokens).logits).pow(2).mean().sqrt() / original(tokens).logits.std()
     assert 1e-4 < difference < (0.9 if "a4" in precision else 0.35)
 
@@ -127,7 +129,7 @@ def test_estimated_size(save_model: SaveModel, quantize: Quantize, tmp_path: Pat
     )
     for precision in ("w4a8kv8", {"weights": {"bits": 8}}):
         recipe = Recipe.parse({"precision": precision, "calibration": calibration, "transforms": []})
-        job = planning.plan(model, recipe)
+        job = open_job(model, recipe)
         out = quantize(model, str(precision)[:6], precision=precision, transforms=[])
         assert job.output_bytes == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.03)
 
@@ -231,13 +233,13 @@ def test_the_head_can_stay_in_floating_point(fields: dict[str, Any], model_dir: 
 )
 def test_plan_refuses(fields: dict[str, Any], message: str, model_dir: Path, calibration: dict[str, Any]) -> None:
     with pytest.raises(FPTQuantError, match=message):
-        planning.plan(model_dir, Recipe.parse({"calibration": calibration, **fields}))
+        open_job(model_dir, Recipe.parse({"calibration": calibration, **fields}))
 
 
 def test_a_quantized_model_is_no_source(model_dir: Path, quantize: Quantize, calibration: dict[str, Any]) -> None:
     out = quantize(model_dir)
     with pytest.raises(FPTQuantError, match="is quantized already"):
-        planning.plan(out, Recipe.parse({"calibration": calibration}))
+        open_job(out, Recipe.parse({"calibration": calibration}))
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
@@ -263,27 +265,27 @@ def test_transforms_as_written_can_be_read_again(
     model_dir: Path, save_model: SaveModel, quantize: Quantize, tmp_path: Path
 ) -> None:
     out = quantize(model_dir, seed=5)
-    job = planning.plan_of(out, model_dir)
+    job = job_of(out, model_dir)
     stored = load_file(out / "fptquant" / "transforms.safetensors")
     state = job.transforms.state_dict()
     assert stored.keys() == state.keys() and all(torch.equal(stored[key], state[key]) for key in stored)
     with pytest.raises(FPTQuantError, match="was not made from"):
-        planning.plan_of(out, save_model(tmp_path / "other", "gqa"))
+        job_of(out, save_model(tmp_path / "other", "gqa"))
     (out / "fptquant" / "transforms.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(FPTQuantError, match="corrupt or truncated"):
-        planning.plan_of(out, model_dir)
+        job_of(out, model_dir)
     (out / "fptquant" / "transforms.safetensors").unlink()
     with pytest.raises(FPTQuantError, match="no complete fptquant checkpoint"):
-        planning.plan_of(out, model_dir)
+        job_of(out, model_dir)
 
 
 def test_verifying_needs_no_calibration_text(model_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "moved.txt"
     text.write_text(TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     recipe = Recipe.parse({"calibration": {"source": str(text), "sequences": 4, "length": 32}})
-    pipeline.quantize(planning.plan(model_dir, recipe), tmp_path / "out")
+    pipeline.quantize(open_job(model_dir, recipe), tmp_path / "out")
     text.unlink()
-    assert planning.plan_of(tmp_path / "out", model_dir).transforms.names
+    assert job_of(tmp_path / "out", model_dir).transforms.names
 
 
 def test_a_checkpoint_that_reads_back_differently_is_not_published(
@@ -312,7 +314,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_published(
 
 def test_a_state_that_does_not_fit(model_dir: Path, calibration: dict[str, Any], tmp_path: Path) -> None:
     """Such as one of another version's packing, which nothing in its signature tells."""
-    job = planning.plan(model_dir, Recipe.parse({"calibration": calibration, "local": {"steps": 1}}))
+    job = open_job(model_dir, Recipe.parse({"calibration": calibration, "local": {"steps": 1}}))
     for name, tensors in (
         ("local", {"step": torch.tensor(1)}),
         ("layer-0", {"mlp.up_proj.weight_scale": torch.ones(3)}),
@@ -328,7 +330,7 @@ def test_the_source_is_never_the_target(save_model: SaveModel, tmp_path: Path, c
     config = {"quantization_config": {"quant_method": "fptquant"}}
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     before = contents(model)
-    job = planning.plan(model, Recipe.parse({"calibration": calibration}))
+    job = open_job(model, Recipe.parse({"calibration": calibration}))
     for target, message in (
         (model, "is no checkpoint of fptquant"),
         (model / ".." / "model", "is no checkpoint of fptquant"),
@@ -354,7 +356,7 @@ def test_gptq_beats_nearest_on_its_calibration_text(
     model_dir: Path, quantize: Quantize, calibration: dict[str, Any]
 ) -> None:
     calibration = {**calibration, "sequences": 64}
-    tokens = planning.plan(model_dir, Recipe.parse({"calibration": calibration})).windows
+    tokens = open_job(model_dir, Recipe.parse({"calibration": calibration})).windows
     original = load_model(open_source(model_dir))(tokens).logits
     errors = {}
     for method in ("nearest", "gptq"):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from fptquant import pipeline, planning
+from fptquant import pipeline
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model
-from fptquant.planning import Plan
 from fptquant.recipe import Recipe
+from fptquant.run.job import Job, open_job, sink_obstacle
 from tests.conftest import TEXT
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., Job]
 LIMIT = 64  # positions of the model
 
 
@@ -24,10 +24,10 @@ LIMIT = 64  # positions of the model
 def make_plan(tmp_path: Path, save_model: Callable[..., Path]) -> MakePlan:
     """`make_plan(recipe fields, **config changes)`."""
 
-    def make(fields: dict[str, Any], **changes: Any) -> Plan:
+    def make(fields: dict[str, Any], **changes: Any) -> Job:
         model = save_model(tmp_path / "model", "gqa", **{"max_position_embeddings": LIMIT, **changes})
         calibration = {"source": str(TEXT), "sequences": 2, "length": 32, **fields.pop("calibration", {})}
-        return planning.plan(model, Recipe.parse({"calibration": calibration, **fields}))
+        return open_job(model, Recipe.parse({"calibration": calibration, **fields}))
 
     return make
 
@@ -47,7 +47,7 @@ UNSCALED: dict[str, dict[str, Any]] = {
 }
 
 
-def first_keys(job: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def first_keys(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of the original's layer 1 at a BOS, (KV heads, head_dim): as projected, and as attention reads them."""
     model = load_model(job.source)
     seen: list[torch.Tensor] = []
@@ -60,7 +60,7 @@ def first_keys(job: Plan) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rope_that_leaves_the_first_key_alone(case: str, make_plan: MakePlan) -> None:
     """The constants are what attention reads at position 0 of the float model."""
     job = make_plan({"transforms": []}, **UNSCALED[case])
-    assert job.config.sink is not None and planning.sink_obstacle(job.source, job.recipe) is None
+    assert job.config.sink is not None and sink_obstacle(job.source, job.recipe) is None
     _, cached = first_keys(job)
     attention = pipeline.transformed(job).get_submodule("model.layers.1.self_attn")
     assert torch.allclose(attention.k_sink, cached, atol=1e-5)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_rope_that_scales_keys_has_no_constant(make_plan: MakePlan) -> None:
     """yarn multiplies keys by 1 + 0.1 log(factor): a constant put in front of it would not be what it leaves."""
     job = make_plan({}, **YARN)
     assert job.config.sink is None
-    assert planning.sink_obstacle(job.source, job.recipe) == "RoPE of type yarn scales the keys by 1.139"
+    assert sink_obstacle(job.source, job.recipe) == "RoPE of type yarn scales the keys by 1.139"
     projected, cached = first_keys(job)
     assert torch.allclose(cached, projected * 1.1386, rtol=1e-3)
     with pytest.raises(FPTQuantError, match="'<s>' can't be constant, RoPE of type yarn scales the keys by 1.139"):

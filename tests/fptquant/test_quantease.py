@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fptquant.quantizers.weights import round_to_nearest
-from fptquant.rounding import RoundingOptions
-from fptquant.rounding.gptq import damped, round_gptq
-from fptquant.rounding.quantease import CoordinateDescent, round_quantease
+from fptquant.quantize.rounding import RoundingOptions
+from fptquant.quantize.rounding.gptq import damped, round_gptq
+from fptquant.quantize.rounding.quantease import CoordinateDescent, round_quantease
+from fptquant.quantize.weights import round_to_nearest
 from tests.fptquant.test_rounding import loss, problem
 
 OPTIONS = RoundingOptions(method="quantease")

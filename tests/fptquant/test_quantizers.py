@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fptquant.checkpoint import code_bounds, quantize, round_scale
-from fptquant.quantizers import (
+from fptquant.format import code_bounds, quantize, round_scale
+from fptquant.quantize import (
     InputRangeOptions,
     RangeOptions,
     WeightRangeOptions,
@@ -17,8 +17,8 @@ from fptquant.quantizers import (
     search_range,
     weight_scales,
 )
-from fptquant.quantizers.ranges import _EXTREMES, _SAMPLE
-from fptquant.quantizers.weights import round_to_nearest
+from fptquant.quantize.ranges import _EXTREMES, _SAMPLE
+from fptquant.quantize.weights import round_to_nearest
 
 MINMAX, LP = RangeOptions(method="minmax"), RangeOptions(method="lp")
 CASES = [(4, True), (4, False), (8, True), (8, False)]

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fptquant import pipeline, planning
-from fptquant.checkpoint import code_bounds
+from fptquant import pipeline
+from fptquant.format import code_bounds
 from fptquant.loading import load_model, open_source
-from fptquant.planning import Plan
 from fptquant.recipe import Recipe
 from fptquant.report.ranges import Spread, observe
+from fptquant.run.job import Job, open_job
 from fptquant.sensitivity import Site
-from fptquant.simulation import SimulatedLinear
+from fptquant.simulate import SimulatedLinear
 from tests.conftest import TEXT
 
 INPUT_OF = {
@@ -30,15 +30,15 @@ INPUT_OF = {
 
 
 @pytest.fixture
-def make_job(model_dir: Path) -> Callable[..., Plan]:
-    def make(**fields: Any) -> Plan:
+def make_job(model_dir: Path) -> Callable[..., Job]:
+    def make(**fields: Any) -> Job:
         calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
-        return planning.plan(model_dir, Recipe.parse({"calibration": calibration, **fields}))
+        return open_job(model_dir, Recipe.parse({"calibration": calibration, **fields}))
 
     return make
 
 
-def test_before_is_what_the_original_sees(make_job: Callable[..., Plan]) -> None:
+def test_before_is_what_the_original_sees(make_job: Callable[..., Job]) -> None:
     job = make_job(precision="w4a4kv4")
     model = load_model(job.source)
     found = observe(job, model)
@@ -58,7 +58,7 @@ def test_before_is_what_the_original_sees(make_job: Callable[..., Plan]) -> None
         assert found[site].rms == pytest.approx(float(values.pow(2).mean().sqrt())), site
 
 
-def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callable[..., Plan]) -> None:
+def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callable[..., Job]) -> None:
     """Behind S_n and T_d, and without position 0, which no range has to hold."""
     job = make_job(precision="w4a8kv8")
     model = pipeline.transformed(job)
@@ -79,7 +79,7 @@ def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callabl
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "head"])
-def test_written_with_the_checkpoint(strategy: str, make_job: Callable[..., Plan], tmp_path: Path) -> None:
+def test_written_with_the_checkpoint(strategy: str, make_job: Callable[..., Job], tmp_path: Path) -> None:
     precision = {"activations": {"bits": 4, "symmetric": False}, "kv_cache": {"bits": 4, "strategy": strategy}}
     job = make_job(precision=precision, ignore=["model.layers.1.self_attn.o_proj"], scales={"steps": 2})
     pipeline.quantize(job, tmp_path / "out")
@@ -100,13 +100,13 @@ def test_written_with_the_checkpoint(strategy: str, make_job: Callable[..., Plan
         assert row["clip"] == pytest.approx([float((scale * low).min()), float((scale * high).max())])
 
 
-def test_nothing_to_report_without_ranges(make_job: Callable[..., Plan], tmp_path: Path) -> None:
+def test_nothing_to_report_without_ranges(make_job: Callable[..., Job], tmp_path: Path) -> None:
     pipeline.quantize(make_job(precision="w4a16"), tmp_path / "out")
     assert not list((tmp_path / "out" / "fptquant").glob("ranges*"))
 
 
 def test_reporting_changes_no_result(
-    make_job: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.quantize(make_job(precision="w4a4kv4"), tmp_path / "with")
     monkeypatch.setattr(pipeline, "observe", lambda job, model: {})

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fptquant import pipeline, planning
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
-from fptquant.evaluation.recorded import deviation
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
-from fptquant.simulation import linear
+from fptquant.run.job import open_job
+from fptquant.simulate import linear
+from fptquant.simulate.recorded import deviation
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -57,7 +58,7 @@ def test_an_installation_that_can_not_write_is_found_before_any_work(
     model_dir: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"calibration": {"source": str(text_file), "sequences": 4, "length": 32}, "local": {"steps": 5}}
-    job = planning.plan(model_dir, Recipe.parse(recipe))
+    job = open_job(model_dir, Recipe.parse(recipe))
     monkeypatch.setattr(linear, "unpack_codes", other_layout)
     monkeypatch.setattr(pipeline, "train_transforms", None)  # nothing of the run may have begun
     with pytest.raises(FPTQuantError, match="a rehearsal with one layer was read back wrongly"):

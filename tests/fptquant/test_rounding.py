@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.quantizers import WeightRangeOptions, weight_scales
-from fptquant.quantizers.weights import round_to_nearest
-from fptquant.rounding import ROUNDERS, RoundingOptions
-from fptquant.rounding.gptq import round_gptq
+from fptquant.quantize import WeightRangeOptions, weight_scales
+from fptquant.quantize.rounding import ROUNDERS, RoundingOptions
+from fptquant.quantize.rounding.gptq import round_gptq
+from fptquant.quantize.weights import round_to_nearest
 
 OPTIONS = RoundingOptions()
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptquant import pipeline, planning
+from fptquant import pipeline
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe, shipped_recipes
-from tests.fptquant.training.test_training import TOKENS, make_job
+from fptquant.run.job import job_of
+from tests.fptquant.train.test_training import TOKENS, make_job
 
 
 def short(name: str) -> dict[str, object]:
@@ -37,7 +38,7 @@ def test_recipe_keeps_the_function(name: str, precision: str, tmp_path: Path) ->
     job = make_job("gqa", tmp_path, **{**short(name), "precision": precision})
     pipeline.quantize(job, tmp_path / "out")
     expected, transformed = load_model(job.source)(TOKENS).logits, load_model(job.source)
-    pipeline.transform(planning.plan_of(tmp_path / "out", job.source.path), transformed)
+    pipeline.transform(job_of(tmp_path / "out", job.source.path), transformed)
     assert (transformed(TOKENS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
     quantized = load_model(open_source(tmp_path / "out"))(TOKENS).logits
     assert bool(torch.isfinite(quantized).all()) and not torch.allclose(quantized, expected, atol=1e-3)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from fptquant.architectures import FAMILIES
-from fptquant.architectures.llama import LLAMA
-from fptquant.checkpoint import CheckpointConfig
-from fptquant.simulation import SimulatedLinear, install_simulation, simulated_linears
-from fptquant.simulation.install import CLASSES, set_exact
+from fptquant.format import CheckpointConfig
+from fptquant.simulate import SimulatedLinear, install_simulation, simulated_linears
+from fptquant.simulate.install import CLASSES, set_exact
 from fptquant.transforms import TRANSFORMS
+from fptquant.wiring import FAMILIES
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import MODELS
 
 Simulate = Callable[..., LlamaForCausalLM]

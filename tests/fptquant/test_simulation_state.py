@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.dynamic import use_dynamic_ranges
-from fptquant.simulation.install import set_exact
+from fptquant.simulate.install import set_exact
 from tests.conftest import VOCABULARY
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptquant import planning
-from fptquant.architectures.llama import LLAMA
 from fptquant.calibration.smoothing import start_from_activations
 from fptquant.errors import FPTQuantError
-from fptquant.merging import merge_transforms
 from fptquant.recipe import Recipe
+from fptquant.run.job import open_job
 from fptquant.transforms import TransformSet
+from fptquant.transforms.merging import merge_transforms
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import build_model
 
 WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -55,4 +55,4 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) 
 
 def test_norm_scales_and_residual_scale_exclude_each_other(model_dir: Path) -> None:
     with pytest.raises(FPTQuantError, match="T_s is in the norms' gains, which S_n does away with"):
-        planning.plan(model_dir, Recipe.parse({"transforms": ["T_s", "S_n"]}))
+        open_job(model_dir, Recipe.parse({"transforms": ["T_s", "S_n"]}))

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fptquant.architectures import Role, Shape
-from fptquant.architectures.llama import LLAMA
-from fptquant.checkpoint import hadamard_factors
 from fptquant.errors import FPTQuantError
-from fptquant.merging import merge_transforms
+from fptquant.format import hadamard_factors
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.down_hadamard import tensor_parallel_sizes
+from fptquant.transforms.merging import merge_transforms
 from fptquant.transforms.orthogonal import starting_rotation
+from fptquant.wiring import Role, Shape
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import MODELS
 
 NAMES = list(TRANSFORMS)

@@ -18,9 +18,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fptquant import pipeline, planning
+from fptquant import pipeline
 from fptquant.recipe import Recipe
-from fptquant.simulation.install import set_exact
+from fptquant.run.job import open_job
+from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT, build_model, build_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -76,7 +77,7 @@ def make(name: str, folder: Path) -> None:
         precision = recipe.precision.model_dump(mode="json")
         precision["kv_cache"]["strategy"] = "head"
         recipe = recipe.changed("golden", precision=precision)
-    pipeline.quantize(planning.plan(folder / "model", recipe), folder / "out")
+    pipeline.quantize(open_job(folder / "model", recipe), folder / "out")
     if name == "sharded":
         tensors = load_file(folder / "out" / "model.safetensors")
         (folder / "out" / "model.safetensors").unlink()

@@ -171,7 +171,7 @@ def mm_float32(x: Tensor, matrix: Tensor) -> Tensor:
 
 def hadacore(x: Tensor, inplace: bool) -> Tensor:
     """An orthonormal Hadamard transform of the last dimension, rounded to 16 bits."""
-    from fptquant.checkpoint import block_hadamard, hadamard_factors
+    from fptquant.format import block_hadamard, hadamard_factors
 
     assert not inplace and x.dtype in (torch.float16, torch.bfloat16)
     return block_hadamard(x, *hadamard_factors(x.shape[-1])).to(x.dtype)

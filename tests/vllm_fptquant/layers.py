@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from fptquant.checkpoint import CheckpointConfig, code_bounds, pack_codes, quantize, quantized_linear
+from fptquant.format import CheckpointConfig, code_bounds, pack_codes, quantize, quantized_linear
 from vllm_fptquant.config import FPTQuantConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from fptquant import pipeline, planning
+from fptquant import pipeline
 from fptquant.recipe import Recipe
+from fptquant.run.job import open_job
 from tests.conftest import ROOT, TEXT, bound, build_model, build_tokenizer
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
@@ -55,7 +56,7 @@ def quantized(path: Path, **fields: Any) -> Path:
     (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 64}
     recipe = Recipe.parse({"precision": "w4a4kv4", "calibration": calibration, **fields})
-    pipeline.quantize(planning.plan(path / "model", recipe), path / "out")
+    pipeline.quantize(open_job(path / "model", recipe), path / "out")
     tensors = load_file(path / "out" / "model.safetensors")
     for name in tensors.keys() & {"model.layers.1.self_attn.sink_steady"}:
         tensors[name].fill_(1)

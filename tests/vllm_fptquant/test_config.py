@@ -15,8 +15,8 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from fptquant.checkpoint import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
 from tests.vllm_fptquant.layers import FUSED, build_attention, build_linear, quant_config
 from vllm_fptquant.config import FPTQuantConfig
 from vllm_fptquant.linear import FPTQuantLinearMethod

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     ActivationScheme,
     DownHadamard,
     LinearScheme,
@@ -27,7 +28,6 @@ from fptquant.checkpoint import (
     quantized_linear,
     round_scale,
 )
-from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import unpack_gptq
 from tests.vllm_fptquant.layers import (

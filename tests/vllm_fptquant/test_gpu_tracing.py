@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths, library_paths
 from vllm.model_executor.layers.linear import LinearBase
 
-from fptquant.checkpoint import (
+from fptquant.format import (
     ActivationScheme,
     DownHadamard,
     KVCacheScheme,

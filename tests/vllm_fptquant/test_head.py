@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     ActivationScheme,
     Override,
     WeightScheme,
@@ -18,7 +19,6 @@ from fptquant.checkpoint import (
     quantize,
     quantized_linear,
 )
-from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.layers import quant_config
 
 VOCABULARY, HIDDEN = 150, 48  # vLLM pads the vocabulary to 192

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, code_bounds, quantize, round_scale
-from fptquant.checkpoint.arithmetic import accumulator_bound
 from fptquant.errors import FPTQuantError
+from fptquant.format import ActivationScheme, LinearScheme, WeightScheme, code_bounds, quantize, round_scale
+from fptquant.format.arithmetic import accumulator_bound
 from tests.vllm_fptquant.humming_model import integer_sums
 from vllm_fptquant.kernels import humming as module
 from vllm_fptquant.kernels.base import LinearSpec, LinearWeights

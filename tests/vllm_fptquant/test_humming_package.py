@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme, pack_codes, round_scale
+from fptquant.format import ActivationScheme, LinearScheme, WeightScheme, pack_codes, round_scale
 from tests.vllm_fptquant import ptx
 from tests.vllm_fptquant.humming_model import flat_layout, unpack, unpack_input
 from tests.vllm_fptquant.humming_package import GPUS, Package, package  # noqa: F401

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fptquant.checkpoint import (
+from fptquant.format import (
     ActivationScheme,
     LinearScheme,
     WeightScheme,

@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from fptquant.checkpoint import KVCacheScheme, Sink
 from fptquant.errors import FPTQuantError
+from fptquant.format import KVCacheScheme, Sink
 from tests.vllm_fptquant.layers import HEAD_DIM, HEADS, KV_HEADS, build_attention, quant_config
 from vllm_fptquant.kv_cache import StaticKVAttention, require_exact_cache
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from fptquant.checkpoint import (
+from fptquant.errors import FPTQuantError
+from fptquant.format import (
     ActivationScheme,
     DownHadamard,
     TransformRecord,
@@ -18,7 +19,6 @@ from fptquant.checkpoint import (
     block_hadamard,
     hadamard_factors,
 )
-from fptquant.errors import FPTQuantError
 from tests.vllm_fptquant.layers import (
     COLUMNS,
     HIDDEN,

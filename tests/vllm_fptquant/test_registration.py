@@ -16,8 +16,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import vllm_fptquant
-from fptquant.checkpoint import QUANT_METHOD, CheckpointConfig
 from fptquant.errors import FPTQuantError
+from fptquant.format import QUANT_METHOD, CheckpointConfig
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 from vllm_fptquant.versions import TESTED, is_first_process
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, WeightScheme
 from fptquant.errors import FPTQuantError
+from fptquant.format import ActivationScheme, LinearScheme, WeightScheme
 from fptquant.recipe import PRECISIONS
 from vllm_fptquant.kernels.base import LinearSpec
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fptquant.checkpoint import CheckpointConfig
+from fptquant.format import CheckpointConfig
 from tests.conftest import ROOT, build_tokenizer
 from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE
 from tests.vllm_fptquant.tiny_llama import HIDDEN, VOCAB, TinyLlama

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fptquant.checkpoint import CheckpointConfig
+from fptquant.format import CheckpointConfig
 from tests.vllm_fptquant.serving import check_served, serve
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 

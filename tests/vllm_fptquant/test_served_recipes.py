@@ -11,10 +11,10 @@ from fptquant.evaluation.equivalence import check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
-from fptquant.simulation.install import set_exact
+from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
 from tests.fptquant.test_shipped_recipes import SERVED, short
-from tests.fptquant.training.test_training import make_job
+from tests.fptquant.train.test_training import make_job
 
 # fptquant-light's kind is served in test_served_sink.py, rtn's in test_served_tiny.py.
 CHOSEN = [name for name in SERVED if name not in ("rtn", "fptquant-light")]

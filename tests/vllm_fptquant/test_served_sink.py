@@ -13,7 +13,7 @@ from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
-from fptquant.simulation.install import set_exact
+from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT, bound
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 

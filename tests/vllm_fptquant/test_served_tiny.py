@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fptquant.checkpoint import CheckpointConfig
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig
 from tests.conftest import bound
 from tests.vllm_fptquant.serving import TOLERANCE, check_served, serve
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama

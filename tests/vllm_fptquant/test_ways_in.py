@@ -29,8 +29,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from fptquant.checkpoint import CheckpointConfig
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig
 from tests.conftest import bound
 from tests.vllm_fptquant.layers import build_linear, expected, quant_config, random_tensors
 from tests.vllm_fptquant.loaders import attend

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fptquant.checkpoint import CheckpointConfig, pack_codes, round_scale
-from fptquant.checkpoint.binding import BINDING, bind, checksums
+from fptquant.format import CheckpointConfig, pack_codes, round_scale
+from fptquant.format.binding import BINDING, bind, checksums
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 64, 2, 4, 2, 32, 96, 128
 EPS = 1e-5

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import ActivationScheme, LinearScheme, code_bounds
+from fptquant.format import ActivationScheme, LinearScheme, code_bounds
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from fptquant.checkpoint import hadamard_factors, quantize
 from fptquant.errors import FPTQuantError
+from fptquant.format import hadamard_factors, quantize
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.library import register
 

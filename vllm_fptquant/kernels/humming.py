@@ -17,8 +17,8 @@ from torch import Tensor
 from vllm.utils import humming  # imports the package itself at the first use
 from vllm.utils.import_utils import has_humming
 
-from fptquant.checkpoint import pack_codes
-from fptquant.checkpoint.arithmetic import accumulator_bound
+from fptquant.format import pack_codes
+from fptquant.format.arithmetic import accumulator_bound
 from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
 from vllm_fptquant.kernels.library import register
 

@@ -11,7 +11,7 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_padded_nk, marlin_permute_scales
 from vllm.scalar_type import scalar_types
 
-from fptquant.checkpoint import pack_codes
+from fptquant.format import pack_codes
 from vllm_fptquant.checks import require_exact
 from vllm_fptquant.kernels.base import GpuKernel, LinearSpec, LinearWeights, codes_refusal
 

@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import block_hadamard, quantize_per_tensor
+from fptquant.format import block_hadamard, quantize_per_tensor
 from vllm_fptquant.kernels.base import CpuKernel, LinearWeights
 from vllm_fptquant.kernels.library import register
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import quantized_linear
-from fptquant.checkpoint.arithmetic import accumulator_bound
+from fptquant.format import quantized_linear
+from fptquant.format.arithmetic import accumulator_bound
 from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 
 EXACT_FLOAT32 = 2**24  # every integer up to here is a float32

@@ -6,7 +6,7 @@ output divided by S again, so that its static quantizer sees the scale of a norm
 
     o_proj(S * attention) / S          down_proj(S * act(gate) * up) / S
 
-The sink (`fptquant.simulation.sink`) replaces keys, values and the final hidden state at position 0 by constants. Of
+The sink (`fptquant.simulate.sink`) replaces keys, values and the final hidden state at position 0 by constants. Of
 the stages of a pipeline only the first is sure to get token ids; it passes on where the sink's token is.
 """
 
@@ -29,9 +29,9 @@ from vllm.model_executor.models.llama import (
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from fptquant.checkpoint import CheckpointConfig, residual_scale
-from fptquant.checkpoint.binding import Watch
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig, residual_scale
+from fptquant.format.binding import Watch
 from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.dummy import keep_norms_plausible
 from vllm_fptquant.kernels.gpu import ScaledInput

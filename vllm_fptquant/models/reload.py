@@ -13,8 +13,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-from fptquant.checkpoint.binding import FREE
 from fptquant.errors import FPTQuantError
+from fptquant.format.binding import FREE
 
 
 class ReloadGuard(Module):

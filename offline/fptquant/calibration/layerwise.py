@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.architectures import Architecture
-from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.calibration.output_gradients import token_weights
-from fptquant.checkpoint import round_scale
 from fptquant.errors import FPTQuantError
-from fptquant.quantizers import channel_scale, search_input_range, search_range, weight_scales
-from fptquant.recipe import Recipe
-from fptquant.rounding import ROUNDERS
-from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.install import finish_loading
-from fptquant.simulation.layer_inputs import LayerInputs, Stop, first_inputs
-from fptquant.training.state import restoring
-
-
-class LayerStore(Protocol):
-    """Keeps tensors under names, such as `fptquant.training.state.RunState`."""
-
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts, None when there are none."""
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps `tensors`."""
+from fptquant.format import round_scale
+from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
+from fptquant.layers.store import LayerStore, restoring
+from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
+from fptquant.quantize.options import QuantizeOptions
+from fptquant.quantize.rounding import ROUNDERS
+from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.install import finish_loading
+from fptquant.wiring import Architecture
+from fptquant.wiring.base import INPUT_GROUPS, Role
 
 
 @torch.no_grad()
 def calibrate_and_round(
     model: PreTrainedModel,
     architecture: Architecture,
-    recipe: Recipe,
+    recipe: QuantizeOptions,
     windows: Tensor,
     store: LayerStore | None = None,
     clipping: Mapping[str, Tensor] | None = None,
@@ -114,7 +103,7 @@ def _quantize_group(
     name: str,
     inputs: LayerInputs,
     layer: nn.Module,
-    recipe: Recipe,
+    recipe: QuantizeOptions,
     importance: Tensor | None = None,
     log_clip: Tensor | None = None,
 ) -> None:
@@ -165,7 +154,7 @@ def rounded_weights(
     bits: int,
     seen: Tensor,
     importance: Tensor | None,
-    recipe: Recipe,
+    recipe: QuantizeOptions,
     log_clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass.
@@ -202,7 +191,7 @@ def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Modul
     return torch.cat(seen)
 
 
-def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, recipe: Recipe) -> None:
+def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, recipe: QuantizeOptions) -> None:
     """Fixes the ranges of keys and values and turns their quantization on; nothing without a quantized cache."""
     quantizer = getattr(attention, "kv_quantizer", None)
     if not isinstance(quantizer, KVQuantizer):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.architectures import Architecture
-from fptquant.architectures.base import INPUT_GROUPS
-from fptquant.simulation import SimulatedLinear
+from fptquant.simulate import SimulatedLinear
+from fptquant.wiring import Architecture
+from fptquant.wiring.base import INPUT_GROUPS
 
 
 def token_weights(model: PreTrainedModel, architecture: Architecture, windows: Tensor) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.architectures import Architecture
-from fptquant.architectures.base import INPUT_GROUPS, Role
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
+from fptquant.wiring import Architecture
+from fptquant.wiring.base import INPUT_GROUPS, Role
 
 
 def start_is_measured(transforms: TransformSet) -> bool:

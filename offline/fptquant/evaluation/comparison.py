@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.training.teacher import Teacher
+from fptquant.train.teacher import Teacher
 
 
 @dataclass(frozen=True)

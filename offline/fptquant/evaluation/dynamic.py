@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.checkpoint import code_bounds, quantize
-from fptquant.quantizers import affine
-from fptquant.simulation import KVQuantizer, SimulatedLinear
+from fptquant.format import code_bounds, quantize
+from fptquant.quantize import affine
+from fptquant.simulate import KVQuantizer, SimulatedLinear
 
 
 def use_dynamic_ranges(model: PreTrainedModel) -> None:

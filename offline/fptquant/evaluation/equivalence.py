@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.checkpoint.writer import EXTRAS, digest
 from fptquant.evaluation.perplexity import Scorer
-from fptquant.evaluation.recorded import FILE, deviation
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.files import read_json
+from fptquant.format.schema import EXTRAS
 from fptquant.loading import load_model, open_source
-from fptquant.merging import round_floats
 from fptquant.pipeline import logits, transform
-from fptquant.planning import Plan
-from fptquant.simulation.install import finish_loading
+from fptquant.run.job import Job
+from fptquant.run.writer import digest
+from fptquant.simulate.install import finish_loading
+from fptquant.simulate.recorded import FILE, deviation
+from fptquant.transforms.merging import round_floats
 from fptquant.weight_files import WeightFiles
 
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32
@@ -38,7 +39,7 @@ class Check:
     passed: bool
 
 
-def check_function_preserved(job: Plan, windows: Tensor) -> tuple[Check, PreTrainedModel]:
+def check_function_preserved(job: Job, windows: Tensor) -> tuple[Check, PreTrainedModel]:
     """Logits of the original against those of the transformed, unquantized model, both in float32.
 
     Args:
@@ -64,7 +65,7 @@ def check_function_preserved(job: Plan, windows: Tensor) -> tuple[Check, PreTrai
 
 
 def check_read_back(
-    job: Plan, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor
+    job: Job, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor
 ) -> tuple[Check, PreTrainedModel]:
     """Logits of the simulated quantized model against the checkpoint read back: must be identical.
 

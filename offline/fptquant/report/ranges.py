@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.checkpoint import code_bounds
-from fptquant.planning import Plan
+from fptquant.format import code_bounds
+from fptquant.run.job import Job
 from fptquant.sensitivity.sites import CACHES, INPUTS, Site, sites_of
-from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.sink import sink_token
+from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.sink import sink_token
 
 _SEQUENCES = 2  # enough to see outliers, which sit in the same channels and tokens of every text
 
@@ -42,7 +42,7 @@ class Spread:
 
 
 @torch.no_grad()
-def observe(job: Plan, model: PreTrainedModel) -> dict[Site, Spread]:
+def observe(job: Job, model: PreTrainedModel) -> dict[Site, Spread]:
     """Runs a model, original or transformed but not quantized, on the first calibration sequences.
 
     Inputs are seen as the quantizer would see them, behind the online transforms, and keys behind RoPE. A constant
@@ -85,7 +85,7 @@ def _watch(linear: nn.Module, site: Site, first: int, found: dict[Site, Spread])
     return remove
 
 
-def clip_range(job: Plan, model: PreTrainedModel, site: Site) -> tuple[float, float]:
+def clip_range(job: Job, model: PreTrainedModel, site: Site) -> tuple[float, float]:
     """Smallest and largest value that the quantizer of `site` can represent, in a finished simulation."""
     if site.is_input:
         linear = model.get_submodule(site.modules(job)[0])
@@ -101,7 +101,7 @@ def clip_range(job: Plan, model: PreTrainedModel, site: Site) -> tuple[float, fl
 
 
 def write_ranges(
-    job: Plan,
+    job: Job,
     model: PreTrainedModel,
     before: Mapping[Site, Spread],
     after: Mapping[Site, Spread],

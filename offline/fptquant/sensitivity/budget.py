@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fptquant.checkpoint import Override, WeightScheme, packed_words
 from fptquant.errors import FPTQuantError
-from fptquant.planning import Plan, linear_sizes, replanned
+from fptquant.format import Override, WeightScheme, packed_words
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
+from fptquant.run.job import Job, linear_sizes, with_recipe
 from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe
 from fptquant.sensitivity.sites import INPUTS, WEIGHTS, Site, sites_of
 
@@ -60,7 +60,7 @@ class Spending:
         }
 
 
-def spend(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> tuple[Plan, Spending]:
+def spend(job: Job, model: PreTrainedModel, stages: Stages | None = None) -> tuple[Job, Spending]:
     """Measures the sensitivity of a model and turns the recipe's budget into overrides.
 
     Greedy by gain per cost: gains are measured one site at a time, and add up well enough to order the sites. The
@@ -102,10 +102,10 @@ def spend(job: Plan, model: PreTrainedModel, stages: Stages | None = None) -> tu
         after = effect(choices)
     overrides = (*job.recipe.overrides, *_overrides(job, budget, choices))
     recipe = job.recipe.changed("budget", budget=None, overrides=[o.model_dump(mode="json") for o in overrides])
-    return replanned(job, recipe), Spending(budget, choices, before, after)
+    return with_recipe(job, recipe), Spending(budget, choices, before, after)
 
 
-def _candidates(job: Plan, budget: BudgetOptions) -> list[Site]:
+def _candidates(job: Job, budget: BudgetOptions) -> list[Site]:
     """Sites that may be widened and are not that wide already."""
     inputs = budget.inputs and budget.extra_bytes is None  # they cost none
     found = []
@@ -118,7 +118,7 @@ def _candidates(job: Plan, budget: BudgetOptions) -> list[Site]:
     return found
 
 
-def _cost(job: Plan, budget: BudgetOptions) -> Callable[[Site], float]:
+def _cost(job: Job, budget: BudgetOptions) -> Callable[[Site], float]:
     if budget.sites is not None:
         return lambda site: 1.0
     if budget.extra_bytes is not None:
@@ -127,7 +127,7 @@ def _cost(job: Plan, budget: BudgetOptions) -> Callable[[Site], float]:
     return lambda site: float(sum(sizes[name][0] * sizes[name][1] for name in site.modules(job)))
 
 
-def _extra_bytes(job: Plan, site: Site) -> int:
+def _extra_bytes(job: Job, site: Site) -> int:
     """By how much the checkpoint grows; 7-bit weights are stored like 8-bit ones, activations aren't stored."""
     if not site.is_weights:
         return 0
@@ -204,7 +204,7 @@ def _reach(
     return tuple(chosen[:long])
 
 
-def _overrides(job: Plan, budget: BudgetOptions, choices: Iterable[Choice]) -> Iterator[Override]:
+def _overrides(job: Job, budget: BudgetOptions, choices: Iterable[Choice]) -> Iterator[Override]:
     """One per linear layer: those that share an input get the same."""
     for choice in choices:
         for name in choice.site.modules(job):

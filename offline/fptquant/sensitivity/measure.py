@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from fptquant.calibration.layerwise import observe_inputs, rounded_weights, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
-from fptquant.checkpoint import ActivationScheme, WeightScheme, code_bounds
-from fptquant.planning import Plan
-from fptquant.quantizers import search_input_range, weight_scales
-from fptquant.quantizers.weights import round_to_nearest
+from fptquant.format import ActivationScheme, WeightScheme, code_bounds
+from fptquant.layers.inputs import LayerInputs, first_inputs
+from fptquant.quantize import search_input_range, weight_scales
+from fptquant.quantize.weights import round_to_nearest
+from fptquant.run.job import Job
 from fptquant.sensitivity.sites import CACHES, GROUPS, Site
-from fptquant.simulation import KVQuantizer, SimulatedLinear
-from fptquant.simulation.layer_inputs import LayerInputs, first_inputs
-from fptquant.simulation.sink import put_output
+from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.sink import put_output
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 WIDE_WEIGHTS = WeightScheme(bits=7)
@@ -59,7 +59,7 @@ class Probe:
     """
 
     def __init__(
-        self, job: Plan, model: PreTrainedModel, tokens: Tensor, wide_weights: WeightScheme = WIDE_WEIGHTS
+        self, job: Job, model: PreTrainedModel, tokens: Tensor, wide_weights: WeightScheme = WIDE_WEIGHTS
     ) -> None:
         """Takes a model; `calibrate` has to run before anything is measured.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fptquant.architectures.base import INPUT_GROUPS, Role
-from fptquant.checkpoint import LinearScheme
 from fptquant.errors import unknown
-from fptquant.planning import Plan
+from fptquant.format import LinearScheme
+from fptquant.run.job import Job
+from fptquant.wiring.base import INPUT_GROUPS, Role
 
 GROUPS: dict[str, tuple[Role, ...]] = dict(zip(("qkv", "o", "gate_up", "down"), INPUT_GROUPS, strict=True))
 INPUTS = tuple(f"{name}_input" for name in GROUPS)
@@ -39,16 +39,16 @@ class Site:
         """Whether these are the weights of linear layers."""
         return self.kind in WEIGHTS
 
-    def modules(self, job: Plan) -> list[str]:
+    def modules(self, job: Job) -> list[str]:
         """Full names of the linear layers."""
         return [job.source.architecture.projection_name(self.layer, role) for role in self.roles]
 
-    def scheme(self, job: Plan) -> LinearScheme | None:
+    def scheme(self, job: Job) -> LinearScheme | None:
         """How the job quantizes the linear layers; None for layers in floating point, and for keys and values."""
         return job.config.scheme_for(self.modules(job)[0]) if self.roles else None
 
 
-def sites_of(job: Plan, kinds: Iterable[str] = KINDS) -> list[Site]:
+def sites_of(job: Job, kinds: Iterable[str] = KINDS) -> list[Site]:
     """Every site of the given kinds that the job quantizes, kind by kind.
 
     Raises:

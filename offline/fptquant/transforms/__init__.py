@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.down_hadamard import DownHadamard
 from fptquant.transforms.norm_scale import NormScale
@@ -19,6 +18,7 @@ from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scale import ResidualScale
 from fptquant.transforms.up_down import UpDownTransform
 from fptquant.transforms.value import ValueTransform
+from fptquant.wiring import Role, Shape
 
 # T_u must come before T_d: W_down diag(1 / s) H; and T_r before T_s: W R diag(s). The others act on different sides or
 # roles and commute.

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fptquant.architectures import Role, Shape
+from fptquant.wiring import Role, Shape
 
 
 class TransformOptions(BaseModel):

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
-from fptquant.architectures import Role, Shape
-from fptquant.checkpoint import hadamard_factors
 from fptquant.errors import FPTQuantError
+from fptquant.format import hadamard_factors
 from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.wiring import Role, Shape
 
 PACKED = 8  # 4-bit weights in a packed word, which is never split
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.wiring import Role, Shape
 
 _SMALLEST = 1e-5  # of a channel's largest magnitude
 _NORMS = {Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1}  # which of a layer's norms is read

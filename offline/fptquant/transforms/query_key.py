@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.wiring import Role, Shape
 
 
 class QueryKeyOptions(TransformOptions):

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
+from fptquant.wiring import Role, Shape
 
 _WRITERS = (Role.OUTPUT, Role.DOWN)
 

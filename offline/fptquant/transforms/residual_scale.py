@@ -7,7 +7,7 @@ class ResidualScale(Transform):
     """The inputs of o_proj and down_proj times S = 1 / RMS(residual), their outputs divided by it.
 
     Nothing to train and nothing to merge: the layers compute S from the residual their norm reads
-    (`fptquant.checkpoint.residual_scale`; FPTQuant section 3.1.3, method.md 1.6 form B).
+    (`fptquant.format.residual_scale`; FPTQuant section 3.1.3, method.md 1.6 form B).
     """
 
     name = "S_n"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform
+from fptquant.wiring import Role, Shape
 
 
 class UpDownTransform(Transform):

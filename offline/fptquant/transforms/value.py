@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fptquant.architectures import Role, Shape
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
+from fptquant.wiring import Role, Shape
 
 
 class ValueOptions(TransformOptions):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fptquant import pipeline, planning
-from fptquant.planning import Plan
+from fptquant import pipeline
 from fptquant.recipe import Recipe
+from fptquant.run.job import Job, open_job
 from fptquant.sensitivity import KINDS, Probe, sites_of
 from tests.conftest import TEXT
 
@@ -17,13 +17,13 @@ MakeProbe = Callable[..., Probe]
 
 
 @pytest.fixture(scope="module")
-def make_job(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Plan]:
+def make_job(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
     text = tmp_path_factory.mktemp("text") / "calibration.txt"
     text.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
 
-    def make(**fields: Any) -> Plan:
+    def make(**fields: Any) -> Job:
         calibration = {"source": str(text), "sequences": 4, "length": 32}
-        return planning.plan(
+        return open_job(
             model_dir, Recipe.parse({"precision": "w4a4kv4", "sink": "none", "calibration": calibration, **fields})
         )
 
@@ -31,7 +31,7 @@ def make_job(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture(scope="module")
-def make_probe(make_job: Callable[..., Plan]) -> MakeProbe:
+def make_probe(make_job: Callable[..., Job]) -> MakeProbe:
     """`make_probe(kinds=..., **recipe)`: calibrated, measuring on `tokens`, or three windows of 24."""
 
     def make(kinds: tuple[str, ...] = KINDS, tokens: Tensor | None = None, **fields: Any) -> Probe:

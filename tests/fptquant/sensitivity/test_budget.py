@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from fptquant import pipeline, planning
-from fptquant.checkpoint import CheckpointConfig, WeightScheme
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig, WeightScheme
 from fptquant.loading import load_model, open_source
-from fptquant.planning import Plan
 from fptquant.recipe import Recipe
+from fptquant.run.job import Job, job_of
 from fptquant.sensitivity import KINDS, Probe, Site, sites_of, spend
 
 MakeProbe = Callable[..., Probe]
 
 
-def spent(job: Plan) -> Any:
+def spent(job: Job) -> Any:
     model = load_model(job.source)
     pipeline.transform(job, model)
     return spend(job, model)
@@ -38,7 +38,7 @@ INPUTS = tuple(kind for kind in KINDS if kind.endswith("_input"))
 WEIGHTS = tuple(kind for kind in KINDS if kind.endswith("_weights"))
 
 
-def test_a_number_of_sites(probe: Probe, make_job: Callable[..., Plan]) -> None:
+def test_a_number_of_sites(probe: Probe, make_job: Callable[..., Job]) -> None:
     job, spending = spent(make_job(budget={"sites": 5, **MEASURE}))
     every = gains(probe, INPUTS + WEIGHTS)
     best = sorted(every, key=lambda site: -every[site])[:5]
@@ -60,7 +60,7 @@ def test_a_number_of_sites(probe: Probe, make_job: Callable[..., Plan]) -> None:
     assert job.recipe.budget is None and Recipe.parse(job.recipe.to_dict()) == job.recipe
 
 
-def test_a_number_of_bytes(probe: Probe, make_job: Callable[..., Plan]) -> None:
+def test_a_number_of_bytes(probe: Probe, make_job: Callable[..., Job]) -> None:
     before = make_job()
     limit = 6000
     job, spending = spent(make_job(budget={"extra_bytes": limit, "weight_bits": 8, **MEASURE}))
@@ -73,7 +73,7 @@ def test_a_number_of_bytes(probe: Probe, make_job: Callable[..., Plan]) -> None:
     assert sum(extra.values()) + min(left) > limit  # nothing more would fit
 
 
-def test_a_target(probe: Probe, make_job: Callable[..., Plan]) -> None:
+def test_a_target(probe: Probe, make_job: Callable[..., Job]) -> None:
     sites = dict.fromkeys(sites_of(probe.job), False)
     before = probe.measure(sites).kl
     target = 0.6 * before
@@ -87,20 +87,20 @@ def test_a_target(probe: Probe, make_job: Callable[..., Plan]) -> None:
         spent(make_job(budget={"target_kl": 1e-7, **MEASURE}))
 
 
-def test_nothing_to_widen(make_job: Callable[..., Plan]) -> None:
+def test_nothing_to_widen(make_job: Callable[..., Job]) -> None:
     job, spending = spent(make_job(precision="w4a8kv8", budget={"sites": 2, **MEASURE}))
     assert all(choice.site.is_weights for choice in spending.choices) and len(spending.choices) == 2
     with pytest.raises(FPTQuantError, match="nothing that 'fptquant' quantizes can be widened any further"):
         spent(make_job(precision="w4a8kv8", budget={"sites": 2, "weights": False, **MEASURE}))
 
 
-def test_a_trained_transform_stays(make_job: Callable[..., Plan]) -> None:
+def test_a_trained_transform_stays(make_job: Callable[..., Job]) -> None:
     job = make_job(budget={"sites": 1, "weights": False, **MEASURE})
     job.transforms.randomize_(torch.Generator().manual_seed(0), 0.1)
     assert spent(job)[0].transforms is job.transforms
 
 
-def test_quantizing_with_a_budget(make_job: Callable[..., Plan], model_dir: Path, tmp_path: Path) -> None:
+def test_quantizing_with_a_budget(make_job: Callable[..., Job], model_dir: Path, tmp_path: Path) -> None:
     overrides = [{"modules": "model.layers.1.mlp.down_proj", "activations": {"bits": 8}}]
     job = make_job(budget={"sites": 2, "weights": False, **MEASURE}, overrides=overrides)
     pipeline.quantize(job, tmp_path / "out")
@@ -114,7 +114,7 @@ def test_quantizing_with_a_budget(make_job: Callable[..., Plan], model_dir: Path
         scheme = written.scheme_for(site.modules(job)[0])
         assert scheme is not None and scheme.activations.bits == (8 if wide else 4)
         assert scheme.weights == WeightScheme()
-    again = planning.plan_of(tmp_path / "out", model_dir)
+    again = job_of(tmp_path / "out", model_dir)
     assert again.config.overrides == written.overrides and again.recipe.budget is None
     assert config["producer"]["recipe_hash"] == again.recipe.digest()
     assert bool(torch.isfinite(load_model(open_source(tmp_path / "out"))(job.windows).logits).all())

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.checkpoint import code_bounds
-from fptquant.checkpoint import quantize as quantize_codes
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.perplexity import measure, transformers_scorer
+from fptquant.format import code_bounds
+from fptquant.format import quantize as quantize_codes
 from fptquant.loading import load_model
-from fptquant.planning import Plan
-from fptquant.quantizers import RangeOptions, WeightRangeOptions, search_range, weight_scales
+from fptquant.quantize import RangeOptions, WeightRangeOptions, search_range, weight_scales
+from fptquant.quantize.rounding import RoundingOptions
+from fptquant.quantize.rounding.gptq import round_gptq
 from fptquant.recipe import Recipe
-from fptquant.rounding import RoundingOptions
-from fptquant.rounding.gptq import round_gptq
+from fptquant.run.job import Job
 from fptquant.sensitivity import KINDS, Effect, Probe, Site, sites_of
-from fptquant.simulation import KVQuantizer
-from fptquant.simulation.attention import ATTENTION_NAME, QuantizedAttention
+from fptquant.simulate import KVQuantizer
+from fptquant.simulate.attention import ATTENTION_NAME, QuantizedAttention
 
 MakeProbe = Callable[..., Probe]
 
@@ -38,7 +38,7 @@ def close(first: Effect, second: Effect) -> bool:
     )
 
 
-def test_sites_are_what_the_recipe_quantizes(make_job: Callable[..., Plan]) -> None:
+def test_sites_are_what_the_recipe_quantizes(make_job: Callable[..., Job]) -> None:
     assert sites_of(make_job()) == [Site(kind, layer) for kind in KINDS for layer in range(2)]
     assert {site.kind for site in sites_of(make_job(precision="w4a8"))} == set(KINDS) - {"keys", "values"}
     assert {s.kind for s in sites_of(make_job(precision="w4a16"))} == {k for k in KINDS if k.endswith("weights")}
@@ -195,7 +195,7 @@ def test_with_a_sink_all_tokens_but_the_first_are_quantized(kind: str, make_prob
     assert found.kl > 1e-6
 
 
-def test_windows_that_start_otherwise_have_no_constant(make_probe: MakeProbe, make_job: Callable[..., Plan]) -> None:
+def test_windows_that_start_otherwise_have_no_constant(make_probe: MakeProbe, make_job: Callable[..., Job]) -> None:
     """Each window counts by itself, whatever the others start with."""
     windows = make_job(sink="auto").windows[:2, :24]
     other = torch.cat((windows[1:, 1:], windows[1:, :1]), 1)

@@ -1,0 +1,61 @@
+"""The contract between the two halves: schema, packing and quantizer arithmetic.
+
+The only part of `fptquant` that the serving plugin imports. It imports neither vLLM nor training code.
+"""
+
+from fptquant.format.arithmetic import (
+    block_hadamard,
+    code_bounds,
+    exact_attention,
+    hadamard_factors,
+    quantize,
+    quantize_per_tensor,
+    quantized_linear,
+    residual_scale,
+)
+from fptquant.format.packing import pack_codes, packed_words, round_scale, unpack_codes
+from fptquant.format.schema import (
+    FORMAT_VERSION,
+    MODEL_TYPE_PREFIX,
+    QUANT_METHOD,
+    ActivationScheme,
+    CheckpointConfig,
+    DownHadamard,
+    KVCacheScheme,
+    LinearScheme,
+    Override,
+    Sink,
+    TransformRecord,
+    WeightScheme,
+    match_name,
+    quantized_architecture,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MODEL_TYPE_PREFIX",
+    "QUANT_METHOD",
+    "ActivationScheme",
+    "CheckpointConfig",
+    "DownHadamard",
+    "KVCacheScheme",
+    "LinearScheme",
+    "Override",
+    "Sink",
+    "TransformRecord",
+    "WeightScheme",
+    "block_hadamard",
+    "code_bounds",
+    "exact_attention",
+    "hadamard_factors",
+    "match_name",
+    "pack_codes",
+    "packed_words",
+    "quantize",
+    "quantize_per_tensor",
+    "quantized_linear",
+    "residual_scale",
+    "quantized_architecture",
+    "round_scale",
+    "unpack_codes",
+]

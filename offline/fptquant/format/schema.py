@@ -1,0 +1,204 @@
+"""`quantization_config` of a checkpoint in format "fptquant", as pydantic models that refuse unknown fields."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fptquant.errors import FPTQuantError
+
+QUANT_METHOD = "fptquant"
+FORMAT_VERSION = 2  # 1 had no binding (`fptquant.format.binding`), and the original's model_type
+ARCHITECTURE_PREFIX = "FPTQuant"
+MODEL_TYPE_PREFIX = "fptquant_"
+EXTRAS = "fptquant"  # folder within a checkpoint: transforms, recipe, summary, digests
+
+
+class Strict(BaseModel):
+    """Base of every model of the format: unknown fields are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    return pattern
+
+
+# A module's full name, or "re:" and a regular expression that matches from its start.
+ModulePattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+def match_name(module: str, pattern: str) -> bool:
+    """Whether a module's full name is `pattern`, or matches its regular expression after "re:" from the start."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return module == pattern
+
+
+class WeightScheme(Strict):
+    """Integer weights: symmetric, one scale per output channel.
+
+    7 bits is the widest that FBGEMM multiplies without saturating on CPUs that have no VNNI; it is stored like 8.
+    """
+
+    bits: Literal[4, 7, 8] = 4
+    symmetric: Literal[True] = True
+    strategy: Literal["channel"] = "channel"
+
+
+class ActivationScheme(Strict):
+    """Static activations, one scale per tensor. 16 bits means "not quantized"."""
+
+    bits: Literal[4, 8, 16] = 8
+    symmetric: bool = True
+    strategy: Literal["tensor"] = "tensor"
+    dynamic: Literal[False] = False
+
+
+class KVCacheScheme(Strict):
+    """Static KV cache; keys are quantized after RoPE. 16 bits means "not quantized"."""
+
+    bits: Literal[4, 8, 16] = 8
+    symmetric: bool = False
+    strategy: Literal["tensor", "head"] = "tensor"
+
+
+class DownHadamard(Strict):
+    """Online block Hadamard at the input of `down_proj` (T_d); `block` is a power of two."""
+
+    block: PositiveInt
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        if block & (block - 1):
+            raise ValueError(f"block must be a power of two, got {block}")
+        return block
+
+
+class TransformRecord(Strict):
+    """Which transforms were merged (a record only) and the two that run online."""
+
+    merged: tuple[str, ...] = ()
+    down_hadamard: DownHadamard | None = None
+    residual_scale: bool = False
+
+
+class Sink(Strict):
+    """A token whose keys, values and final hidden state are constants of the model where it comes first.
+
+    The first position draws massive activations, which static ranges would otherwise have to hold (attention sink).
+    """
+
+    token: NonNegativeInt
+
+
+class LinearScheme(Strict):
+    """What is quantized at one linear layer."""
+
+    weights: WeightScheme
+    activations: ActivationScheme
+
+
+class Override(Strict):
+    """An exception for the modules whose name equals `modules` or matches its `re:` pattern."""
+
+    modules: ModulePattern
+    weights: WeightScheme | None = None
+    activations: ActivationScheme | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Override:
+        if self.weights is None and self.activations is None:
+            raise ValueError(f"'{self.modules}': give weights or activations")
+        return self
+
+
+class CheckpointConfig(Strict):
+    """The whole `quantization_config`."""
+
+    quant_method: Literal["fptquant"] = "fptquant"
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+    kv_cache: KVCacheScheme = KVCacheScheme()
+    transforms: TransformRecord = TransformRecord()
+    sink: Sink | None = None
+    overrides: tuple[Override, ...] = ()
+    ignore: tuple[ModulePattern, ...] = ("lm_head",)
+    producer: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sink_needs_our_cache(self) -> CheckpointConfig:
+        if self.sink is not None and self.kv_cache.bits == 16:
+            raise ValueError("sink: constant keys and values need a quantized KV cache")
+        return self
+
+    @property
+    def own_model_class(self) -> bool:
+        """Whether the plugin's own model class serves this checkpoint (in format version 1, only where needed)."""
+        return self.format_version > 1 or self.transforms.residual_scale or self.sink is not None
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> CheckpointConfig:
+        """Validates a `quantization_config` dict.
+
+        Raises:
+            FPTQuantError: newer format version, unknown field or impossible value, in one line.
+        """
+        version = config.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise FPTQuantError(
+                f"this checkpoint has fptquant format_version {version}, but this package reads up to "
+                f"{FORMAT_VERSION}: upgrade vllm-fptquant"
+            )
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise FPTQuantError(f"quantization_config: {one_line(error)}") from None
+
+    def scheme_for(self, module: str) -> LinearScheme | None:
+        """Scheme of the linear layer `module` (a Hugging Face name), None when it stays in floating point."""
+        if any(match_name(module, pattern) for pattern in self.ignore):
+            return None
+        weights, activations = self.weights, self.activations
+        for override in self.overrides:  # later overrides win
+            if match_name(module, override.modules):
+                weights = override.weights or weights
+                activations = override.activations or activations
+        return LinearScheme(weights=weights, activations=activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as written into config.json."""
+        return self.model_dump(mode="json")
+
+
+def one_line(error: ValidationError) -> str:
+    """First problems of a validation error as `field: message`, on one line."""
+    problems = [
+        (*([".".join(map(str, item["loc"]))] if item["loc"] else []), item["msg"].removeprefix("Value error, "))
+        for item in error.errors()
+    ]
+    return "; ".join(": ".join(problem) for problem in problems[:3])
+
+
+def quantized_architecture(architecture: str) -> str:
+    """Name of our variant of a model class, in the plugin and in transformers."""
+    return ARCHITECTURE_PREFIX + architecture

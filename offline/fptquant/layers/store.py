@@ -1,0 +1,39 @@
+"""Where finished layers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.files import first_line
+
+
+class LayerStore(Protocol):
+    """Keeps tensors under names, such as `fptquant.run.state.RunState`."""
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts, None when there are none."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps `tensors`."""
+
+
+@contextmanager
+def restoring(name: str) -> Iterator[None]:
+    """For what is done with a loaded state.
+
+    Raises:
+        FPTQuantError: it doesn't fit: an earlier version of the packages wrote it.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, FPTQuantError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise FPTQuantError(
+            f"the state '{name}' of the unfinished run doesn't fit ({first_line(error)}): pass --fresh to start over"
+        ) from None

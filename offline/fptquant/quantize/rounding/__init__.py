@@ -1,0 +1,47 @@
+"""Weight rounding methods, one file each; `ROUNDERS` is the registry."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fptquant.quantize.rounding.gptq import round_gptq
+from fptquant.quantize.rounding.nearest import round_nearest
+from fptquant.quantize.rounding.quantease import round_quantease
+
+
+class RoundingOptions(BaseModel):
+    """Which rounding method, and its settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["nearest", "gptq", "quantease"] = "gptq"
+    hessian: Literal["input", "output"] = Field(
+        "input", description="output: each token counts by the loss's gradient at the layer's output (OAC)"
+    )
+    damping: float = Field(0.01, gt=0, description="share of the mean diagonal added to the Hessian")
+    block: int = Field(128, ge=1, description="columns updated lazily together")
+    passes: int = Field(8, ge=1, description="quantease: visits to each column, fewer once nothing changes")
+
+
+class Rounder(Protocol):
+    """Rounds a weight, given channel scales and the second moment of its inputs."""
+
+    def __call__(self, weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: RoundingOptions) -> Tensor:
+        """Returns integer codes (N, K) in float32.
+
+        Args:
+            weight: (N, K) float32.
+            scale: (N, 1) float32.
+            bits: width of the codes.
+            hessian: (K, K) float32, mean of x x^T over the calibration tokens.
+            options: settings of the method.
+        """
+        ...
+
+
+ROUNDERS: dict[str, Rounder] = {"nearest": round_nearest, "gptq": round_gptq, "quantease": round_quantease}
+
+__all__ = ["ROUNDERS", "Rounder", "RoundingOptions"]

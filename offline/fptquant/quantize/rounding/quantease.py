@@ -1,0 +1,75 @@
+"""QuantEase: cyclic coordinate descent over the columns, started from GPTQ's codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fptquant.quantize.rounding.gptq import damped, round_gptq
+
+_MARGIN = 1e-5  # in steps of the grid; keeps float32 noise from taking a tie for a gain
+
+
+@torch.no_grad()
+def round_quantease(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any) -> Tensor:
+    """Minimizes |(W - W^) X|^2 by coordinate descent (Behdin et al., arXiv 2309.01885, algorithm 2).
+
+    With all other columns fixed, the error is a parabola in each weight of a column, so its best code is the grid
+    point nearest to the parabola's minimum (lemma 1); taking it never raises the error. GPTQ visits each column once
+    and in order, here earlier columns may answer to later ones. The start is GPTQ's result, so the error ends at or
+    below GPTQ's. What is minimized is GPTQ's objective, damping included.
+    """
+    codes = round_gptq(weight, scale, bits, hessian, options)
+    descent = CoordinateDescent(weight, codes, scale, bits, damped(hessian, options.damping))
+    for _ in range(options.passes):
+        if not descent.sweep(options.block):
+            break
+    return descent.codes.T.contiguous()
+
+
+class CoordinateDescent:
+    """Descends in all rows of W at once; everything here is transposed, (K, N), so that columns are contiguous."""
+
+    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> None:
+        """Starts at `codes`.
+
+        Args:
+            weight: (N, K).
+            codes: (N, K) integers within the grid.
+            scale: (N, 1).
+            bits: width of the codes.
+            hessian: (K, K) with a positive diagonal.
+        """
+        # Rows of H divided by their diagonal give the distance to each parabola's minimum.
+        self.slopes = (hessian.double() / hessian.double().diagonal()[:, None]).float()  # (K, K)
+        self.target = (weight.float() / scale).T.contiguous()  # in steps of the grid
+        self.codes = codes.T.contiguous()
+        self.moving = torch.arange(len(weight))  # rows of W that have not settled
+        self.low, self.high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+
+    def sweep(self, block: int) -> bool:
+        """Visits every column once; tells whether any code changed.
+
+        Columns of a block follow each other exactly; the columns outside learn of a block's changes in one product.
+        A row that changed nothing has reached its minimum and is not visited again.
+        """
+        codes = self.codes[:, self.moving]
+        before = codes.clone()
+        # distance[k] = (H (W - W^))_k / H_kk: from the code to the minimum of its parabola
+        distance = self.slopes @ (self.target[:, self.moving] - codes)
+        for start in range(0, len(codes), block):
+            end = min(start + block, len(codes))
+            steps = torch.zeros_like(codes[start:end])
+            for column in range(start, end):
+                done = column - start
+                here = distance[column] - self.slopes[column, start:column] @ steps[:done]
+                step = torch.clamp(torch.round(codes[column] + here), self.low, self.high) - codes[column]
+                closer = (here - step).abs() < here.abs() - _MARGIN
+                steps[done] = torch.where(closer, step, 0)
+            codes[start:end] += steps
+            distance[end:] -= self.slopes[end:, start:end] @ steps
+        self.codes[:, self.moving] = codes
+        self.moving = self.moving[(codes != before).any(0)]
+        return len(self.moving) > 0

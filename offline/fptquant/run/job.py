@@ -1,0 +1,250 @@
+"""What a job is: model, recipe and calibration text, checked against each other before any long work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import fptquant
+from fptquant.calibration.text import calibration_windows, fingerprint, sink_token
+from fptquant.errors import FPTQuantError
+from fptquant.files import read_json
+from fptquant.format import (
+    ActivationScheme,
+    CheckpointConfig,
+    DownHadamard,
+    Override,
+    Sink,
+    TransformRecord,
+    WeightScheme,
+    match_name,
+    packed_words,
+)
+from fptquant.format.schema import EXTRAS
+from fptquant.loading import Source, open_source
+from fptquant.recipe import Recipe
+from fptquant.transforms import TransformSet
+from fptquant.wiring.base import INPUT_GROUPS, Role
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated job: nothing in it can be wrong any more except the machine."""
+
+    source: Source
+    recipe: Recipe
+    config: CheckpointConfig
+    windows: Tensor  # (sequences, length)
+    training_windows: Tensor  # (sequences, length), empty when nothing is trained on text
+    transforms: TransformSet
+    dtype: torch.dtype
+    output_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.source.architecture.shape(self.source.config).layers
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """Tokens that a text may start with, (sequences,)."""
+        return self.windows[:, 1]
+
+    def signature(self) -> dict[str, str]:
+        """What a resumed run has to agree on."""
+        checkpointing = {"gradient_checkpointing": False}  # takes memory or time, and leaves the result as it is
+        recipe = self.recipe.changed("signature", end_to_end=checkpointing, scales=checkpointing)
+        return {
+            "package": f"vllm-fptquant {fptquant.__version__}",
+            "model": self.source.fingerprint(),
+            "recipe": recipe.digest(),
+            "data": fingerprint(torch.cat((self.windows.flatten(), self.training_windows.flatten()))),
+        }
+
+
+def open_job(model: str | Path, recipe: Recipe) -> Job:
+    """Checks model, recipe and calibration text against each other; loads no weights.
+
+    Raises:
+        FPTQuantError: whatever the user has to mend.
+    """
+    source = open_source(model)
+    sink, vocabulary = _sink(source, recipe), source.config.vocab_size
+    token = sink.token if sink else None
+    source.require_length("calibration.length", recipe.calibration.length)
+    windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
+    training = torch.empty(0, 0, dtype=torch.int64)
+    if recipe.block_wise.steps or recipe.end_to_end.steps or recipe.scales.steps:
+        source.require_length("training.length", recipe.training.length)
+        data = recipe.calibration.model_copy(
+            update={"sequences": recipe.training.sequences, "length": recipe.training.length}
+        )
+        training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
+    return _job(source, recipe, windows, training)
+
+
+def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:
+    if source.quantized:
+        raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
+    shape = source.architecture.shape(source.config)
+    if {"T_s", "S_n"} <= recipe.transforms.keys():
+        raise FPTQuantError("transforms: T_s is in the norms' gains, which S_n does away with; switch one of them off")
+    transforms = TransformSet(recipe.transforms, shape, recipe.seed)
+    dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    head_override, head_ignore = head_scheme(source.architecture.head, recipe)
+    config = CheckpointConfig(
+        weights=recipe.precision.weights,
+        activations=recipe.precision.activations,
+        kv_cache=recipe.precision.kv_cache,
+        transforms=TransformRecord(
+            merged=tuple(name for name in transforms.names if name != "S_n"),
+            down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
+            residual_scale=transforms.residual_scale,
+        ),
+        sink=_sink(source, recipe),
+        overrides=(*head_override, *recipe.overrides),
+        ignore=(*recipe.ignore, *head_ignore),
+        producer={
+            "package": f"vllm-fptquant {fptquant.__version__}",
+            "recipe": recipe.name,
+            "recipe_hash": recipe.digest(),
+            "calibration": fingerprint(windows),
+        },
+    )
+    _check_patterns(source, config)
+    _check_shared_schemes(source, config)
+    size = estimate_bytes(source, config, dtype)
+    return Job(source, recipe, config, windows, training_windows, transforms, dtype, size)
+
+
+def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
+    """Why no first token can be constant, whatever the recipe asks for; None when it can."""
+    if recipe.precision.kv_cache.bits == 16:
+        return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
+    kind = source.config.rope_parameters["rope_type"]
+    scaling = 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](source.config, torch.device("cpu"))[1]
+    if scaling != 1:  # the simulation puts the constant before RoPE, the plugin behind it
+        return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
+    return None
+
+
+def _sink(source: Source, recipe: Recipe) -> Sink | None:
+    """The token that becomes a constant."""
+    obstacle = sink_obstacle(source, recipe)
+    if obstacle is not None:
+        if recipe.sink not in ("auto", "none"):
+            raise FPTQuantError(f"sink: '{recipe.sink}' can't be constant, {obstacle}; choose 'none'")
+        return None
+    token = sink_token(source.tokenizer, recipe.sink)
+    return None if token is None else Sink(token=token)
+
+
+def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
+    """What the configuration says of the layer named `head`: an override, or that it is ignored."""
+    if any(match_name(head, name) for name in recipe.ignore):
+        return (), ()
+    if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:
+        return (), (head,)  # integer weights alone would make nothing faster
+    weights, activations = WeightScheme(bits=recipe.head_bits), ActivationScheme(bits=8)
+    return (Override(modules=head, weights=weights, activations=activations),), ()
+
+
+def job_of(checkpoint: Path, model: str | Path) -> Job:
+    """The job that wrote `checkpoint` from `model`, with the transforms at the values it was written with.
+
+    Raises:
+        FPTQuantError: `checkpoint` has no record of its recipe, or belongs to another model.
+    """
+    recipe_file, transforms_file = (
+        checkpoint / EXTRAS / "recipe.yaml",
+        checkpoint / EXTRAS / "transforms.safetensors",
+    )
+    summary_file = checkpoint / EXTRAS / "summary.json"
+    for file in (recipe_file, transforms_file, summary_file):
+        if not file.is_file():
+            raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
+    no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
+    job = _job(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
+    if read_json(summary_file).get("source_fingerprint") != job.source.fingerprint():
+        raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': give the model that was quantized")
+    try:
+        job.transforms.load_state_dict(load_file(transforms_file))
+    except SafetensorError as error:
+        raise FPTQuantError(f"'{transforms_file}' is corrupt or truncated ({error})") from None
+    return job
+
+
+def _check_patterns(source: Source, config: CheckpointConfig) -> None:
+    """A pattern that matches no layer is a slip of the pen."""
+    architecture = source.architecture
+    layers = range(architecture.shape(source.config).layers)
+    names = [architecture.projection_name(layer, role) for layer in layers for role in architecture.projections]
+    for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
+        if not any(match_name(name, pattern) for name in (*names, architecture.head)):
+            raise FPTQuantError(
+                f"overrides/ignore: '{pattern}' matches no linear layer; give a full name such as '{names[0]}', "
+                "or 're:' and a regular expression"
+            )
+
+
+def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
+    """Layers that share an input share its quantizer, so overrides may not tell them apart."""
+    architecture = source.architecture
+    for layer in range(architecture.shape(source.config).layers):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(layer, role) for role in group]
+            schemes = [config.scheme_for(name) for name in names]
+            if any(scheme != schemes[0] for scheme in schemes):
+                raise FPTQuantError(
+                    f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
+                    "so they need the same scheme; name them all"
+                )
+        down = architecture.projection_name(layer, Role.DOWN)
+        if config.transforms.down_hadamard and config.scheme_for(down) is None:
+            raise FPTQuantError(
+                f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off"
+            )
+
+
+def with_recipe(job: Job, recipe: Recipe) -> Job:
+    """The same job with another recipe; calibration text and transforms stay as they are."""
+    return replace(_job(job.source, recipe, job.windows, job.training_windows), transforms=job.transforms)
+
+
+def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
+    """(out, in) of every projection, by full name, in the order of the layers."""
+    architecture = source.architecture
+    shape = architecture.shape(source.config)
+    queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        Role.QUERY: (queries, shape.hidden),
+        Role.KEY: (values, shape.hidden),
+        Role.VALUE: (values, shape.hidden),
+        Role.OUTPUT: (shape.hidden, queries),
+        Role.GATE: (shape.intermediate, shape.hidden),
+        Role.UP: (shape.intermediate, shape.hidden),
+        Role.DOWN: (shape.hidden, shape.intermediate),
+    }
+    return {
+        architecture.projection_name(layer, role): size for layer in range(shape.layers) for role, size in sizes.items()
+    }
+
+
+def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
+    """Expected size of the checkpoint's weights."""
+    architecture = source.architecture
+    vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
+    total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
+    linears = {**linear_sizes(source), architecture.head: vocabulary}
+    total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
+    for name, (rows, columns) in linears.items():
+        scheme = config.scheme_for(name)
+        words = packed_words(columns, scheme.weights.bits) if scheme else 0
+        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+    return total

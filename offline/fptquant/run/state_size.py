@@ -1,0 +1,31 @@
+"""How much disk the state of a run takes, estimated before it starts."""
+
+from __future__ import annotations
+
+import torch
+
+from fptquant.run.job import Job, estimate_bytes, linear_sizes
+
+_ADAM = 3  # a trained value and its two moments
+
+
+def state_bytes(job: Job) -> int:
+    """Expected size of everything that a run saves to continue from, in bytes; it all stays until the end."""
+    recipe, float32 = job.recipe, torch.float32.itemsize
+    shape = job.source.architecture.shape(job.source.config)
+    vocabulary: int = job.source.config.vocab_size
+    # rounded layers, with what stays in floating point in float32; the embedding is not among them
+    total = estimate_bytes(job.source, job.config, torch.float32) - vocabulary * shape.hidden * float32
+    if any(stage.steps and stage.teacher == "cached" for stage in (recipe.end_to_end, recipe.scales)):
+        total += job.training_windows.numel() * shape.hidden * float32
+    transforms: int = sum(tensor.numel() for tensor in job.transforms.state_dict().values())
+    trained = _ADAM * sum(parameter.numel() for parameter in job.transforms.parameters())
+    rows = sum(out for out, _ in linear_sizes(job.source).values()) + vocabulary  # of weights: a scale, a clipping
+    stages = [
+        (transforms + trained) * (recipe.local.steps > 0),
+        (transforms + rows) * (recipe.block_wise.steps > 0),
+        (transforms + trained + _ADAM * rows) * (recipe.end_to_end.steps > 0),
+        _ADAM * rows * (recipe.scales.steps > 0),
+    ]
+    # each keeps the one before its newest state; and the next is written beside them
+    return total + (2 * sum(stages) + max(stages)) * float32

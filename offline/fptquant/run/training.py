@@ -1,0 +1,276 @@
+"""The training stages of a run, each of which continues where a killed run stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fptquant import parallel
+from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.calibration.smoothing import start_from_activations, start_is_measured
+from fptquant.layers.store import restoring
+from fptquant.loading import load_model
+from fptquant.progress import Stages
+from fptquant.quantize.rounding import RoundingOptions
+from fptquant.run.job import Job
+from fptquant.run.state import RunState
+from fptquant.simulate import install_simulation
+from fptquant.simulate.sink import record_sink
+from fptquant.train.block_wise import train_block_wise
+from fptquant.train.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
+from fptquant.train.local import train_local
+from fptquant.train.optimization import Optimization, transform_groups
+from fptquant.train.student import Student, integer_student, transform_student
+from fptquant.train.teacher import Teacher
+from fptquant.transforms import TransformSet
+from fptquant.transforms.merging import merge_transforms
+
+# names of states and in the metrics file
+LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
+SHORTER = "lower training.length and pass --fresh"  # where memory runs out
+_FIRST_SEQUENCES = 16  # for ranges that are trained next
+
+
+class Metrics(Protocol):
+    """Takes what a step measured."""
+
+    def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Args: stage is the name, step counts from 1."""
+
+
+class MetricsFile:
+    """JSON lines, one a step; a resumed run drops the steps it does again."""
+
+    def __init__(self, file: Path) -> None:
+        """Args: file is made with its first line; of an earlier run's, a last line that was cut off is dropped."""
+        self.file = file
+        if parallel.is_main() and file.is_file():
+            whole, end, torn = file.read_bytes().rpartition(b"\n")
+            if torn:
+                file.write_bytes(whole + end)
+
+    def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Appends one line."""
+        if not parallel.is_main():
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All steps, each once."""
+        if not self.file.is_file():
+            return []
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # killed within a line
+                continue
+            found[row["stage"], row["step"]] = row
+        return list(found.values())
+
+
+def make_teacher(job: Job, state: RunState, stages: Stages) -> Teacher:
+    """The original model's final hidden states on the sequences that will be trained on."""
+    trained = (job.recipe.end_to_end, job.recipe.scales)
+    options = job.recipe.end_to_end if job.recipe.end_to_end.steps else job.recipe.scales
+    cache = state.directory / "teacher" if options.teacher == "cached" else None
+    teacher = Teacher(load_model(job.source), job.source.architecture, job.training_windows, cache)
+    if cache is not None:
+        seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
+        for sequence in stages.track(sorted(seen), len(seen)):
+            teacher.hidden(sequence)
+        teacher.release()
+    return teacher
+
+
+def train_transforms(
+    job: Job, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics
+) -> dict[str, Tensor]:
+    """Everything that happens to transforms before they are merged: leaves `job.transforms` trained.
+
+    Returns:
+        Clipping of weights that was learned with them, by layer (`fptquant.quantize.channel_scale`).
+    """
+    recipe, architecture, transforms = job.recipe, job.source.architecture, job.transforms
+    if not list(transforms.parameters()):
+        return {}  # none is on that has any
+    trained = {
+        LOCAL: recipe.local.steps,
+        BLOCK_WISE: recipe.block_wise.steps * job.layers,
+        END_TO_END: recipe.end_to_end.steps,
+    }
+    stages_on = [name for name, steps in trained.items() if steps]
+    if not stages_on and not start_is_measured(transforms):
+        return {}
+    finished = state.load(stages_on[-1]) if stages_on else None
+    if finished and finished[1]["step"] == trained[stages_on[-1]]:
+        with restoring(stages_on[-1]):
+            _restore_transforms(transforms, finished[0])
+        return layer_clipping(_part(finished[0], _CLIPPING))
+    model = start_transforms(job, stages)
+    if recipe.local.steps:
+        with stages.stage("train transforms on weights"):
+            local = recipe.local
+            groups = transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
+            optimization = Optimization(groups, local.steps, clip=None)
+            steps = train_local(model, architecture, transforms, local, optimization)
+            _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)
+    if not (recipe.block_wise.steps or recipe.end_to_end.steps):
+        return {}
+    with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
+        calibrated = copy.deepcopy(model)
+        for _ in merge_transforms(calibrated, architecture, transforms):
+            pass
+        install_simulation(calibrated, architecture, job.config)
+        record_sink(calibrated, architecture, job.first_tokens)
+        nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
+        windows = job.windows[:_FIRST_SEQUENCES]
+        for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, windows), job.layers):
+            pass
+    options = recipe.end_to_end
+    student = transform_student(
+        model,
+        architecture,
+        transforms,
+        calibrated,
+        estimator=options.estimator if options.steps else recipe.block_wise.estimator,
+        float_weights=options.steps > 0 and options.weights == "float",
+    )
+    del calibrated
+    transforms.requires_grad_(False)
+    if recipe.block_wise.steps:
+        fewer = "lower training.sequences or training.length and pass --fresh"
+        with stages.stage("train transforms layer by layer", fewer):
+            _run_block_wise(job, student, state, stages, metrics)
+    if options.steps:
+        assert teacher is not None
+        with stages.stage("train transforms end to end", SHORTER, neutral=checkpointing("end_to_end", options)):
+            groups = range_groups(student, options)
+            groups |= transform_groups(transforms, options.transform_rate, options.rotation_rate)
+            optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
+            steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
+            extra = _clipping_state(student.weight_parameters())
+            _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every, extra)
+    return layer_clipping(student.weight_parameters())
+
+
+def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
+    """Gives transforms whose start depends on activations theirs, and returns the source with its norms folded."""
+    model, architecture = load_model(job.source), job.source.architecture
+    for _ in merge_transforms(model, architecture, TransformSet({}, architecture.shape(model.config), 0)):
+        pass
+    job.transforms.requires_grad_(False)
+    if start_is_measured(job.transforms):
+        with stages.stage("measure activations", "lower calibration.length and pass --fresh"):
+            first = 0 if job.config.sink is None else 1
+            start_from_activations(model, architecture, job.transforms, job.windows, first)
+    return model
+
+
+def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clipping by the name of the layer, out of a student's parameters."""
+    return {name.removesuffix(".log_clip"): value.detach() for name, value in parameters.items()}
+
+
+def checkpointing(name: str, options: EndToEndOptions) -> str:
+    """What makes the stage of the recipe's field `name` need less memory for the same result."""
+    return "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true"
+
+
+def train_scales(
+    job: Job, model: PreTrainedModel, teacher: Teacher, state: RunState, stages: Stages, metrics: Metrics
+) -> None:
+    """Learns weight scales and activation ranges of a rounded simulation, in place; its integers stay."""
+    options: EndToEndOptions = job.recipe.scales
+    student = integer_student(model, job.source.architecture, options.estimator)
+    optimization = Optimization(range_groups(student, options), options.steps, warmup=options.warmup, clip=options.clip)
+    steps = train_end_to_end(student, teacher, options, optimization, job.recipe.seed)
+    _run(SCALES, steps, optimization, None, state, stages, metrics, job.recipe.training.save_every)
+    student.finish()
+
+
+def _run(
+    name: str,
+    steps: Iterator[dict[str, float]],
+    optimization: Optimization,
+    transforms: TransformSet | None,
+    state: RunState,
+    stages: Stages,
+    metrics: Metrics,
+    save_every: int,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Continues a stage to its end, saving its state now and then, and what is `extra`."""
+    saved = state.load(name)
+    if saved is not None:
+        with restoring(name):
+            if transforms is not None:
+                _restore_transforms(transforms, saved[0])
+            optimization.restore(saved[0])
+
+    def save() -> None:
+        tensors = {**(extra or {}), **optimization.state()}
+        if transforms is not None:
+            tensors |= _transform_state(transforms)
+        state.save(name, tensors, {"step": optimization.step})
+
+    stages.resume(optimization.step, optimization.steps)
+    for values in stages.track(steps, optimization.steps):
+        if transforms is not None:
+            values |= transforms.metrics()
+        metrics(name, optimization.step, values)
+        stages.note(f"loss {values['loss']:.4f}")
+        if optimization.step % save_every == 0 or optimization.step == optimization.steps:
+            save()
+
+
+def _run_block_wise(job: Job, student: Student, state: RunState, stages: Stages, metrics: Metrics) -> None:
+    """The same for the layer-wise stage, whose state is saved after every layer."""
+    options, transforms, clipping = job.recipe.block_wise, job.transforms, student.weight_parameters()
+    saved = state.load(BLOCK_WISE)
+    finished = 0
+    if saved is not None:
+        with restoring(BLOCK_WISE):
+            finished = saved[1]["step"] // options.steps
+            _restore_transforms(transforms, saved[0])
+            for name, value in _part(saved[0], _CLIPPING).items():
+                clipping[name].data.copy_(value)
+    if finished == job.layers:
+        return
+    steps = train_block_wise(
+        student, load_model(job.source), transforms, options, job.training_windows, job.recipe.seed, finished
+    )
+    stages.resume(finished * options.steps, job.layers * options.steps)
+    for step, values in enumerate(stages.track(steps, job.layers * options.steps), finished * options.steps + 1):
+        metrics(BLOCK_WISE, step, values)
+        stages.note(f"loss {values['loss']:.4f}")
+        if step % options.steps == 0:
+            state.save(BLOCK_WISE, _transform_state(transforms) | _clipping_state(clipping), {"step": step})
+
+
+_TRANSFORMS, _CLIPPING = "transforms/", "parameter/weight/"  # prefixes in a saved state
+
+
+def _transform_state(transforms: TransformSet) -> dict[str, Tensor]:
+    return {_TRANSFORMS + key: value for key, value in transforms.state_dict().items()}
+
+
+def _clipping_state(clipping: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that `Optimization.state` gives to the group of weights."""
+    return {_CLIPPING + name: value.detach() for name, value in clipping.items()}
+
+
+def _restore_transforms(transforms: TransformSet, state: Mapping[str, Tensor]) -> None:
+    transforms.load_state_dict(_part(state, _TRANSFORMS))
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

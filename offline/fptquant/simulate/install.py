@@ -1,0 +1,183 @@
+"""Turns a Hugging Face model into its simulation, according to a checkpoint configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fptquant.errors import FPTQuantError
+from fptquant.format import CheckpointConfig, LinearScheme
+from fptquant.format.checks import require_shared
+from fptquant.simulate import llama
+from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
+from fptquant.simulate.linear import SimulatedLinear
+from fptquant.simulate.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
+from fptquant.wiring import Architecture, Role
+from fptquant.wiring.base import INPUT_GROUPS
+from fptquant.wiring.llama import LLAMA
+
+# What transformers' classes become, by model family: one module and one entry each.
+CLASSES: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {LLAMA.model_type: llama.CLASSES}
+
+
+def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:
+    """Replaces projections and attention in place.
+
+    On a model with weights, they are taken over and nothing is quantized yet: the model computes what it did,
+    through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
+    """
+    shape = architecture.shape(model.config)
+    hadamard, residual_scaled = config.transforms.down_hadamard, config.transforms.residual_scale
+    become_simulation(model, architecture, residual_scaled)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for role, path in architecture.projections.items():
+            scheme = config.scheme_for(architecture.projection_name(index, role))
+            block = hadamard.block if hadamard and role is Role.DOWN else None
+            scaled = residual_scaled and role in (Role.OUTPUT, Role.DOWN)
+            layer.set_submodule(path, simulated_projection(layer, architecture, role, scheme, block, scaled))
+        if config.kv_cache.bits < 16:
+            attention = layer.get_submodule(architecture.attention)
+            attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
+    head_scheme = config.scheme_for(architecture.head)
+    if head_scheme is not None:
+        head = model.get_submodule(architecture.head)
+        assert isinstance(head, nn.Linear)
+        model.set_submodule(architecture.head, SimulatedLinear.from_linear(head, head_scheme))
+    if config.kv_cache.bits < 16:
+        model.config._attn_implementation = ATTENTION_NAME
+    if config.sink is not None:
+        install_sink(model, architecture, config.sink.token)
+
+
+def become_simulation(model: PreTrainedModel, architecture: Architecture, residual_scaled: bool) -> None:
+    """Makes a model's modules the simulation's, by a change of their classes.
+
+    Args:
+        model: of transformers' own classes.
+        architecture: its family.
+        residual_scaled: whether layers compute S for their projections.
+    """
+    classes = CLASSES[architecture.model_type]
+    names = {kind.__name__: simulated.__name__ for kind, simulated in classes.items()}
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+        if isinstance(module, PreTrainedModel):  # layers that accelerate keeps on one device, by class name
+            module._no_split_modules = {names.get(name, name) for name in module._no_split_modules or ()}
+    if residual_scaled:
+        for layer in architecture.layer_modules(model):
+            layer.residual_eps = model.config.rms_norm_eps
+
+
+def simulated_projection(
+    layer: nn.Module,
+    architecture: Architecture,
+    role: Role,
+    scheme: LinearScheme | None,
+    hadamard_block: int | None,
+    residual_scaled: bool,
+) -> SimulatedLinear:
+    """The projection of `role` with its online steps; the caller puts it in place.
+
+    Args:
+        layer: decoder layer that holds the float projection.
+        architecture: its family.
+        role: which projection.
+        scheme: what is quantized.
+        hadamard_block: of T_d, None without.
+        residual_scaled: whether it is given S.
+    """
+    linear = layer.get_submodule(architecture.projections[role])
+    assert isinstance(linear, nn.Linear)
+    return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, residual_scaled=residual_scaled)
+
+
+def drop_quantized_weights(model: PreTrainedModel) -> None:
+    """Removes the float weights of layers whose codes are about to be loaded (a model on the meta device)."""
+    for _, linear in simulated_linears(model):
+        if linear.scheme is not None:
+            linear.weight = None
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Prepares a model, or a part of one, whose buffers were read from a checkpoint.
+
+    Raises:
+        FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named. Or a tensor was offloaded.
+    """
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise FPTQuantError(
+                f"{name} was offloaded before its integers were unpacked: load the model without a device_map that "
+                "offloads, then offload it with accelerate.cpu_offload or accelerate.disk_offload"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, SimulatedLinear):
+            module.finish_loading(name)
+        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            module.kv_quantizer.finish_loading(module, name)
+    finish_loading_sink(model)
+
+
+def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuses different input quantizers at projections that read the same input.
+
+    Raises:
+        FPTQuantError: names the layers and their values.
+    """
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for group in INPUT_GROUPS:
+            names = [architecture.projection_name(index, role) for role in group]
+            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+            for tensor in ("input_scale", "input_zero_point"):
+                if hasattr(linears[0], tensor):
+                    require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
+
+
+def set_exact(model: PreTrainedModel) -> None:
+    """Makes the simulation independent of the order of float32 sums, as the plugin's option `exact` does.
+
+    Attention and the online Hadamard are computed in float64 and rounded once (`checkpoint.exact_attention`).
+    """
+    for owner, name, value in _exact_settings(model):
+        setattr(owner, name, value)
+
+
+@contextmanager
+def exactly(model: PreTrainedModel) -> Iterator[None]:
+    """`set_exact` for as long as the context lasts."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _exact_settings(model)]
+    set_exact(model)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _exact_settings(model: PreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
+    """Owner, attribute and value of what exact mode sets."""
+    for module in model.modules():
+        if isinstance(module, SimulatedLinear):
+            yield module, "hadamard_dtype", torch.float64
+        elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
+            yield module.kv_quantizer, "exact", True
+
+
+def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLinear]]:
+    """Names and layers of a simulation."""
+    for name, module in model.named_modules():
+        if isinstance(module, SimulatedLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a finished simulation under their checkpoint names; scales and constants stay float32."""
+    for name, tensor in model.state_dict().items():
+        keep = name.endswith(("_scale", KEY, VALUE, OUTPUT)) or not tensor.is_floating_point()
+        yield name, tensor if keep else tensor.to(dtype)

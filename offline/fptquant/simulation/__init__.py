@@ -1,7 +1,0 @@
-"""The quantized model in plain torch, on top of the Hugging Face classes: what the served model must equal."""
-
-from fptquant.simulation.attention import ATTENTION_NAME, KVQuantizer
-from fptquant.simulation.install import install_simulation, simulated_linears
-from fptquant.simulation.linear import SimulatedLinear
-
-__all__ = ["ATTENTION_NAME", "KVQuantizer", "SimulatedLinear", "install_simulation", "simulated_linears"]

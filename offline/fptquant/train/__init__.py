@@ -1,0 +1,1 @@
+"""Training of transforms and ranges: on weights alone, layer by layer, and against the original model."""

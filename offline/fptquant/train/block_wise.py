@@ -1,0 +1,124 @@
+"""Training layer by layer: each quantized layer's output against the original's (OmniQuant, arXiv 2308.13137).
+
+The quantized layer reads what the quantized layers before it put out, the original what the original ones do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant.errors import FPTQuantError
+from fptquant.layers.inputs import LayerInputs, first_inputs
+from fptquant.train.end_to_end import batch
+from fptquant.train.fake_quant import Estimator
+from fptquant.train.optimization import Optimization, transform_groups
+from fptquant.train.student import Student
+from fptquant.transforms import TransformSet
+from fptquant.wiring import Role
+
+
+class BlockWiseOptions(BaseModel):
+    """Settings of the layer-wise stage. T_r, which all layers share, stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves the stage out")
+    batch: PositiveInt = Field(1, description="sequences in a step")
+    estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
+    transform_rate: float = Field(5e-3, ge=0, description="learning rate of the transforms")
+    weight_rate: float = Field(1e-2, ge=0, description="of the weights' log clipping")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
+
+
+def train_block_wise(
+    student: Student,
+    original: PreTrainedModel,
+    transforms: TransformSet,
+    options: BlockWiseOptions,
+    windows: Tensor,
+    seed: int,
+    finished: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Trains the layers in order.
+
+    Args:
+        student: trained in place.
+        original: the unquantized model.
+        transforms: those that the student's weights go through.
+        options: settings.
+        windows: (sequences, length) tokens to train on.
+        seed: order of the sequences.
+        finished: layers that are trained already.
+
+    Yields:
+        Metrics of each step: the squared error relative to the mean square of the original's output.
+
+    Raises:
+        FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
+    """
+    architecture = student.architecture
+    student.freeze()
+    layers, targets = architecture.layer_modules(student.model), architecture.layer_modules(original)
+    inputs, expected = first_inputs(student.model, layers[0], windows), first_inputs(original, targets[0], windows)
+    for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
+        expected.hidden = _outputs(expected, target)
+        if index >= finished:
+            optimization = _optimization(student, transforms, options, index)
+            while optimization.step < options.steps:
+                start = time.perf_counter()
+                chosen = batch(optimization.step, options.batch, len(windows), seed + index)
+                try:
+                    loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
+                    optimization.update()
+                except FPTQuantError as error:
+                    raise FPTQuantError(f"{architecture.layers}.{index}: {error}") from None
+                yield {"layer": index, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
+            for parameter in optimization.parameters.values():
+                parameter.requires_grad_(False)
+        inputs.hidden = _outputs(inputs, layer)
+
+
+def _optimization(student: Student, transforms: TransformSet, options: BlockWiseOptions, index: int) -> Optimization:
+    """Over one layer's clipping and all transforms; those of other layers get no gradient and have no moments."""
+    prefix = f"{student.architecture.layers}.{index}."
+    clipping = {name: value for name, value in student.weight_parameters().items() if name.startswith(prefix)}
+    groups = transform_groups(transforms, options.transform_rate, rotation_rate=0.0)
+    groups["weight"] = (options.weight_rate, clipping)
+    return Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
+
+
+def _step(
+    layer: nn.Module,
+    inputs: LayerInputs,
+    expected: LayerInputs,
+    chosen: list[int],
+    transforms: TransformSet,
+    step: int,
+) -> float:
+    """Gradients of a step; its loss."""
+    total = 0.0
+    with transforms.reused(torch.float32):
+        for sequence in chosen:
+            with torch.no_grad():  # rotated as the student's residual is
+                (target,) = expected.sequence(sequence).hidden
+                goal = transforms.inputs(Role.EMBEDDING, -1, target)
+            (found,) = inputs.sequence(sequence).run(layer)
+            error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
+            loss = error.square().mean() / size.square().mean() / len(chosen)
+            if not bool(torch.isfinite(loss)):
+                raise FPTQuantError(f"step {step}: the loss is not finite; lower the learning rates")
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    return total
+
+
+@torch.no_grad()
+def _outputs(inputs: LayerInputs, layer: nn.Module) -> list[Tensor]:
+    return list(inputs.run(layer))

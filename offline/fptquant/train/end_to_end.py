@@ -1,0 +1,175 @@
+"""Training against the original model: of transforms and ranges (stage 2), or of ranges and scales alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fptquant import parallel
+from fptquant.errors import FPTQuantError
+from fptquant.train.fake_quant import Estimator
+from fptquant.train.objective import Objective, sequence_loss
+from fptquant.train.optimization import Optimization
+from fptquant.train.student import Student
+from fptquant.train.teacher import Teacher
+from fptquant.transforms import TransformSet
+
+
+class EndToEndOptions(BaseModel):
+    """Settings of a stage that trains against the original model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: NonNegativeInt = Field(0, description="0 leaves the stage out")
+    batch: PositiveInt = Field(1, description="sequences in a step")
+    objective: Objective = "jsd"
+    top: PositiveInt = Field(1000, description="tokens of objective kl_top")
+    estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
+    teacher: Literal["cached", "online"] = Field("cached", description="final hidden states kept on disk, or not kept")
+    gradient_checkpointing: bool = Field(False, description="compute each layer twice and keep less in memory")
+    scale_rate: float = Field(5e-3, ge=0, description="learning rate of log scales of activations and KV")
+    zero_point_rate: float = Field(5e-2, ge=0, description="of zero points, in steps of the quantizer")
+    weight_rate: float = Field(2e-3, ge=0, description="of log scales, or log clipping, of weights")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
+            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
+        return self
+
+
+class TransformTrainingOptions(EndToEndOptions):
+    """Settings of stage 2, which trains the transforms as well."""
+
+    weights: Literal["quantized", "float"] = Field(
+        "quantized",
+        description="the student's weights: to nearest with trained clipping, or left to the rounding later",
+    )
+    transform_rate: float = Field(1e-3, ge=0, description="learning rate of T_k, T_v and T_u")
+    rotation_rate: float = Field(1e-3, ge=0, description="of T_r; 0 keeps it")
+
+
+def range_groups(student: Student, options: EndToEndOptions) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
+    """Parameter groups of a student's quantizers."""
+    return {
+        "scale": (options.scale_rate, student.range_parameters("log_scale")),
+        "zero_point": (options.zero_point_rate, student.range_parameters("zero_point")),
+        "weight": (options.weight_rate, student.weight_parameters()),
+    }
+
+
+def train_end_to_end(
+    student: Student,
+    teacher: Teacher,
+    options: EndToEndOptions,
+    optimization: Optimization,
+    seed: int,
+    transforms: TransformSet | None = None,
+) -> Iterator[dict[str, float]]:
+    """Runs the steps that are left.
+
+    With `torch.distributed` initialized, each process takes its share of a batch and gradients are summed, so that
+    the steps are those of one process.
+
+    Args:
+        student: trained in place.
+        teacher: of the sequences to train on.
+        options: settings.
+        optimization: over the student's parameters.
+        seed: order of the sequences.
+        transforms: those that the student's weights go through, if any.
+
+    Yields:
+        Metrics of each step.
+
+    Raises:
+        FPTQuantError: the loss or a gradient is not finite; the step is named, and the layer.
+    """
+    model = student.model
+    student.freeze()
+    for parameter in optimization.parameters.values():
+        parameter.requires_grad_(True)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _switch_checkpointing(student, on=True)
+    head = model.get_submodule(student.architecture.head)
+    while optimization.step < optimization.steps:
+        start, total = time.perf_counter(), 0.0
+        with nullcontext() if transforms is None else transforms.reused(torch.float32):
+            for sequence in parallel.share(batch(optimization.step, options.batch, len(teacher.windows), seed)):
+                tokens = teacher.windows[sequence]
+                target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
+                hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+                labels = torch.cat((tokens[1:], torch.tensor([-100])))
+                loss, gradient = sequence_loss(
+                    hidden, head, target, teacher.head, labels, options.objective, options.top, 1 / options.batch
+                )
+                if not math.isfinite(loss):
+                    raise FPTQuantError(
+                        f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
+                        "lower the learning rates"
+                    )
+                if hidden.requires_grad:  # not where only the head is quantized
+                    hidden.backward(gradient)
+                total += loss
+        total = parallel.sum_gradients(optimization.parameters.values(), total)
+        norms = optimization.update()
+        yield {
+            "loss": total,
+            **{f"gradient/{name}": norm for name, norm in norms.items()},
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+        _switch_checkpointing(student, on=False)
+
+
+def _switch_checkpointing(student: Student, *, on: bool) -> None:
+    """Layers are checkpointed in training mode; only they are put into it, so that nothing drops out."""
+    for layer in student.architecture.layer_modules(student.model):
+        layer.training = on
+
+
+def asked_for(options: EndToEndOptions, sequences: int, seed: int) -> set[int]:
+    """Which of the teacher's sequences a stage needs."""
+    if options.objective == "cross_entropy":
+        return set()
+    return {sequence for step in range(options.steps) for sequence in batch(step, options.batch, sequences, seed)}
+
+
+def batch(step: int, size: int, sequences: int, seed: int) -> list[int]:
+    """Sequences of a step: every one once in each pass over the data, in an order drawn from `seed`."""
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index = divmod(position, sequences)
+        generator = torch.Generator().manual_seed(seed + 7919 * epoch)
+        chosen.append(int(torch.randperm(sequences, generator=generator)[index]))
+    return chosen
+
+
+@torch.no_grad()
+def _first_not_finite(student: Student, tokens: Tensor) -> str:
+    """Runs the model once more and names the layer whose output goes wrong first."""
+    found: list[str] = []
+    handles = []
+    for index, layer in enumerate(student.architecture.layer_modules(student.model)):
+
+        def check(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if not bool(torch.isfinite(states).all()):
+                found.append(f"{student.architecture.layers}.{index}")
+
+        handles.append(layer.register_forward_hook(check))
+    student.model.base_model(tokens[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return f"layer {found[0]} is the first" if found else "every layer's output is, so the loss itself is to blame"

@@ -1,0 +1,323 @@
+"""The quantized model in a form that can be trained: quantizers with gradients in place of the simulation's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant.format import round_scale
+from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.install import become_simulation, simulated_projection
+from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
+from fptquant.train.fake_quant import Estimator, StaticQuantizer
+from fptquant.train.student_weights import (
+    FloatWeight,
+    IntegerWeight,
+    MergedWeight,
+    StudentWeight,
+    TransformedWeight,
+)
+from fptquant.transforms import TransformSet
+from fptquant.wiring import Architecture, Role
+from fptquant.wiring.base import INPUT_GROUPS
+
+
+@dataclass
+class SinkInput:
+    """What the projections of keys and values read at the constant token, so that the constants follow transforms."""
+
+    attention: nn.Module
+    name: str
+    normed: Tensor  # (hidden,), without transforms
+
+    def update(self, source: FloatWeight) -> None:
+        """Computes the constant with the weight of `source`, not quantized."""
+        transforms = source.transforms[0]
+        states = transforms.inputs(Role.EMBEDDING, -1, self.normed[None])
+        gain = transforms.gain(source.role, source.layer, states.dtype)
+        states = source.exact(states if gain is None else states * gain)
+        setattr(self.attention, self.name, states.view(self.attention.get_buffer(self.name).shape))
+
+
+class GroupInput:
+    """What the layers of a group read: their one input, quantized once for all of them."""
+
+    def __init__(self, readers: int, quantizer: StaticQuantizer | None) -> None:
+        """Args: readers is how many layers the group has."""
+        self.readers, self.quantizer = readers, quantizer
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor, weight: StudentWeight) -> Tensor:
+        """Args: x (..., K) is the same tensor for all readers, weight any of theirs. Returns: (..., K)."""
+        if self._seen is None or self._seen[0] is not x:
+            result = weight.restored(x if self.quantizer is None else self.quantizer(x))
+            self._seen, self._left = (x, result), self.readers
+        result = self._seen[1]
+        self._left -= 1
+        if self._left == 0:  # nothing is held on to
+            self._seen = None
+        return result
+
+
+class TrainedLinear(nn.Module):
+    """Stands in for a `SimulatedLinear` while it is trained, with the same online steps."""
+
+    def __init__(
+        self,
+        linear: SimulatedLinear,
+        weight: StudentWeight,
+        group: GroupInput,
+        sink: SinkInput | None = None,
+    ) -> None:
+        """Args: linear is kept for its online steps; the group is shared with the layers that read the same input."""
+        super().__init__()
+        self.linear = [linear]
+        self.group, self.quantizer = group, group.quantizer
+        self.weight, self.sink = weight, sink
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Args: x (..., K), and S (..., 1) where the layer is scaled. Returns: (..., N)."""
+        y, bias = self.weight.product(self.group(self.linear[0].online(x, scale), self.weight))
+        if self.sink is not None:
+            assert isinstance(self.weight, FloatWeight)
+            self.sink.update(self.weight)
+        if scale is not None:
+            y = y / scale
+        return y if bias is None else y + bias
+
+
+class TrainedKV(KVQuantizer):
+    """Stands in for a `KVQuantizer`: values in place of codes, so that its scales are one."""
+
+    def __init__(self, attention: nn.Module, quantizer: KVQuantizer, estimator: Estimator) -> None:
+        """Takes the ranges of a calibrated quantizer."""
+        self.scheme, self.ready, self.exact, self.observer = quantizer.scheme, True, False, None
+        self.quantizers = nn.ModuleDict()
+        for key in ("k", "v"):
+            zero_point = None if self.scheme.symmetric else attention.get_buffer(f"{key}_zero_point").view(-1, 1, 1)
+            scale = attention.get_buffer(f"{key}_scale").view(-1, 1, 1)
+            self.quantizers[key] = StaticQuantizer(scale, zero_point, self.scheme.bits, estimator)
+
+    def scale(self, attention: nn.Module, key: str) -> Tensor:
+        """One."""
+        return torch.ones(1, 1, 1)
+
+    def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
+        """Fake-quantized `states`."""
+        values: Tensor = self.quantizers[key](states)
+        return values
+
+
+@dataclass
+class Student:
+    """A model whose layers are being trained, and how to turn it back into a simulation."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+    caches: list[tuple[nn.Module, KVQuantizer, TrainedKV]] = field(default_factory=list)
+
+    def linears(self) -> Iterator[tuple[str, TrainedLinear]]:
+        """Names and layers in training."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, TrainedLinear):
+                yield name, module
+
+    def freeze(self) -> None:
+        """Nothing gets a gradient until an optimization asks for it."""
+        self.model.requires_grad_(False)
+        for _, _, cache in self.caches:
+            cache.quantizers.requires_grad_(False)
+
+    def weight_parameters(self) -> dict[str, nn.Parameter]:
+        """Channel scales (or clipping) of the weights by name."""
+        return {
+            f"{name}.{key}": parameter
+            for name, linear in self.linears()
+            for key, parameter in linear.weight.named_parameters()
+            if key != "bias" and name != self.architecture.head  # a scale for each token would be learned by heart
+        }
+
+    def range_parameters(self, kind: str) -> dict[str, nn.Parameter]:
+        """`log_scale` or `zero_point` (the kind) of every activation and KV quantizer by name."""
+        found: dict[str, nn.Parameter] = {}
+        for index, (_, _, cache) in enumerate(self.caches):
+            found.update({f"kv.{index}.{key}": p for key, p in cache.quantizers.named_parameters() if kind in key})
+        for name, linear in self.linears():
+            if linear.quantizer is not None:
+                for key, parameter in linear.quantizer.named_parameters():
+                    if kind in key and not any(parameter is other for other in found.values()):
+                        found[f"{name}.{key}"] = parameter
+        return found
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Puts the simulation's layers back, with the trained ranges, and the trained scales of integer weights."""
+        for name, trained in list(self.linears()):
+            linear = trained.linear[0]
+            if trained.quantizer is not None:
+                linear.set_input_quantizer(*trained.quantizer.values())
+            if isinstance(trained.weight, IntegerWeight):
+                linear.set_weight_codes(trained.weight.codes, round_scale(trained.weight.log_scale.exp()))
+            self.model.set_submodule(name, linear)
+        for attention, original, trained_cache in self.caches:
+            for key, quantizer in trained_cache.quantizers.items():
+                assert isinstance(quantizer, StaticQuantizer)
+                original.set_range(attention, key, *quantizer.values())
+            attention.kv_quantizer = original  # type: ignore[assignment]
+
+
+def integer_student(model: PreTrainedModel, architecture: Architecture, estimator: Estimator) -> Student:
+    """Student for the scales-and-ranges stage: a finished simulation, with its integers frozen."""
+    student = Student(model, architecture)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for roles in INPUT_GROUPS:  # a group has one scheme, so one layer of it stands for all
+            linears = [layer.get_submodule(architecture.projections[role]) for role in roles]
+            first = linears[0]
+            if not isinstance(first, SimulatedLinear) or first.codes is None:
+                continue
+            group = GroupInput(len(roles), _input_quantizer(first, estimator))
+            for role, linear in zip(roles, linears, strict=True):
+                assert isinstance(linear, SimulatedLinear)
+                _replace(student, architecture.projection_name(index, role), linear, group)
+        attention = layer.get_submodule(architecture.attention)
+        _replace_cache(student, attention, attention, estimator)
+    head = model.get_submodule(architecture.head)
+    if isinstance(head, SimulatedLinear) and head.codes is not None:
+        _replace(student, architecture.head, head, GroupInput(1, _input_quantizer(head, estimator)))
+    return student
+
+
+@torch.no_grad()
+def transform_student(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    transforms: TransformSet,
+    calibrated: PreTrainedModel,
+    *,
+    estimator: Estimator,
+    float_weights: bool,
+) -> Student:
+    """Student for stage 2: a folded float model whose weights go through `transforms` in every step.
+
+    Args:
+        model: norms folded, head untied, transforms not merged; becomes the student.
+        architecture: its family.
+        transforms: to be trained.
+        calibrated: the same model with these transforms merged, quantized; ranges start from it.
+        estimator: see `fake_quantize`.
+        float_weights: leave the weights in floating point, for rounding that comes later.
+    """
+    token = sink_token(calibrated)
+    sink_inputs = {} if token is None else _sink_inputs(model, architecture, token)
+    become_simulation(model, architecture, transforms.residual_scale)
+    rotate_ends(model, architecture, transforms)
+    scale_norms(model, architecture, transforms)
+    if token is not None:
+        install_sink(model, architecture, token)
+        use_sink(model)
+        model.get_submodule(architecture.final_norm).get_buffer(OUTPUT).copy_(sink_inputs[-1])
+    student = Student(model, architecture)
+    layers = zip(architecture.layer_modules(model), architecture.layer_modules(calibrated), strict=True)
+    for index, (layer, quantized) in enumerate(layers):
+        attention = layer.get_submodule(architecture.attention)
+        if token is not None:
+            attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
+        for roles in INPUT_GROUPS:
+            group = None
+            for role in roles:
+                path = architecture.projections[role]
+                linear, example = layer.get_submodule(path), quantized.get_submodule(path)
+                assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
+                online = simulated_projection(
+                    layer, architecture, role, None, example.hadamard_block, example.residual_scaled
+                )
+                group = group or GroupInput(len(roles), _input_quantizer(example, estimator))
+                weight: FloatWeight
+                if float_weights or example.scheme is None:
+                    weight = TransformedWeight(linear, transforms, role, index)
+                else:
+                    scale, bits = example.weight_scale, example.scheme.weights.bits
+                    weight = MergedWeight(linear, transforms, role, index, scale=scale, bits=bits, estimator=estimator)
+                sink = None
+                if sink_inputs and role in (Role.KEY, Role.VALUE):
+                    name = KEY if role is Role.KEY else VALUE
+                    sink = SinkInput(attention, name, sink_inputs[index])
+                layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
+        _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
+    model.config._attn_implementation = calibrated.config._attn_implementation
+    return student
+
+
+def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int) -> dict[int, Tensor]:
+    """Output of each layer's attention norm at the constant token, and at -1 that of the final norm."""
+    found: dict[int, Tensor] = {}
+    norms = {
+        index: layer.get_submodule(architecture.attention_norm)
+        for index, layer in enumerate(architecture.layer_modules(model))
+    }
+    norms[-1] = model.get_submodule(architecture.final_norm)
+    handles = []
+    for index, norm in norms.items():
+
+        def keep(module: nn.Module, args: Any, output: Tensor, index: int = index) -> None:
+            found[index] = output[0, 0].clone()
+
+        handles.append(norm.register_forward_hook(keep))
+    model(torch.tensor([[token]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> None:
+    """Applies T_r to the embedding's output and takes it back before the head, in place of merging it there."""
+
+    def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return transforms.inputs(Role.EMBEDDING, -1, output)
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return transforms.inputs(Role.HEAD, -1, output, transposed=True)
+
+    model.get_submodule(architecture.embedding).register_forward_hook(enter)
+    model.get_submodule(architecture.final_norm).register_forward_hook(leave)
+
+
+def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> None:
+    """Multiplies the output of each layer's norms by the gain that the transforms give them, in place of merging it."""
+
+    def scale(role: Role, index: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            gain = transforms.gain(role, index, output.dtype)
+            return output if gain is None else output * gain
+
+        return hook
+
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        for role in (Role.QUERY, Role.GATE):
+            layer.get_submodule(architecture.norm_before(role)).register_forward_hook(scale(role, index))
+
+
+def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQuantizer | None:
+    if linear.scheme is None or linear.scheme.activations.bits == 16:
+        return None
+    scheme = linear.scheme.activations
+    zero_point = None if scheme.symmetric else linear.input_zero_point
+    return StaticQuantizer(linear.input_scale, zero_point, scheme.bits, estimator)
+
+
+def _replace(student: Student, name: str, linear: SimulatedLinear, group: GroupInput) -> None:
+    student.model.set_submodule(name, TrainedLinear(linear, IntegerWeight(linear), group))
+
+
+def _replace_cache(student: Student, attention: nn.Module, calibrated: nn.Module, estimator: Estimator) -> None:
+    quantizer = getattr(calibrated, "kv_quantizer", None)
+    if isinstance(quantizer, KVQuantizer):
+        trained = TrainedKV(calibrated, quantizer, estimator)
+        student.caches.append((attention, quantizer, trained))
+        attention.kv_quantizer = trained  # type: ignore[assignment]

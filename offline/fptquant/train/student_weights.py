@@ -1,0 +1,130 @@
+"""Weights of a student: rounded ones with trainable scales, or frozen float ones with trainable transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fptquant.format import code_bounds
+from fptquant.quantize import channel_scale, log_clip_of
+from fptquant.simulate import SimulatedLinear
+from fptquant.train.fake_quant import Estimator, fake_quantize
+from fptquant.transforms import TransformSet
+from fptquant.wiring import Role
+
+
+class StudentWeight(nn.Module):
+    """A linear layer's weight (N, K) while something about it is trained."""
+
+    def restored(self, x: Tensor) -> Tensor:
+        """What `product` takes for the layer's input `x` (..., K); the same for all layers that read it."""
+        return x
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """X W^T (..., N) and the bias."""
+        raise NotImplementedError
+
+
+class IntegerWeight(StudentWeight):
+    """Frozen integers with trainable channel scales."""
+
+    def __init__(self, linear: SimulatedLinear) -> None:
+        """Takes codes and scales of a rounded layer."""
+        super().__init__()
+        assert linear.codes is not None
+        self.bias = linear.bias
+        self.register_buffer("codes", linear.codes, persistent=False)
+        self.codes: Tensor
+        self.log_scale = nn.Parameter(linear.weight_scale.log())
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `StudentWeight`; W is not formed."""
+        return nn.functional.linear(x, self.codes) * self.log_scale.exp().flatten(), self.bias
+
+
+class FloatWeight(StudentWeight):
+    """A frozen float weight with trainable transforms."""
+
+    def __init__(self, linear: nn.Linear, transforms: TransformSet, role: Role, layer: int) -> None:
+        """Takes the weight (norm gain folded in, transforms not merged).
+
+        Args:
+            linear: float layer.
+            transforms: trained elsewhere.
+            role: of the layer.
+            layer: index.
+        """
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach(), persistent=False)
+        self.weight: Tensor
+        self.bias = linear.bias
+        self.transforms = [transforms]  # in a list: its parameters are not this module's
+        self.role, self.layer = role, layer
+
+    def exact(self, x: Tensor) -> Tensor:
+        """Output (..., N) with bias of the merged layer, nothing quantized, for inputs (..., K)."""
+        raise NotImplementedError
+
+
+class TransformedWeight(FloatWeight):
+    """Transforms are applied to what goes in and comes out; the weight stays in floating point.
+
+    Merging them would take a product with T_r for each weight in each step, and hold a second copy of the model.
+    """
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Takes the transforms of the input back, which the weight knows nothing of."""
+        return self.transforms[0].inputs(self.role, self.layer, x, transposed=True)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `StudentWeight`."""
+        transforms = self.transforms[0]
+        y = transforms.outputs(self.role, self.layer, nn.functional.linear(x, self.weight))
+        return y, None if self.bias is None else transforms.outputs(self.role, self.layer, self.bias)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """See `FloatWeight`."""
+        y, bias = self.product(self.restored(x))
+        return y if bias is None else y + bias
+
+
+class MergedWeight(FloatWeight):
+    """Transforms are merged in every step, and the weight fake-quantized to nearest with trainable clipping."""
+
+    def __init__(self, *layer: Any, scale: Tensor, bits: int, estimator: Estimator) -> None:
+        """Starts at the scales of a calibrated layer.
+
+        Args:
+            layer: see `FloatWeight`.
+            scale: (N, 1).
+            bits: width of the codes.
+            estimator: see `fake_quantize`.
+        """
+        super().__init__(*layer)
+        self.bits, self.estimator = bits, estimator
+        with torch.no_grad():
+            self.log_clip = nn.Parameter(log_clip_of(scale, self.merged()[0], bits))
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias after the transforms, not quantized; merged again when differentiating, to save memory."""
+        merge, arguments = self.transforms[0].merge, (self.role, self.layer, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return merge(*arguments)
+        merged: tuple[Tensor, Tensor | None] = checkpoint(
+            merge, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return merged
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `StudentWeight`."""
+        weight, bias = self.merged()
+        scale = channel_scale(weight, self.log_clip, self.bits)
+        weight = fake_quantize(weight, scale, *code_bounds(torch.zeros(()), self.bits), self.estimator)
+        return nn.functional.linear(x, weight), bias
+
+    def exact(self, x: Tensor) -> Tensor:
+        """See `FloatWeight`."""
+        return nn.functional.linear(x, *self.merged())
