@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fptquant.transforms import TransformSet
 from fptquant.transforms.base import TransformOptions
 from fptquant.transforms.merging import merge_transforms
-from fptquant.wiring import architecture_of
+from fptquant.wiring.lookup import architecture_of
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
@@ -52,6 +52,6 @@ def test_example_preserves_the_function() -> None:
 
 
 def test_the_check_notices_a_half_in_the_wrong_place() -> None:
-    wrong = _example().replace("role is Role.UP", "role is Role.GATE")
+    wrong = _example().replace("place.role is Role.UP", "place.role is Role.GATE")
     assert wrong != _example()
     assert _difference(wrong) > 1e-3

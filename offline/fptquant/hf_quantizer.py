@@ -25,7 +25,7 @@ from fptquant.simulate.install import (
     require_shared_inputs,
 )
 from fptquant.weight_files import DTYPES, WeightFiles
-from fptquant.wiring import architecture_of
+from fptquant.wiring.lookup import architecture_of
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from fptquant.format.schema import EXTRAS
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
-from fptquant.wiring import Architecture, architecture_of, check_model_type
+from fptquant.wiring import Architecture
+from fptquant.wiring.lookup import architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

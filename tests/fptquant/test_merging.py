@@ -39,7 +39,7 @@ def inputs(size: int) -> Tensor:
 
 
 def projection(model: LlamaForCausalLM, layer: int, role: Role) -> torch.nn.Linear:
-    found = model.get_submodule(LLAMA.projection_name(layer, role))
+    found = model.get_submodule(LLAMA.projection_name(layer, LLAMA.projection_of(role)))
     assert isinstance(found, torch.nn.Linear)
     return found
 
@@ -59,7 +59,7 @@ def rotate_pairs(states: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("role", list(LLAMA.projections))
+@pytest.mark.parametrize("role", [projection.role for projection in LLAMA.projections])
 def test_merged_equals_unmerged(
     role: Role, layer: int, pair: tuple[LlamaForCausalLM, LlamaForCausalLM, TransformSet]
 ) -> None:

@@ -22,7 +22,7 @@ from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.down_hadamard import tensor_parallel_sizes
 from fptquant.transforms.merging import merge_transforms
 from fptquant.transforms.orthogonal import starting_rotation
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import MODELS
 
@@ -189,11 +189,11 @@ def test_a_wrong_half_of_a_pair_is_noticed(
 
     @torch.no_grad()
     def merge_wrongly(
-        self: TransformSet, role: Role, layer: int, weight: Tensor, bias: Tensor | None
+        self: TransformSet, place: Place, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         wrong = copy.deepcopy(self)
-        mistake(wrong, role)
-        return original(wrong, role, layer, weight, bias)
+        mistake(wrong, place.role)
+        return original(wrong, place, weight, bias)
 
     monkeypatch.setattr(TransformSet, "merge", merge_wrongly)
     assert relative_error(merge(model, transforms)(tokens).logits, model(tokens).logits) > 1e-3
@@ -235,11 +235,11 @@ def test_interleaved_pairs_are_noticed(
     order = torch.arange(model.config.head_dim).view(2, -1).T.flatten()  # 0, d/2, 1, d/2 + 1, ...
     back = torch.argsort(order)
 
-    def interleaved(self: Any, role: Role, layer: int, values: Tensor) -> Any:
-        if role not in (Role.QUERY, Role.KEY):
+    def interleaved(self: Any, place: Place, values: Tensor) -> Any:
+        if place.role not in (Role.QUERY, Role.KEY):
             return values
         heads = values.view(*values.shape[:-1], -1, order.numel())
-        changed = original(self, role, layer, heads[..., back].reshape(values.shape))
+        changed = original(self, place, heads[..., back].reshape(values.shape))
         return changed.view(heads.shape)[..., order].reshape(values.shape)
 
     monkeypatch.setattr(type(transforms.transforms["T_k"]), "outputs", interleaved)
@@ -302,7 +302,7 @@ def all_merged(transforms: TransformSet, dtype: torch.dtype = torch.float64) -> 
             bias = torch.randn(size[0], generator=generator, dtype=torch.float64).to(dtype)
             if role in (Role.HEAD, Role.EMBEDDING):
                 bias = None
-            merged[f"{role.value}.{layer}"], new_bias = transforms.merge(role, layer, weight, bias)
+            merged[f"{role.value}.{layer}"], new_bias = transforms.merge(Place(role, layer), weight, bias)
             if new_bias is not None:
                 merged[f"{role.value}.{layer}.bias"] = new_bias
     return merged
@@ -386,7 +386,7 @@ def test_scales_stay_positive() -> None:
         transforms.transforms["T_k"].angle.zero_()
         for role in (Role.UP, Role.DOWN, Role.KEY, Role.QUERY):
             size = {Role.UP: (24, 20), Role.DOWN: (20, 24), Role.KEY: (12, 20), Role.QUERY: (24, 20)}[role]
-            weight, _ = transforms.merge(role, 0, torch.ones(size), None)
+            weight, _ = transforms.merge(Place(role, 0), torch.ones(size), None)
             assert bool((weight > 0).all()) and bool(torch.isfinite(weight).all())
 
 
@@ -434,7 +434,7 @@ def test_t_d_block_can_be_chosen() -> None:
 def test_t_d_merges_the_dense_hadamard() -> None:
     shape = Shape(8, 48, 1, 1, 8, 1)
     weight = torch.randn(8, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    merged, _ = transform_set(["T_d"], shape).merge(Role.DOWN, 0, weight, None)
+    merged, _ = transform_set(["T_d"], shape).merge(Place(Role.DOWN, 0), weight, None)
     expected = weight @ torch.block_diag(*[dense_hadamard(16)] * 3)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-14)
     assert hadamard_factors(16)[0].shape == (4, 4)

@@ -19,8 +19,7 @@ from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.install import finish_loading
-from fptquant.wiring import Architecture
-from fptquant.wiring.base import INPUT_GROUPS, Role
+from fptquant.wiring import Architecture, Role
 
 
 @torch.no_grad()
@@ -62,13 +61,13 @@ def calibrate_and_round(
         stored = _restored(layer, f"layer-{index}", store)
         if not stored:
             catch_up()
-        for group in () if stored else INPUT_GROUPS:
-            modules = [layer.get_submodule(architecture.projections[role]) for role in group]
+        for group in () if stored else architecture.groups:
+            modules = [layer.get_submodule(projection.path) for projection in group.members]
             linears = [x for x in modules if isinstance(x, SimulatedLinear)]
-            names = [architecture.projection_name(index, role) for role in group]
+            names = architecture.group_names(index, group)
             log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
             _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
-            if Role.VALUE in group:
+            if any(projection.role is Role.VALUE for projection in group.members):
                 set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
         if store is not None and not stored:
             store.save(f"layer-{index}", layer.state_dict())

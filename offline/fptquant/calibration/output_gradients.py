@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
-from fptquant.wiring.base import INPUT_GROUPS
 
 
 def token_weights(model: PreTrainedModel, architecture: Architecture, windows: Tensor) -> dict[str, Tensor]:
@@ -45,9 +44,9 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
 def _groups(model: PreTrainedModel, architecture: Architecture) -> dict[str, list[SimulatedLinear]]:
     """Layers that share an input, by the name of the first; the head is a group of its own."""
     names = [
-        [architecture.projection_name(layer, role) for role in group]
+        architecture.group_names(layer, group)
         for layer in range(len(architecture.layer_modules(model)))
-        for group in INPUT_GROUPS
+        for group in architecture.groups
     ]
     groups = {}
     for group in [*names, [architecture.head]]:

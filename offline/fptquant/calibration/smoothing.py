@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
-from fptquant.wiring import Architecture
-from fptquant.wiring.base import INPUT_GROUPS, Role
+from fptquant.wiring import EMBEDDING, Architecture, Place
 
 
 def start_is_measured(transforms: TransformSet) -> bool:
@@ -34,33 +33,31 @@ def start_from_activations(
         first: tokens of a sequence before this one do not count.
     """
     (scale,) = (transform for transform in transforms if isinstance(transform, NormScale))
-    largest: dict[tuple[int, Role], Tensor] = {}
+    largest: dict[Place, Tensor] = {}
 
-    def watch(key: tuple[int, Role]) -> Callable[..., None]:
+    def watch(key: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             states = output[:, first:].flatten(0, 1)
-            found = transforms.inputs(Role.EMBEDDING, -1, states).abs().amax(0)  # rotated as the residual is
+            found = transforms.inputs(EMBEDDING, states).abs().amax(0)  # rotated as the residual is
             largest[key] = torch.maximum(largest[key], found) if key in largest else found
 
         return hook
 
     layers = architecture.layer_modules(model)
-    groups = [group for group in INPUT_GROUPS if group[0] in (Role.QUERY, Role.GATE)]
     handles = [
-        layer.get_submodule(architecture.norm_before(group[0])).register_forward_hook(watch((index, group[0])))
+        layer.get_submodule(norm).register_forward_hook(watch(group.first.at(index)))
         for index, layer in enumerate(layers)
-        for group in groups
+        for group, norm in architecture.normed_groups()
     ]
     for window in windows:
         model.base_model(window[None], use_cache=False)
     for handle in handles:
         handle.remove()
     for index, layer in enumerate(layers):
-        for group in groups:
+        for group, _ in architecture.normed_groups():
             weights = [
-                transforms.merge(
-                    role, index, layer.get_submodule(architecture.projections[role]).get_parameter("weight"), None
-                )[0]
-                for role in group
+                transforms.merge(member.at(index), layer.get_submodule(member.path).get_parameter("weight"), None)[0]
+                for member in group.members
             ]
-            scale.start(group[0], index, largest[index, group[0]], torch.cat(weights).abs().amax(0))
+            place = group.first.at(index)
+            scale.start(place, largest[place], torch.cat(weights).abs().amax(0))

@@ -30,7 +30,7 @@ from fptquant.format.schema import EXTRAS
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TransformSet
-from fptquant.wiring.base import INPUT_GROUPS, Role
+from fptquant.wiring import Role
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _check_patterns(source: Source, config: CheckpointConfig) -> None:
     """A pattern that matches no layer is a slip of the pen."""
     architecture = source.architecture
     layers = range(architecture.shape(source.config).layers)
-    names = [architecture.projection_name(layer, role) for layer in layers for role in architecture.projections]
+    names = [architecture.projection_name(layer, item) for layer in layers for item in architecture.projections]
     for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
         if not any(match_name(name, pattern) for name in (*names, architecture.head)):
             raise FPTQuantError(
@@ -197,15 +197,15 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
     """Layers that share an input share its quantizer, so overrides may not tell them apart."""
     architecture = source.architecture
     for layer in range(architecture.shape(source.config).layers):
-        for group in INPUT_GROUPS:
-            names = [architecture.projection_name(layer, role) for role in group]
+        for group in architecture.groups:
+            names = architecture.group_names(layer, group)
             schemes = [config.scheme_for(name) for name in names]
             if any(scheme != schemes[0] for scheme in schemes):
                 raise FPTQuantError(
                     f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
                     "so they need the same scheme; name them all"
                 )
-        down = architecture.projection_name(layer, Role.DOWN)
+        down = architecture.projection_name(layer, architecture.projection_of(Role.DOWN))
         if config.transforms.down_hadamard and config.scheme_for(down) is None:
             raise FPTQuantError(
                 f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off"
@@ -232,7 +232,9 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
         Role.DOWN: (shape.hidden, shape.intermediate),
     }
     return {
-        architecture.projection_name(layer, role): size for layer in range(shape.layers) for role, size in sizes.items()
+        architecture.projection_name(layer, projection): sizes[projection.role]
+        for layer in range(shape.layers)
+        for projection in architecture.projections
     }
 
 

@@ -203,8 +203,8 @@ class Probe:
         return self.layers[site.layer].get_submodule(self.job.source.architecture.attention)
 
     def _linears(self, site: Site) -> list[SimulatedLinear]:
-        projections, layer = self.job.source.architecture.projections, self.layers[site.layer]
-        modules = [layer.get_submodule(projections[role]) for role in site.roles]
+        layer = self.layers[site.layer]
+        modules = [layer.get_submodule(projection.path) for projection in site.projections(self.job)]
         return [module for module in modules if isinstance(module, SimulatedLinear)]
 
 

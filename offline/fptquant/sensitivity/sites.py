@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fptquant.errors import unknown
 from fptquant.format import LinearScheme
 from fptquant.run.job import Job
-from fptquant.wiring.base import INPUT_GROUPS, Role
+from fptquant.wiring import Projection
 
-GROUPS: dict[str, tuple[Role, ...]] = dict(zip(("qkv", "o", "gate_up", "down"), INPUT_GROUPS, strict=True))
+GROUPS = ("qkv", "o", "gate_up", "down")  # names of input groups (`fptquant.wiring`)
 INPUTS = tuple(f"{name}_input" for name in GROUPS)
 WEIGHTS = tuple(f"{name}_weights" for name in GROUPS)
 CACHES = {"keys": "k", "values": "v"}
@@ -24,10 +24,11 @@ class Site:
     kind: str  # one of KINDS
     layer: int
 
-    @property
-    def roles(self) -> tuple[Role, ...]:
+    def projections(self, job: Job) -> tuple[Projection, ...]:
         """Linear layers that an input or weights site belongs to; none for keys and values."""
-        return GROUPS.get(self.kind.removesuffix("_input").removesuffix("_weights"), ())
+        name = self.kind.removesuffix("_input").removesuffix("_weights")
+        groups = [group for group in job.source.architecture.groups if group.name == name]
+        return groups[0].members if groups else ()
 
     @property
     def is_input(self) -> bool:
@@ -41,11 +42,13 @@ class Site:
 
     def modules(self, job: Job) -> list[str]:
         """Full names of the linear layers."""
-        return [job.source.architecture.projection_name(self.layer, role) for role in self.roles]
+        architecture = job.source.architecture
+        return [architecture.projection_name(self.layer, projection) for projection in self.projections(job)]
 
     def scheme(self, job: Job) -> LinearScheme | None:
         """How the job quantizes the linear layers; None for layers in floating point, and for keys and values."""
-        return job.config.scheme_for(self.modules(job)[0]) if self.roles else None
+        modules = self.modules(job)
+        return job.config.scheme_for(modules[0]) if modules else None
 
 
 def sites_of(job: Job, kinds: Iterable[str] = KINDS) -> list[Site]:

@@ -17,8 +17,7 @@ from fptquant.simulate import llama
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulate.linear import SimulatedLinear
 from fptquant.simulate.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
-from fptquant.wiring import Architecture, Role
-from fptquant.wiring.base import INPUT_GROUPS
+from fptquant.wiring import Architecture, Projection, Role
 from fptquant.wiring.llama import LLAMA
 
 # What transformers' classes become, by model family: one module and one entry each.
@@ -35,11 +34,11 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     hadamard, residual_scaled = config.transforms.down_hadamard, config.transforms.residual_scale
     become_simulation(model, architecture, residual_scaled)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for role, path in architecture.projections.items():
-            scheme = config.scheme_for(architecture.projection_name(index, role))
-            block = hadamard.block if hadamard and role is Role.DOWN else None
-            scaled = residual_scaled and role in (Role.OUTPUT, Role.DOWN)
-            layer.set_submodule(path, simulated_projection(layer, architecture, role, scheme, block, scaled))
+        for projection in architecture.projections:
+            scheme = config.scheme_for(architecture.projection_name(index, projection))
+            block = hadamard.block if hadamard and projection.role is Role.DOWN else None
+            scaled = residual_scaled and projection.role in (Role.OUTPUT, Role.DOWN)
+            layer.set_submodule(projection.path, simulated_projection(layer, projection, scheme, block, scaled))
         if config.kv_cache.bits < 16:
             attention = layer.get_submodule(architecture.attention)
             attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
@@ -75,23 +74,21 @@ def become_simulation(model: PreTrainedModel, architecture: Architecture, residu
 
 def simulated_projection(
     layer: nn.Module,
-    architecture: Architecture,
-    role: Role,
+    projection: Projection,
     scheme: LinearScheme | None,
     hadamard_block: int | None,
     residual_scaled: bool,
 ) -> SimulatedLinear:
-    """The projection of `role` with its online steps; the caller puts it in place.
+    """The projection with its online steps; the caller puts it in place.
 
     Args:
         layer: decoder layer that holds the float projection.
-        architecture: its family.
-        role: which projection.
+        projection: which.
         scheme: what is quantized.
         hadamard_block: of T_d, None without.
         residual_scaled: whether it is given S.
     """
-    linear = layer.get_submodule(architecture.projections[role])
+    linear = layer.get_submodule(projection.path)
     assert isinstance(linear, nn.Linear)
     return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, residual_scaled=residual_scaled)
 
@@ -130,9 +127,9 @@ def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) ->
         FPTQuantError: names the layers and their values.
     """
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for group in INPUT_GROUPS:
-            names = [architecture.projection_name(index, role) for role in group]
-            linears = [layer.get_submodule(architecture.projections[role]) for role in group]
+        for group in architecture.groups:
+            names = architecture.group_names(index, group)
+            linears = [layer.get_submodule(projection.path) for projection in group.members]
             for tensor in ("input_scale", "input_zero_point"):
                 if hasattr(linears[0], tensor):
                     require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))

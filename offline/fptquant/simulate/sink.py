@@ -149,7 +149,7 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
     norm = model.get_submodule(architecture.final_norm)
     for layer, attention in zip(architecture.layer_modules(model), attentions, strict=True):
         for name, role in ((KEY, Role.KEY), (VALUE, Role.VALUE)):
-            projection = layer.get_submodule(architecture.projections[role])
+            projection = layer.get_submodule(architecture.projection_of(role).path)
             handles.append(projection.register_forward_hook(keep(attention, name)))
     handles.append(norm.register_forward_hook(keep(norm, OUTPUT)))
     model(torch.cat((torch.tensor([token]), others.flatten()))[:, None], use_cache=False)

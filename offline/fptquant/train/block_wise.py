@@ -20,7 +20,7 @@ from fptquant.train.fake_quant import Estimator
 from fptquant.train.optimization import Optimization, transform_groups
 from fptquant.train.student import Student
 from fptquant.transforms import TransformSet
-from fptquant.wiring import Role
+from fptquant.wiring import EMBEDDING
 
 
 class BlockWiseOptions(BaseModel):
@@ -78,7 +78,7 @@ def train_block_wise(
                     loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
                     optimization.update()
                 except FPTQuantError as error:
-                    raise FPTQuantError(f"{architecture.layers}.{index}: {error}") from None
+                    raise FPTQuantError(f"{architecture.layer_name(index)}: {error}") from None
                 yield {"layer": index, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
             for parameter in optimization.parameters.values():
                 parameter.requires_grad_(False)
@@ -87,7 +87,7 @@ def train_block_wise(
 
 def _optimization(student: Student, transforms: TransformSet, options: BlockWiseOptions, index: int) -> Optimization:
     """Over one layer's clipping and all transforms; those of other layers get no gradient and have no moments."""
-    prefix = f"{student.architecture.layers}.{index}."
+    prefix = f"{student.architecture.layer_name(index)}."
     clipping = {name: value for name, value in student.weight_parameters().items() if name.startswith(prefix)}
     groups = transform_groups(transforms, options.transform_rate, rotation_rate=0.0)
     groups["weight"] = (options.weight_rate, clipping)
@@ -108,7 +108,7 @@ def _step(
         for sequence in chosen:
             with torch.no_grad():  # rotated as the student's residual is
                 (target,) = expected.sequence(sequence).hidden
-                goal = transforms.inputs(Role.EMBEDDING, -1, target)
+                goal = transforms.inputs(EMBEDDING, target)
             (found,) = inputs.sequence(sequence).run(layer)
             error, size = (found - goal)[:, inputs.first :], goal[:, inputs.first :]
             loss = error.square().mean() / size.square().mean() / len(chosen)

@@ -166,7 +166,7 @@ def _first_not_finite(student: Student, tokens: Tensor) -> str:
         def check(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
             states = output[0] if isinstance(output, tuple) else output
             if not bool(torch.isfinite(states).all()):
-                found.append(f"{student.architecture.layers}.{index}")
+                found.append(student.architecture.layer_name(index))
 
         handles.append(layer.register_forward_hook(check))
     student.model.base_model(tokens[None], use_cache=False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fptquant.errors import FPTQuantError
 from fptquant.train.optimization import Optimization
 from fptquant.transforms import TransformSet
-from fptquant.wiring import Architecture, Role
+from fptquant.wiring import EMBEDDING, HEAD, Architecture
 
 
 class LocalOptions(BaseModel):
@@ -66,14 +66,15 @@ def train_local(
         with transforms.reused(torch.float32):
             for index, layer in enumerate(layers):
                 loss = torch.zeros(())
-                for role, path in architecture.projections.items():
-                    weight, _ = transforms.merge(role, index, layer.get_submodule(path).get_parameter("weight"), None)
-                    loss = loss + weight_norm(weight, options.p)
-                total += _backward(loss, optimization.step, f"{architecture.layers}.{index}")
+                for projection in architecture.projections:
+                    weight = layer.get_submodule(projection.path).get_parameter("weight")
+                    merged, _ = transforms.merge(projection.at(index), weight, None)
+                    loss = loss + weight_norm(merged, options.p)
+                total += _backward(loss, optimization.step, architecture.layer_name(index))
             if "T_r" in transforms.names and options.rotation_rate > 0:
-                for role, path in ((Role.EMBEDDING, architecture.embedding), (Role.HEAD, architecture.head)):
+                for place, path in ((EMBEDDING, architecture.embedding), (HEAD, architecture.head)):
                     weight = model.get_submodule(path).get_parameter("weight")
-                    loss = weight_norm(transforms.merge(role, -1, weight, None)[0], options.p)
+                    loss = weight_norm(transforms.merge(place, weight, None)[0], options.p)
                     total += _backward(loss, optimization.step, path)
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}

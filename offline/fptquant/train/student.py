@@ -23,8 +23,7 @@ from fptquant.train.student_weights import (
     TransformedWeight,
 )
 from fptquant.transforms import TransformSet
-from fptquant.wiring import Architecture, Role
-from fptquant.wiring.base import INPUT_GROUPS
+from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place, Role
 
 
 @dataclass
@@ -38,8 +37,8 @@ class SinkInput:
     def update(self, source: FloatWeight) -> None:
         """Computes the constant with the weight of `source`, not quantized."""
         transforms = source.transforms[0]
-        states = transforms.inputs(Role.EMBEDDING, -1, self.normed[None])
-        gain = transforms.gain(source.role, source.layer, states.dtype)
+        states = transforms.inputs(EMBEDDING, self.normed[None])
+        gain = transforms.gain(source.place, states.dtype)
         states = source.exact(states if gain is None else states * gain)
         setattr(self.attention, self.name, states.view(self.attention.get_buffer(self.name).shape))
 
@@ -176,15 +175,15 @@ def integer_student(model: PreTrainedModel, architecture: Architecture, estimato
     """Student for the scales-and-ranges stage: a finished simulation, with its integers frozen."""
     student = Student(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for roles in INPUT_GROUPS:  # a group has one scheme, so one layer of it stands for all
-            linears = [layer.get_submodule(architecture.projections[role]) for role in roles]
+        for members in architecture.groups:  # a group has one scheme, so one layer of it stands for all
+            linears = [layer.get_submodule(projection.path) for projection in members.members]
             first = linears[0]
             if not isinstance(first, SimulatedLinear) or first.codes is None:
                 continue
-            group = GroupInput(len(roles), _input_quantizer(first, estimator))
-            for role, linear in zip(roles, linears, strict=True):
+            group = GroupInput(len(linears), _input_quantizer(first, estimator))
+            for name, linear in zip(architecture.group_names(index, members), linears, strict=True):
                 assert isinstance(linear, SimulatedLinear)
-                _replace(student, architecture.projection_name(index, role), linear, group)
+                _replace(student, name, linear, group)
         attention = layer.get_submodule(architecture.attention)
         _replace_cache(student, attention, attention, estimator)
     head = model.get_submodule(architecture.head)
@@ -228,22 +227,22 @@ def transform_student(
         attention = layer.get_submodule(architecture.attention)
         if token is not None:
             attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
-        for roles in INPUT_GROUPS:
+        for members in architecture.groups:
             group = None
-            for role in roles:
-                path = architecture.projections[role]
+            for projection in members.members:
+                path, role = projection.path, projection.role
                 linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                 assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                online = simulated_projection(
-                    layer, architecture, role, None, example.hadamard_block, example.residual_scaled
-                )
-                group = group or GroupInput(len(roles), _input_quantizer(example, estimator))
+                online = simulated_projection(layer, projection, None, example.hadamard_block, example.residual_scaled)
+                group = group or GroupInput(len(members.members), _input_quantizer(example, estimator))
                 weight: FloatWeight
                 if float_weights or example.scheme is None:
-                    weight = TransformedWeight(linear, transforms, role, index)
+                    weight = TransformedWeight(linear, transforms, projection.at(index))
                 else:
                     scale, bits = example.weight_scale, example.scheme.weights.bits
-                    weight = MergedWeight(linear, transforms, role, index, scale=scale, bits=bits, estimator=estimator)
+                    weight = MergedWeight(
+                        linear, transforms, projection.at(index), scale=scale, bits=bits, estimator=estimator
+                    )
                 sink = None
                 if sink_inputs and role in (Role.KEY, Role.VALUE):
                     name = KEY if role is Role.KEY else VALUE
@@ -257,10 +256,9 @@ def transform_student(
 def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int) -> dict[int, Tensor]:
     """Output of each layer's attention norm at the constant token, and at -1 that of the final norm."""
     found: dict[int, Tensor] = {}
-    norms = {
-        index: layer.get_submodule(architecture.attention_norm)
-        for index, layer in enumerate(architecture.layer_modules(model))
-    }
+    keys = next(group for group in architecture.groups if any(member.role is Role.KEY for member in group.members))
+    assert keys.norm is not None
+    norms = {index: layer.get_submodule(keys.norm) for index, layer in enumerate(architecture.layer_modules(model))}
     norms[-1] = model.get_submodule(architecture.final_norm)
     handles = []
     for index, norm in norms.items():
@@ -279,10 +277,10 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
     """Applies T_r to the embedding's output and takes it back before the head, in place of merging it there."""
 
     def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return transforms.inputs(Role.EMBEDDING, -1, output)
+        return transforms.inputs(EMBEDDING, output)
 
     def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return transforms.inputs(Role.HEAD, -1, output, transposed=True)
+        return transforms.inputs(HEAD, output, transposed=True)
 
     model.get_submodule(architecture.embedding).register_forward_hook(enter)
     model.get_submodule(architecture.final_norm).register_forward_hook(leave)
@@ -291,16 +289,16 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
 def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> None:
     """Multiplies the output of each layer's norms by the gain that the transforms give them, in place of merging it."""
 
-    def scale(role: Role, index: int) -> Callable[..., Tensor]:
+    def scale(place: Place) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            gain = transforms.gain(role, index, output.dtype)
+            gain = transforms.gain(place, output.dtype)
             return output if gain is None else output * gain
 
         return hook
 
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for role in (Role.QUERY, Role.GATE):
-            layer.get_submodule(architecture.norm_before(role)).register_forward_hook(scale(role, index))
+        for group, norm in architecture.normed_groups():
+            layer.get_submodule(norm).register_forward_hook(scale(group.first.at(index)))
 
 
 def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQuantizer | None:

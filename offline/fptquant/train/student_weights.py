@@ -13,7 +13,7 @@ from fptquant.quantize import channel_scale, log_clip_of
 from fptquant.simulate import SimulatedLinear
 from fptquant.train.fake_quant import Estimator, fake_quantize
 from fptquant.transforms import TransformSet
-from fptquant.wiring import Role
+from fptquant.wiring import Place
 
 
 class StudentWeight(nn.Module):
@@ -48,21 +48,20 @@ class IntegerWeight(StudentWeight):
 class FloatWeight(StudentWeight):
     """A frozen float weight with trainable transforms."""
 
-    def __init__(self, linear: nn.Linear, transforms: TransformSet, role: Role, layer: int) -> None:
+    def __init__(self, linear: nn.Linear, transforms: TransformSet, place: Place) -> None:
         """Takes the weight (norm gain folded in, transforms not merged).
 
         Args:
             linear: float layer.
             transforms: trained elsewhere.
-            role: of the layer.
-            layer: index.
+            place: of the layer.
         """
         super().__init__()
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         self.weight: Tensor
         self.bias = linear.bias
         self.transforms = [transforms]  # in a list: its parameters are not this module's
-        self.role, self.layer = role, layer
+        self.place = place
 
     def exact(self, x: Tensor) -> Tensor:
         """Output (..., N) with bias of the merged layer, nothing quantized, for inputs (..., K)."""
@@ -77,13 +76,13 @@ class TransformedWeight(FloatWeight):
 
     def restored(self, x: Tensor) -> Tensor:
         """Takes the transforms of the input back, which the weight knows nothing of."""
-        return self.transforms[0].inputs(self.role, self.layer, x, transposed=True)
+        return self.transforms[0].inputs(self.place, x, transposed=True)
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `StudentWeight`."""
         transforms = self.transforms[0]
-        y = transforms.outputs(self.role, self.layer, nn.functional.linear(x, self.weight))
-        return y, None if self.bias is None else transforms.outputs(self.role, self.layer, self.bias)
+        y = transforms.outputs(self.place, nn.functional.linear(x, self.weight))
+        return y, None if self.bias is None else transforms.outputs(self.place, self.bias)
 
     def exact(self, x: Tensor) -> Tensor:
         """See `FloatWeight`."""
@@ -110,7 +109,7 @@ class MergedWeight(FloatWeight):
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias after the transforms, not quantized; merged again when differentiating, to save memory."""
-        merge, arguments = self.transforms[0].merge, (self.role, self.layer, self.weight, self.bias)
+        merge, arguments = self.transforms[0].merge, (self.place, self.weight, self.bias)
         if not torch.is_grad_enabled():
             return merge(*arguments)
         merged: tuple[Tensor, Tensor | None] = checkpoint(

@@ -18,7 +18,7 @@ from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scale import ResidualScale
 from fptquant.transforms.up_down import UpDownTransform
 from fptquant.transforms.value import ValueTransform
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Shape
 
 # T_u must come before T_d: W_down diag(1 / s) H; and T_r before T_s: W R diag(s). The others act on different sides or
 # roles and commute.
@@ -58,28 +58,28 @@ class TransformSet(nn.Module):
                 generator = torch.Generator().manual_seed(seed)
                 self.transforms[name] = transform(shape, options[name], generator)
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """See `Transform.inputs`; all transforms together."""
         transforms = list(self)
         for transform in reversed(transforms) if transposed else transforms:
-            values = transform.inputs(role, layer, values, transposed=transposed)
+            values = transform.inputs(place, values, transposed=transposed)
         return values
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """See `Transform.outputs`; all transforms together."""
         for transform in self:
-            values = transform.outputs(role, layer, values)
+            values = transform.outputs(place, values)
         return values
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of `role` after all transforms, in the dtype given."""
+    def merge(self, place: Place, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias at `place` after all transforms, in the dtype given."""
         for transform in self:
-            weight, bias = transform.merge(role, layer, weight, bias)
+            weight, bias = transform.merge(place, weight, bias)
         return weight, bias
 
-    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
+    def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """See `Transform.gain`; all transforms together."""
-        found = [gain for transform in self if (gain := transform.gain(role, layer, dtype)) is not None]
+        found = [gain for transform in self if (gain := transform.gain(place, dtype)) is not None]
         return math.prod(found[1:], start=found[0]) if found else None
 
     @contextmanager

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Shape
 
 
 class TransformOptions(BaseModel):
@@ -48,24 +48,24 @@ class Transform(nn.Module):
         else:
             self.register_buffer(name, torch.zeros(size), persistent=False)
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """`values` (..., in) C, or C^T if `transposed`; all layers that share an input have the same C.
 
-        `layer` is -1 outside the layers. Of the embedding, the rows (..., hidden) are these values.
+        Of the embedding, the rows (..., hidden) are these values.
         """
         return values
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """L `values`, for each vector of (..., out)."""
         return values
 
-    def merge(self, role: Role, layer: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Transformed weight L W C (out, in) and bias L b (out,) of the given role."""
-        weight = self.outputs(role, layer, self.inputs(role, layer, weight).mT).mT
-        return weight, None if bias is None else self.outputs(role, layer, bias)
+    def merge(self, place: Place, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Transformed weight L W C (out, in) and bias L b (out,) at the given place."""
+        weight = self.outputs(place, self.inputs(place, weight).mT).mT
+        return weight, None if bias is None else self.outputs(place, bias)
 
-    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
-        """Gain (hidden,) that the norm gets whose output `role` reads; None for one."""
+    def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
+        """Gain (hidden,) that the norm gets whose output is read at `place`; None for one."""
         return None
 
     @contextmanager

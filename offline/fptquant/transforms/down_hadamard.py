@@ -11,7 +11,7 @@ from torch import Tensor
 from fptquant.errors import FPTQuantError
 from fptquant.format import hadamard_factors
 from fptquant.transforms.base import Transform, TransformOptions
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 PACKED = 8  # 4-bit weights in a packed word, which is never split
 
@@ -55,9 +55,9 @@ class DownHadamard(Transform):
                 f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
             )
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Multiplies each block of columns of down_proj by the (symmetric, orthonormal) Hadamard matrix."""
-        if role is not Role.DOWN:
+        if place.role is not Role.DOWN:
             return values
         left, right = hadamard_factors(self.block, values.dtype)
         blocks = values.reshape(-1, len(left), len(right))

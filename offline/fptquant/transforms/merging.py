@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fptquant.format import CheckpointConfig
 from fptquant.transforms import TransformSet
-from fptquant.wiring import Architecture, Role
+from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
 
 @torch.no_grad()
@@ -30,23 +30,21 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
     _untie_head(model, architecture)
     layers = architecture.layer_modules(model)
     for index, layer in enumerate(layers):
-        for role, path in architecture.projections.items():
-            gain = None
-            if role not in (Role.OUTPUT, Role.DOWN):
-                gain = _gain(layer.get_submodule(architecture.norm_before(role)))
-            _merge_weight(layer.get_submodule(path), transforms, role, index, gain)
-        for role in (Role.QUERY, Role.GATE):
-            norm = layer.get_submodule(architecture.norm_before(role)).get_parameter("weight")
-            gain = transforms.gain(role, index, torch.float64)
-            norm.copy_(torch.ones_like(norm) if gain is None else gain)
+        for group in architecture.groups:
+            gain = None if group.norm is None else _gain(layer.get_submodule(group.norm), architecture)
+            for projection in group.members:
+                _merge_weight(layer.get_submodule(projection.path), transforms, projection.at(index), gain)
+        for group, norm in architecture.normed_groups():
+            gain = transforms.gain(group.first.at(index), torch.float64)
+            _set_gain(layer.get_submodule(norm), architecture, gain)
         yield index
 
     final_norm = model.get_submodule(architecture.final_norm)
     head = model.get_submodule(architecture.head)
     embedding = model.get_submodule(architecture.embedding)
-    _merge_weight(head, transforms, Role.HEAD, -1, _gain(final_norm))
-    _merge_weight(embedding, transforms, Role.EMBEDDING, -1, None)
-    final_norm.get_parameter("weight").fill_(1.0)
+    _merge_weight(head, transforms, HEAD, _gain(final_norm, architecture))
+    _merge_weight(embedding, transforms, EMBEDDING, None)
+    _set_gain(final_norm, architecture, None)
 
 
 @torch.no_grad()
@@ -55,9 +53,9 @@ def round_floats(
 ) -> None:
     """Rounds what a checkpoint keeps in floating point (embedding, head, biases, ignored layers) to its dtype there."""
     linears = [
-        architecture.projection_name(index, role)
+        architecture.projection_name(index, projection)
         for index in range(len(architecture.layer_modules(model)))
-        for role in architecture.projections
+        for projection in architecture.projections
     ]
     to_quantize = {f"{name}.weight" for name in (*linears, architecture.head) if config.scheme_for(name) is not None}
     for name, parameter in model.named_parameters():
@@ -65,18 +63,25 @@ def round_floats(
             parameter.copy_(parameter.to(dtype))
 
 
-def _merge_weight(module: nn.Module, transforms: TransformSet, role: Role, layer: int, gain: Tensor | None) -> None:
+def _merge_weight(module: nn.Module, transforms: TransformSet, place: Place, gain: Tensor | None) -> None:
     weight = module.get_parameter("weight")
     bias = getattr(module, "bias", None)
     merged = weight.double() if gain is None else weight.double() * gain
-    merged, merged_bias = transforms.merge(role, layer, merged, None if bias is None else bias.double())
+    merged, merged_bias = transforms.merge(place, merged, None if bias is None else bias.double())
     weight.copy_(merged)
     if bias is not None and merged_bias is not None:
         bias.copy_(merged_bias)
 
 
-def _gain(norm: nn.Module) -> Tensor:
-    return norm.get_parameter("weight").double()
+def _gain(norm: nn.Module, architecture: Architecture) -> Tensor:
+    """What a norm multiplies by, (hidden,) float64."""
+    return norm.get_parameter("weight").double() + architecture.gain_offset
+
+
+def _set_gain(norm: nn.Module, architecture: Architecture, gain: Tensor | None) -> None:
+    """Makes a norm multiply by `gain` (hidden,), or by one."""
+    weight = norm.get_parameter("weight")
+    weight.copy_((torch.ones_like(weight) if gain is None else gain) - architecture.gain_offset)
 
 
 def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:

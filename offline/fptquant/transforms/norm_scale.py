@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform, TransformOptions
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 _SMALLEST = 1e-5  # of a channel's largest magnitude
 _NORMS = {Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1}  # which of a layer's norms is read
@@ -39,17 +39,19 @@ class NormScale(Transform):
         super().__init__(shape, options, generator)
         self.log_scale = nn.Parameter(torch.zeros(shape.layers, 2, shape.hidden))  # s = exp(.) > 0
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Scales the columns of what reads a norm."""
-        return values * self.log_scale[layer, _NORMS[role]].to(values.dtype).exp() if role in _NORMS else values
+        if place.role not in _NORMS:
+            return values
+        return values * self.log_scale[place.layer, _NORMS[place.role]].to(values.dtype).exp()
 
-    def gain(self, role: Role, layer: int, dtype: torch.dtype) -> Tensor | None:
+    def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """1 / s."""
-        return torch.exp(-self.log_scale[layer, _NORMS[role]].to(dtype))
+        return torch.exp(-self.log_scale[place.layer, _NORMS[place.role]].to(dtype))
 
     @torch.no_grad()
-    def start(self, role: Role, layer: int, inputs: Tensor, weights: Tensor) -> None:
+    def start(self, place: Place, inputs: Tensor, weights: Tensor) -> None:
         """Sets s = max|x|^alpha / max|w|^(1 - alpha), each (hidden,) the largest magnitude of a channel."""
         alpha: float = self.options.alpha
         logs: list[Any] = [values.clamp_min(_SMALLEST).log() for values in (inputs, weights)]
-        self.log_scale[layer, _NORMS[role]] = alpha * logs[0] - (1 - alpha) * logs[1]
+        self.log_scale[place.layer, _NORMS[place.role]] = alpha * logs[0] - (1 - alpha) * logs[1]

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fptquant.transforms.base import Transform, TransformOptions
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 
 class QueryKeyOptions(TransformOptions):
@@ -37,12 +37,12 @@ class QueryKeyTransform(Transform):
         self.angle: Tensor
         self.log_scale: Tensor
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Rotates and scales queries and keys."""
-        if role not in (Role.QUERY, Role.KEY):
+        if place.role not in (Role.QUERY, Role.KEY):
             return values
-        angle, log_scale = self.angle[layer].to(values.dtype), self.log_scale[layer].to(values.dtype)
-        if role is Role.QUERY:
+        angle, log_scale = self.angle[place.layer].to(values.dtype), self.log_scale[place.layer].to(values.dtype)
+        if place.role is Role.QUERY:
             log_scale = -log_scale
             groups = self.shape.heads // self.shape.kv_heads
             angle, log_scale = (t.repeat_interleave(groups, 0) for t in (angle, log_scale))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 _WRITERS = (Role.OUTPUT, Role.DOWN)
 
@@ -66,13 +66,13 @@ class ResidualRotation(Transform):
         finally:
             self._reused = None
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """W R where the residual is read, and for the embedding."""
-        if role in _WRITERS:
+        if place.role in _WRITERS:
             return values
         rotation = self.rotation(values.dtype)
         return values @ (rotation.mT if transposed else rotation)
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Y R where the residual is written: W' = R^T W, b' = b R."""
-        return values @ self.rotation(values.dtype) if role in _WRITERS else values
+        return values @ self.rotation(values.dtype) if place.role in _WRITERS else values

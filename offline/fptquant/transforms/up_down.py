@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 
 class UpDownTransform(Transform):
@@ -24,10 +24,10 @@ class UpDownTransform(Transform):
         super().__init__(shape, options, generator)
         self.log_scale = nn.Parameter(torch.zeros(shape.layers, shape.intermediate))  # s = exp(.) > 0
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Scales what up_proj puts out."""
-        return values * self.log_scale[layer].to(values.dtype).exp() if role is Role.UP else values
+        return values * self.log_scale[place.layer].to(values.dtype).exp() if place.role is Role.UP else values
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Scales the columns of down_proj inversely."""
-        return values * torch.exp(-self.log_scale[layer].to(values.dtype)) if role is Role.DOWN else values
+        return values * torch.exp(-self.log_scale[place.layer].to(values.dtype)) if place.role is Role.DOWN else values

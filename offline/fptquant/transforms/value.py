@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
-from fptquant.wiring import Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 
 class ValueOptions(TransformOptions):
@@ -67,17 +67,17 @@ class ValueTransform(Transform):
         bound = math.log(self.options.max_condition) / 2
         return bound * torch.tanh(log_scale / bound)
 
-    def outputs(self, role: Role, layer: int, values: Tensor) -> Tensor:
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Values times T, head by head: W_v' = T^T W_v, b_v' = b_v T."""
-        if role is not Role.VALUE:
+        if place.role is not Role.VALUE:
             return values
-        return _by_head(values, self.matrices(layer, values.dtype)[0])
+        return _by_head(values, self.matrices(place.layer, values.dtype)[0])
 
-    def inputs(self, role: Role, layer: int, values: Tensor, *, transposed: bool = False) -> Tensor:
+    def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """W_o' = W_o T^-T per query head."""
-        if role is not Role.OUTPUT:
+        if place.role is not Role.OUTPUT:
             return values
-        inverse_transpose = self.matrices(layer, values.dtype)[1]
+        inverse_transpose = self.matrices(place.layer, values.dtype)[1]
         matrix = inverse_transpose.mT if transposed else inverse_transpose
         return _by_head(values, matrix.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))
 

@@ -1,46 +1,11 @@
-"""Model families: the only place that knows module names. One file and one entry of `FAMILIES` each."""
+"""Model families: the only place that knows module names. One file and one entry of `FAMILIES` each.
 
-from __future__ import annotations
+Nothing heavy is imported here: what transformers has to know of our checkpoints at its start follows from these facts.
+"""
 
-from collections.abc import Mapping
-from typing import Any
-
-from transformers import PretrainedConfig
-
-from fptquant.errors import FPTQuantError
-from fptquant.format import MODEL_TYPE_PREFIX, quantized_architecture
-from fptquant.wiring.base import Architecture, Role, Shape
+from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Place, Projection, Role, Shape
 from fptquant.wiring.llama import LLAMA
 
 FAMILIES: dict[str, Architecture] = {LLAMA.model_type: LLAMA}
 
-__all__ = ["FAMILIES", "Architecture", "Role", "Shape", "architecture_of", "check_model_type"]
-
-
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Family of a loaded configuration.
-
-    Raises:
-        FPTQuantError: the model type or class is not one we know.
-    """
-    return check_model_type({"model_type": config.model_type, "architectures": config.architectures})
-
-
-def check_model_type(config: Mapping[str, Any]) -> Architecture:
-    """Family that the content of a config.json names, checked before transformers looks at it.
-
-    Raises:
-        FPTQuantError: the model type or class is not one we know.
-    """
-    model_type, names = config.get("model_type"), config.get("architectures") or []
-    family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
-    if family is None or not set(names) <= {
-        family.class_name,
-        quantized_architecture(family.class_name),
-    }:
-        known = ", ".join(sorted(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values()))
-        raise FPTQuantError(
-            f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}' is not supported; "
-            f"known: {known}"
-        )
-    return family
+__all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]

@@ -1,12 +1,15 @@
-"""What a model family has to tell: where its projections, norms and heads are."""
+"""What a model family has to tell: where its projections, norms and heads are, and what holds for them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+if TYPE_CHECKING:  # the facts are read where nothing heavy may be imported (`fptquant.hf_entries`)
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Role(Enum):
@@ -23,13 +26,41 @@ class Role(Enum):
     HEAD = "head"
 
 
-# Linear layers that read the same tensor, in the order the forward pass reaches them.
-INPUT_GROUPS: tuple[tuple[Role, ...], ...] = (
-    (Role.QUERY, Role.KEY, Role.VALUE),
-    (Role.OUTPUT,),
-    (Role.GATE, Role.UP),
-    (Role.DOWN,),
-)
+@dataclass(frozen=True)
+class Place:
+    """Where a weight stands in a model."""
+
+    role: Role
+    layer: int = -1  # -1 outside the layers
+
+
+EMBEDDING, HEAD = Place(Role.EMBEDDING), Place(Role.HEAD)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of a decoder layer."""
+
+    role: Role
+    path: str  # of the module, relative to the decoder layer
+
+    def at(self, layer: int) -> Place:
+        """Its place in the decoder layer of this index."""
+        return Place(self.role, layer)
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linear layers that read the same tensor; they share its quantizer, and are fused when served."""
+
+    name: str  # in reports and overrides: "qkv"
+    members: tuple[Projection, ...]
+    norm: str | None = None  # path of the norm whose output they read; None where that isn't a norm's
+
+    @property
+    def first(self) -> Projection:
+        """The member that stands for all."""
+        return self.members[0]
 
 
 @dataclass(frozen=True)
@@ -46,18 +77,42 @@ class Shape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths of one decoder family (pre-norm, RMSNorm, RoPE with rotated halves, gated MLP)."""
+    """One decoder family: module paths, and facts that transforms and executors depend on.
+
+    Attributes:
+        model_type: in config.json.
+        name: what its classes in transformers begin with, "Llama".
+        embedding: module path, as those of `layers`, `final_norm` and `head`.
+        groups: of a decoder layer, in the order its forward pass reaches them; keys and values are final behind the
+            first.
+        attention: module path relative to a decoder layer.
+        gain_offset: what a norm adds to its weight before it multiplies by it.
+    """
 
     model_type: str
-    class_name: str
+    name: str
     embedding: str
     layers: str
     final_norm: str
     head: str
-    attention: str  # the rest are relative to a layer
-    attention_norm: str
-    mlp_norm: str
-    projections: dict[Role, str]
+    attention: str
+    groups: tuple[InputGroup, ...]
+    gain_offset: float = 0.0
+
+    @property
+    def class_name(self) -> str:
+        """Name of the language model's class in transformers."""
+        return f"{self.name}ForCausalLM"
+
+    @property
+    def modeling(self) -> str:
+        """Name of the module of transformers that has the family's classes."""
+        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All linear layers of a decoder layer, in order."""
+        return tuple(projection for group in self.groups for projection in group.members)
 
     def shape(self, config: PretrainedConfig) -> Shape:
         """Sizes from a configuration."""
@@ -75,15 +130,28 @@ class Architecture:
         """The decoder layers in order."""
         return list(model.get_submodule(self.layers).children())
 
-    def projection_name(self, layer: int, role: Role) -> str:
+    def layer_name(self, layer: int) -> str:
+        """Full name of a decoder layer."""
+        return f"{self.layers}.{layer}"
+
+    def projection_name(self, layer: int, projection: Projection) -> str:
         """Full name of a linear layer, as in the checkpoint."""
-        return f"{self.layers}.{layer}.{self.projections[role]}"
+        return f"{self.layer_name(layer)}.{projection.path}"
+
+    def group_names(self, layer: int, group: InputGroup) -> list[str]:
+        """Full names of a group's linear layers."""
+        return [self.projection_name(layer, projection) for projection in group.members]
 
     def attention_name(self, layer: int) -> str:
         """Full name of a layer's attention module."""
-        return f"{self.layers}.{layer}.{self.attention}"
+        return f"{self.layer_name(layer)}.{self.attention}"
 
-    def norm_before(self, role: Role) -> str:
-        """Path within a layer of the norm whose output the role's sub-block reads."""
-        attention = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
-        return self.attention_norm if role in attention else self.mlp_norm
+    def projection_of(self, role: Role) -> Projection:
+        """The first linear layer of this role."""
+        return next(projection for projection in self.projections if projection.role is role)
+
+    def normed_groups(self) -> Iterator[tuple[InputGroup, str]]:
+        """Groups that read a norm's output, and the norm's path."""
+        for group in self.groups:
+            if group.norm is not None:
+                yield group, group.norm

@@ -1,24 +1,31 @@
 """Llama: Llama 2 and 3, SmolLM2, TinyLlama and others of `model_type` llama."""
 
-from fptquant.wiring.base import Architecture, Role
+from fptquant.wiring.base import Architecture, InputGroup, Projection, Role
 
 LLAMA = Architecture(
     model_type="llama",
-    class_name="LlamaForCausalLM",
+    name="Llama",
     embedding="model.embed_tokens",
     layers="model.layers",
     final_norm="model.norm",
     head="lm_head",
     attention="self_attn",
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
-    projections={
-        Role.QUERY: "self_attn.q_proj",
-        Role.KEY: "self_attn.k_proj",
-        Role.VALUE: "self_attn.v_proj",
-        Role.OUTPUT: "self_attn.o_proj",
-        Role.GATE: "mlp.gate_proj",
-        Role.UP: "mlp.up_proj",
-        Role.DOWN: "mlp.down_proj",
-    },
+    groups=(
+        InputGroup(
+            "qkv",
+            (
+                Projection(Role.QUERY, "self_attn.q_proj"),
+                Projection(Role.KEY, "self_attn.k_proj"),
+                Projection(Role.VALUE, "self_attn.v_proj"),
+            ),
+            norm="input_layernorm",
+        ),
+        InputGroup("o", (Projection(Role.OUTPUT, "self_attn.o_proj"),)),
+        InputGroup(
+            "gate_up",
+            (Projection(Role.GATE, "mlp.gate_proj"), Projection(Role.UP, "mlp.up_proj")),
+            norm="post_attention_layernorm",
+        ),
+        InputGroup("down", (Projection(Role.DOWN, "mlp.down_proj"),)),
+    ),
 )

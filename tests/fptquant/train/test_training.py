@@ -31,7 +31,7 @@ from fptquant.train.student_weights import TransformedWeight
 from fptquant.train.teacher import Teacher
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.merging import merge_transforms
-from fptquant.wiring import Role
+from fptquant.wiring import Projection
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import TEXT, build_model, build_tokenizer
 
@@ -122,19 +122,19 @@ def test_float_student_has_the_constants_of_the_merged_model(tmp_path: Path) -> 
         assert torch.allclose(getattr(student.model.get_submodule(name), key), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("role", list(LLAMA.projections))
-def test_transformed_weight_is_the_merged_one(role: Role) -> None:
+@pytest.mark.parametrize("projection", LLAMA.projections)
+def test_transformed_weight_is_the_merged_one(projection: Projection) -> None:
     """Values and the gradients of every transform, without forming the weight."""
     layer = LLAMA.layer_modules(folded("bias"))[1].double()
-    linear = layer.get_submodule(LLAMA.projections[role])
+    linear = layer.get_submodule(projection.path)
     x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for apart in (False, True):
         transforms = random_transforms("bias", list(TRANSFORMS))
         if apart:
-            y = TransformedWeight(linear, transforms, role, 1).exact(x)
+            y = TransformedWeight(linear, transforms, projection.at(1)).exact(x)
         else:
-            y = torch.nn.functional.linear(x, *transforms.merge(role, 1, linear.weight, linear.bias))
+            y = torch.nn.functional.linear(x, *transforms.merge(projection.at(1), linear.weight, linear.bias))
         y.square().sum().backward()
         found.append([y.detach(), *(p.grad for p in transforms.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 1
