@@ -60,6 +60,16 @@ OPTIONS = {
     "rounding.method": "--rounding",
     "budget": "--budget",
 }
+
+
+class Memory(StrEnum):
+    """What of a model is in memory."""
+
+    auto = "auto"
+    resident = "resident"
+    streamed = "streamed"
+
+
 Rounding = Annotated[str | None, typer.Option(help="weight rounding: nearest, gptq, quantease")]
 
 
@@ -99,6 +109,9 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="start over, whatever an unfinished run has left to continue from")
     ] = False,
+    residency: Annotated[
+        Memory, typer.Option(help="what is in memory: resident (all of the model), streamed (a layer at a time), auto")
+    ] = Memory.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
@@ -148,7 +161,8 @@ def quantize(
         out.print("dry run: nothing was written")
         return
     stages = RichStages() if parallel.is_main() else Stages()
-    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages)
+    policy: Any = "streamed" if residency is Memory.streamed else "resident"
+    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages, residency=policy)
     if not parallel.is_main():
         return
     table = Table(title=f"{output}", show_header=False)

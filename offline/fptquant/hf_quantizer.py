@@ -67,7 +67,7 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         install_simulation(model, architecture_of(model.config), config)
         drop_quantized_weights(model)
         if files:
-            _require_tensors(model, self._weights)
+            require_tensors(model, self._weights)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -98,7 +98,7 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _require_tensors(model: PreTrainedModel, weights: WeightFiles) -> None:
+def require_tensors(model: PreTrainedModel, weights: WeightFiles) -> None:
     """Refuses weight files without all tensors, which transformers would replace by random values, or with other ones.
 
     Raises:

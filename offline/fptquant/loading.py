@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.files import first_line, read_json
-from fptquant.format import QUANT_METHOD
+from fptquant.format import QUANT_METHOD, CheckpointConfig
+from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
+from fptquant.format.checks import require_consistent
 from fptquant.format.schema import EXTRAS
+from fptquant.hf_quantizer import require_tensors
+from fptquant.layers.residency import Residency, make_part, set_tensors
+from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
+from fptquant.simulate.sink import use_sink
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
 from fptquant.wiring import Architecture
 from fptquant.wiring.lookup import architecture_of, check_model_type
@@ -32,6 +41,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 # Not weights: buffers that older versions of transformers stored, and computes itself today.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+_log = logging.getLogger(__name__)
 _PEEK = 4096  # values, of which one is not 0 in almost every matrix
 
 
@@ -45,6 +55,7 @@ class Source:
     tokenizer: Tokenizer
     weights: WeightFiles
     stored_dtype: torch.dtype  # of the weights; float32 where they have several
+    names: Mapping[str, str]  # the model's names of its tensors -> those in the files; empty where it is quantized
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
 
     @property
@@ -57,6 +68,31 @@ class Source:
     def quantized(self) -> bool:
         """Whether this is quantized, by us or by another tool."""
         return getattr(self.config, "quantization_config", None) is not None
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Weights of an unquantized model by the model's names, float32.
+
+        Raises:
+            FPTQuantError: a file is gone, or holds values that aren't finite.
+        """
+        wanted = {name: self.names[name] for name in names}
+        stored = self.weights.read(dict.fromkeys(wanted.values()))
+        for name, tensor in stored.items():
+            stored[name] = tensor.float()
+            if not bool(torch.isfinite(tensor).all()):
+                raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
+        return {name: stored[found] for name, found in wanted.items()}
+
+    def read_part(self, part: str) -> dict[str, Tensor]:
+        """`read` of all tensors of a part of the model (`parts`), by their names within it."""
+        prefix = f"{part}."
+        found = self.read(name for name in self.names if name.startswith(prefix))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def names_outside(self, parts: Iterable[str]) -> list[str]:
+        """The model's tensors that belong to none of its parts, as those of the final norm."""
+        prefixes = tuple(f"{part}." for part in parts)
+        return [name for name in self.names if not name.startswith(prefixes)]
 
     def fingerprint(self) -> str:
         """Short hash by which a model is known again: its configuration and its weights."""
@@ -107,9 +143,9 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
         raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
     weights = WeightFiles.of(path)
     quantization = getattr(config, "quantization_config", None)
-    stored, notes = torch.float32, list[str]()
+    stored, names, notes = torch.float32, dict[str, str](), list[str]()
     if quantization is None:
-        stored, notes = _check_tensors(config, weights)
+        stored, names, notes = _check_tensors(config, weights)
     elif isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         weights.require_alone()
     try:
@@ -121,28 +157,89 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    return Source(path, config, architecture, tokenizer, weights, stored, tuple(notes))
+    return Source(path, config, architecture, tokenizer, weights, stored, names, tuple(notes))
 
 
-def load_model(source: Source, *, recorded: bool = True) -> PreTrainedModel:
-    """Loads the weights in float32, ready for evaluation (a quantized checkpoint becomes its simulation).
+def load_model(source: Source, *, residency: Residency = "resident", recorded: bool = True) -> PreTrainedModel:
+    """A model in float32, ready for evaluation (a quantized checkpoint becomes its simulation).
 
     Args:
         source: what to load.
+        residency: whether all of it is in memory, or its layers are read when they are entered.
         recorded: compare the logits of a quantized checkpoint with those that were recorded when it was written.
+
+    Raises:
+        FPTQuantError: the weights can't be read, or aren't what was written.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    try:
-        if source.quantized:  # its quantizer wants to see the files; `open_source` saw to it that there are no others
-            model, report = AutoModelForCausalLM.from_pretrained(source.path, **options)
+    if not source.quantized:
+        return _original(source, residency)
+    loaded = _quantized(source) if residency == "resident" else _streamed_checkpoint(source)
+    file = source.path / EXTRAS / RECORDED_LOGITS
+    if recorded and file.is_file():
+        require_recorded(loaded, file)
+    return loaded
+
+
+def _original(source: Source, residency: Residency) -> PreTrainedModel:
+    model = skeleton(source.config)
+    for name, module in parts(model, source.architecture).items():
+
+        def fill(module: nn.Module, name: str = name) -> None:
+            set_tensors(module, source.read_part(name))
+
+        if residency == "streamed":
+            make_part(module, fill, residency)
         else:
-            kind = getattr(transformers, source.architecture.class_name)
-            model, report = kind.from_pretrained(
-                None,
-                config=source.config,
-                state_dict=dict(source.weights.items()),  # mapped, not read; held by nothing else, so let go of again
-                **options,
-            )
+            fill(module)
+    set_tensors(model, source.read(source.names_outside(parts(model, source.architecture))))
+    if residency == "resident":
+        model.tie_weights()
+    return model
+
+
+def _streamed_checkpoint(source: Source) -> PreTrainedModel:
+    """A quantized checkpoint whose layers are read when they are entered; checked as its quantizer does."""
+    config = CheckpointConfig.parse(source.config.quantization_config)
+    model, stored = skeleton(source.config), source.weights
+    binding = Binding.of_files(stored.files)
+    if Watch(binding).require_bound(model.config, config, all_of_them=binding is None) is False:
+        _log.warning(UNBOUND, source.path)
+    require_consistent(config, model.config)
+    install_simulation(model, source.architecture, config)
+    drop_quantized_weights(model)
+    require_tensors(model, stored)
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        watch = Watch(binding)
+        return {name: t.float() if t.is_floating_point() else t for name, t in watch(stored.read(names).items())}
+
+    found = parts(model, source.architecture)
+    for name, module in found.items():
+
+        def fill(module: nn.Module, prefix: str = f"{name}.") -> None:
+            tensors = read(name for name in stored.tensors if name.startswith(prefix))
+            set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            finish_loading(module)
+
+        make_part(module, fill, "streamed")
+    prefixes = tuple(f"{part}." for part in found)
+    set_tensors(model, read(name for name in stored.tensors if not name.startswith(prefixes) and name != BINDING))
+    if config.sink is not None:
+        use_sink(model)
+    return model
+
+
+def parts(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Module]:
+    """What is read and let go of as one, by name, in the order of a forward pass: embedding, decoder layers, head."""
+    layers = {architecture.layer_name(i): layer for i, layer in enumerate(architecture.layer_modules(model))}
+    ends = {name: model.get_submodule(name) for name in (architecture.embedding, architecture.head)}
+    return {architecture.embedding: ends[architecture.embedding], **layers, architecture.head: ends[architecture.head]}
+
+
+def _quantized(source: Source) -> PreTrainedModel:
+    """A quantized checkpoint as transformers loads it."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError, ImportError) as error:  # ImportError: quantized by another tool
@@ -154,31 +251,41 @@ def load_model(source: Source, *, recorded: bool = True) -> PreTrainedModel:
         raise FPTQuantError(
             f"'{source.path}' lacks {len(missing)} weights, the first is {missing[0]}: fetch the model again"
         )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
-    file = source.path / EXTRAS / RECORDED_LOGITS
-    if recorded and source.quantized and file.is_file():
-        require_recorded(loaded, file)
     return loaded
 
 
-def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torch.dtype, list[str]]:
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose parameters are on the meta device; what it computes from its configuration, as RoPE does, is there.
+
+    Args:
+        config: of any family in transformers; it is copied.
+
+    Raises:
+        FPTQuantError: it describes no model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # an impossible configuration fails in many ways
+        raise FPTQuantError(f"config.json describes no model: {type(error).__name__}: {first_line(error)}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torch.dtype, dict[str, str], list[str]]:
     """Compares the tensors of an unquantized model with what its configuration asks for.
 
     transformers would replace missing ones by random values.
 
     Returns:
-        Dtype of the weights (float32 where they have several), and notes for the user.
+        Dtype of the weights (float32 where they have several), the stored name of each of the model's, and notes for
+        the user.
     """
     path = weights.directory
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # an impossible configuration fails in many ways
-        name = type(error).__name__
-        raise FPTQuantError(f"{path / 'config.json'} describes no model: {name}: {first_line(error)}") from None
+        model = skeleton(config)
+    except FPTQuantError as error:
+        raise FPTQuantError(f"{path}: {error}") from None
     tied: Mapping[str, str] = model.all_tied_weights_keys
     used: dict[str, str] = {}  # the model's name -> the stored one, without the prefix in files of base models
     for name, tensor in model.state_dict().items():
@@ -190,23 +297,25 @@ def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torc
             used[name] = stored[0]
         elif name not in tied:
             raise FPTQuantError(f"'{path}' lacks the tensor {name}: {_remedy(weights)}")
+    for name, original in tied.items():
+        used.setdefault(name, used[original])
     names = set(used.values())
     contents = {name: tensor for name, tensor in weights.items() if name in names}  # mapped, not read
-    for copy, original in tied.items():
-        if copy in used and original in used and not torch.equal(contents[used[copy]], contents[used[original]]):
+    for name, original in tied.items():
+        if used[name] != used[original] and not torch.equal(contents[used[name]], contents[used[original]]):
             raise FPTQuantError(
-                f"'{path}': config.json ties {copy} to {original}, but both are stored, with different values: remove "
-                f"{used[copy]}, or set tie_word_embeddings to false"
+                f"'{path}': config.json ties {name} to {original}, but both are stored, with different values: remove "
+                f"{used[name]}, or set tie_word_embeddings to false"
             )
     types = sorted({weights.tensors[name].dtype for name in names})
     stored_dtype = _FLOATS[types[0]] if len(types) == 1 and types != ["F64"] else torch.float32
     notes = _notes(type(model).__name__, weights, contents)
     if len(types) > 1 and getattr(config, "dtype", None) is None:
         notes.append(f"config.json names no dtype and weights are stored as {', '.join(types)}: taken as float32")
-    return stored_dtype, notes
+    return stored_dtype, used, notes
 
 
-def _notes(kind: str, weights: WeightFiles, used: Mapping[str, torch.Tensor]) -> list[str]:
+def _notes(kind: str, weights: WeightFiles, used: Mapping[str, Tensor]) -> list[str]:
     """What is odd about the tensors of a model of class `kind`, and may be meant."""
     notes = []
     unknown = sorted(name for name in weights.tensors.keys() - used.keys() if not _COMPUTED.search(name))
@@ -242,7 +351,7 @@ def _remedy(weights: WeightFiles) -> str:
     return "fetch the model again"
 
 
-def _is_zero(tensor: torch.Tensor) -> bool:
+def _is_zero(tensor: Tensor) -> bool:
     flat = tensor.reshape(-1)
     return not bool(flat[:_PEEK].any()) and not bool(flat.any())
 

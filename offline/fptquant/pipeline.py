@@ -18,12 +18,14 @@ from fptquant.calibration.smoothing import start_is_measured
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS
+from fptquant.layers.residency import Residency
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model, open_source
 from fptquant.progress import Stages, peak_memory
 from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
+from fptquant.run.models import to_be_rounded, transformed
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
 from fptquant.run.state import RunState
@@ -41,7 +43,7 @@ from fptquant.run.writer import write_checkpoint
 from fptquant.sensitivity import spend
 from fptquant.simulate import install_simulation
 from fptquant.simulate.sink import record_sink
-from fptquant.transforms.merging import merge_transforms, round_floats
+from fptquant.transforms.merging import merge_transforms
 from fptquant.weight_files import WeightFiles
 
 # The same command again would only repeat the end.
@@ -62,7 +64,13 @@ class Summary:
 
 
 def quantize(
-    job: Job, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
+    job: Job,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    stages: Stages | None = None,
+    residency: Residency = "resident",
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
@@ -72,6 +80,7 @@ def quantize(
         overwrite: replace an existing checkpoint.
         fresh: throw the state of an unfinished run away.
         stages: shows progress.
+        residency: whether the whole model is in memory, or a layer at a time; the checkpoint is the same.
 
     Raises:
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
@@ -99,14 +108,12 @@ def quantize(
                 if scheme and widened and scheme.weights != widened.weights:
                     del clipping[name]  # it was learned for fewer bits
             require_space(job, publication, state)
-        with stages.stage("load"):
-            model = load_model(job.source)
-        with stages.stage("merge transforms", "lower calibration.length and pass --fresh"):
-            before = observe(job, model)
-            transform(job, model, stages)
+        with stages.stage("observe", "lower calibration.length and pass --fresh"):
+            before = observe(job, load_model(job.source, residency="streamed"))
+            model = transformed(job, residency)
             record_sink(model, job.source.architecture, job.first_tokens)
             after = observe(job, model)
-            round_floats(model, job.source.architecture, job.config, job.dtype)
+            to_be_rounded(job, model, state)
         fewer = "lower calibration.sequences or calibration.length and pass --fresh"
         with stages.stage("calibrate and round", fewer):
             rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
@@ -125,7 +132,7 @@ def quantize(
             expected = logits(model, probe)
             del model
         with stages.stage("read back"):
-            require_read_back(expected, staging, probe)
+            require_read_back(expected, staging, probe, residency)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=publication.target.name,
@@ -174,7 +181,7 @@ def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[s
             recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
             return with_recipe(job, recipe), facts["record"]
     with stages.stage("load for the budget"):
-        model = transformed(job)
+        model = with_constants(job)
     changed, spending = spend(job, model, stages)
     facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
     state.save("budget", {}, facts)
@@ -202,18 +209,17 @@ def transform(job: Job, model: PreTrainedModel, stages: Stages | None = None) ->
     install_simulation(model, job.source.architecture, job.config)
 
 
-def started(job: Job, stages: Stages) -> PreTrainedModel:
-    """`transformed`, with the transforms at their start; in stages of its own."""
+def started(job: Job, stages: Stages, residency: Residency = "resident") -> PreTrainedModel:
+    """The source with its transforms at their start and merged; in stages of its own."""
     if start_is_measured(job.transforms):
         start_transforms(job, stages)
     with stages.stage("load and transform"):
-        return transformed(job, stages)
+        return with_constants(job, residency)
 
 
-def transformed(job: Job, stages: Stages | None = None) -> PreTrainedModel:
+def with_constants(job: Job, residency: Residency = "resident") -> PreTrainedModel:
     """The source with its transforms merged and a constant first token computed, nothing quantized."""
-    model = load_model(job.source)
-    transform(job, model, stages)
+    model = transformed(job, residency)
     record_sink(model, job.source.architecture, job.first_tokens)
     return model
 
@@ -225,14 +231,14 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return result
 
 
-def require_read_back(expected: Tensor, directory: Path, tokens: Tensor) -> None:
+def require_read_back(expected: Tensor, directory: Path, tokens: Tensor, residency: Residency) -> None:
     """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
 
     Raises:
         FPTQuantError: they differ; the checkpoint is not published.
     """
     try:
-        actual = logits(load_model(open_source(directory)), tokens)
+        actual = logits(load_model(open_source(directory), residency=residency), tokens)
     except FPTQuantError as error:
         raise FPTQuantError(f"the written checkpoint can't be read back ({error}): {_START_OVER}") from None
     if not torch.equal(expected, actual):

@@ -13,13 +13,13 @@ from fptquant.calibration.output_gradients import token_weights
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
-from fptquant.layers.store import LayerStore, restoring
+from fptquant.layers.residency import entered, is_streamed
+from fptquant.layers.store import LayerStore, restored
 from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
-from fptquant.simulate.install import finish_loading
-from fptquant.wiring import Architecture, Role
+from fptquant.wiring import Architecture, InputGroup, Role
 
 
 @torch.no_grad()
@@ -48,33 +48,36 @@ def calibrate_and_round(
         The index of each finished layer.
     """
     layers = architecture.layer_modules(model)
+    head = model.get_submodule(architecture.head)
     importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
-    inputs = first_inputs(model, layers[0], windows)
+    inputs = first_inputs(model, architecture, windows)
     ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
 
     def catch_up() -> None:
         for layer in ahead:
-            inputs.hidden = list(inputs.run(layer))
+            inputs.advance(layer)
         ahead.clear()
 
     for index, layer in enumerate(layers):
-        stored = _restored(layer, f"layer-{index}", store)
-        if not stored:
-            catch_up()
-        for group in () if stored else architecture.groups:
-            modules = [layer.get_submodule(projection.path) for projection in group.members]
-            linears = [x for x in modules if isinstance(x, SimulatedLinear)]
-            names = architecture.group_names(index, group)
-            log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
-            _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
-            if any(projection.role is Role.VALUE for projection in group.members):
-                set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
-        if store is not None and not stored:
-            store.save(f"layer-{index}", layer.state_dict())
-        ahead.append(layer)
+        with entered(layer):
+            name = architecture.layer_name(index)
+            finished = _is_finished(layer) or restored(layer, name, store)
+            if not finished:
+                catch_up()
+            for group in () if finished else architecture.groups:
+                _quantize_input_group(layer, index, group, architecture, inputs, recipe, importance, clipping)
+            if store is not None and not finished:
+                store.save(name, layer.state_dict())
+            if not finished and is_streamed(layer) and (index + 1 < len(layers) or isinstance(head, SimulatedLinear)):
+                inputs.advance(layer)  # while it is here
+            else:
+                ahead.append(layer)
         yield index
-    head = model.get_submodule(architecture.head)
-    if isinstance(head, SimulatedLinear) and not _restored(head, architecture.head, store):
+    if not isinstance(head, SimulatedLinear):
+        return
+    with entered(head):
+        if _is_finished(head) or restored(head, architecture.head, store):
+            return
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
         entering = replace(inputs, arguments={}, masks=None)  # the first token, maybe a constant, does not count
@@ -83,18 +86,33 @@ def calibrate_and_round(
             store.save(architecture.head, head.state_dict())
 
 
-def _restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
-    """Makes a layer what it was when it was stored, if it was."""
-    stored = store.load(name) if store else None
-    if stored is None:
-        return False
-    for module in layer.modules():
-        if isinstance(module, SimulatedLinear) and module.scheme is not None:
-            module.weight = None
-    with restoring(name):
-        layer.load_state_dict(stored[0])
-        finish_loading(layer)
-    return True
+def _is_finished(part: nn.Module) -> bool:
+    """Whether a part came out of a store: something of it is quantized."""
+    return any(
+        (isinstance(module, SimulatedLinear) and module.codes is not None)
+        or (isinstance(quantizer := getattr(module, "kv_quantizer", None), KVQuantizer) and quantizer.ready)
+        for module in part.modules()
+    )
+
+
+def _quantize_input_group(
+    layer: nn.Module,
+    index: int,
+    group: InputGroup,
+    architecture: Architecture,
+    inputs: LayerInputs,
+    recipe: QuantizeOptions,
+    importance: Mapping[str, Tensor],
+    clipping: Mapping[str, Tensor] | None,
+) -> None:
+    """`_quantize_group` of a layer's group; and keys and values, once they are final."""
+    modules = [layer.get_submodule(projection.path) for projection in group.members]
+    linears = [x for x in modules if isinstance(x, SimulatedLinear)]
+    names = architecture.group_names(index, group)
+    log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
+    _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
+    if any(projection.role is Role.VALUE for projection in group.members):
+        set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
 
 
 def _quantize_group(

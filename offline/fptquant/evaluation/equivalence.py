@@ -18,9 +18,8 @@ from fptquant.loading import load_model, open_source
 from fptquant.pipeline import logits, transform
 from fptquant.run.job import Job
 from fptquant.run.writer import digest
-from fptquant.simulate.install import finish_loading
+from fptquant.simulate.install import finish_loading, round_floats
 from fptquant.simulate.recorded import FILE, deviation
-from fptquant.transforms.merging import round_floats
 from fptquant.weight_files import WeightFiles
 
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32
@@ -75,7 +74,7 @@ def check_read_back(
     Returns:
         The check, and the checkpoint read back.
     """
-    round_floats(transformed, job.source.architecture, job.config, job.dtype)
+    round_floats(transformed, job.dtype)
     _load_quantized_tensors(transformed, checkpoint)
     simulated = [logits(transformed, window[None]) for window in windows]
     loaded = load_model(open_source(checkpoint), recorded=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.simulate.sink import SinkMasks, sink_token
+from fptquant.layers.residency import entered
+from fptquant.simulate.sink import SinkMasks, put_output, sink_token
+from fptquant.wiring import Architecture
 
 _BATCH = 4  # sequences per forward pass
+
+Catch = Callable[[tuple[Tensor, ...], dict[str, Any]], None]
 
 
 class Stop(Exception):
@@ -28,6 +32,7 @@ class LayerInputs:
     arguments: dict[str, Any]
     masks: list[SinkMasks] | None  # where constants belong, of each batch
     first: int  # tokens before this one are constants and do not count
+    batch: int  # sequences in each but the last
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
@@ -36,9 +41,14 @@ class LayerInputs:
             output = layer(hidden, **arguments)
             yield output[0] if isinstance(output, tuple) else output
 
+    def advance(self, layer: nn.Module) -> None:
+        """Puts the outputs of `layer` in the place of its inputs."""
+        for index, output in enumerate(self.run(layer)):
+            self.hidden[index] = output
+
     def sequence(self, index: int) -> LayerInputs:
         """What enters of one sequence: hidden states (1, length, hidden)."""
-        batch, row = divmod(index, _BATCH)
+        batch, row = divmod(index, self.batch)
         masks = None if self.masks is None else [SinkMasks(*(mask[row][None] for mask in self.masks[batch]))]
         return replace(self, hidden=[self.hidden[batch][row][None]], masks=masks)
 
@@ -51,28 +61,86 @@ class LayerInputs:
 
 
 @torch.no_grad()
-def first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> LayerInputs:
-    """Runs the model up to its first layer."""
+def first_inputs(
+    model: PreTrainedModel, architecture: Architecture, windows: Tensor, batch: int | None = None
+) -> LayerInputs:
+    """Runs the model up to its first layer.
+
+    Args:
+        model: of which only the embedding need be in memory.
+        architecture: its family.
+        windows: (sequences, length) tokens.
+        batch: sequences that go through a layer together.
+    """
     hidden: list[Tensor] = []
     masks: list[SinkMasks] = []
     arguments: dict[str, Any] = {}
+    batch = batch or _BATCH
 
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def catch(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0])
         arguments.update(kwargs)
         if "sink" in arguments:
             masks.append(arguments.pop("sink"))
         raise Stop
 
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    for window in windows:
-        with suppress(Stop):
-            model(window[None], use_cache=False)
-    handle.remove()
-    batches = [slice(start, start + _BATCH) for start in range(0, len(hidden), _BATCH)]
+    with entered(model.get_submodule(architecture.embedding)), _in_place_of_first_layer(model, architecture, catch):
+        for window in windows:
+            with suppress(Stop):
+                model(window[None], use_cache=False)
+    batches = [slice(start, start + batch) for start in range(0, len(hidden), batch)]
     return LayerInputs(
-        [torch.cat(hidden[batch]) for batch in batches],
+        [torch.cat(hidden[rows]) for rows in batches],
         arguments,
-        [SinkMasks(*map(torch.cat, zip(*masks[batch], strict=True))) for batch in batches] if masks else None,
+        [SinkMasks(*map(torch.cat, zip(*masks[rows], strict=True))) for rows in batches] if masks else None,
         first=0 if sink_token(model) is None else 1,
+        batch=batch,
     )
+
+
+class _Catcher(nn.Module):
+    """Looks like a layer to the model, and hands on what it is called with."""
+
+    def __init__(self, layer: nn.Module, catch: Catch) -> None:
+        super().__init__()
+        self._layer, self._catch = [layer], catch  # in a list: no module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> None:
+        self._catch(args, kwargs)
+
+
+@contextmanager
+def _in_place_of_first_layer(model: PreTrainedModel, architecture: Architecture, catch: Catch) -> Iterator[None]:
+    layers, layer = model.get_submodule(architecture.layers), architecture.layer_modules(model)[0]
+    layers._modules["0"] = _Catcher(layer, catch)
+    try:
+        yield
+    finally:
+        layers._modules["0"] = layer
+
+
+@torch.no_grad()
+def through_layers(model: PreTrainedModel, architecture: Architecture, inputs: LayerInputs) -> Iterator[int]:
+    """Takes `inputs` through all layers, each of which is entered once.
+
+    Yields:
+        The index of each layer, once all is through.
+    """
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        with entered(layer):
+            inputs.advance(layer)
+        yield index
+
+
+@torch.no_grad()
+def last_states(model: PreTrainedModel, architecture: Architecture, inputs: LayerInputs) -> Iterator[Tensor]:
+    """What the head reads, (batch, length, hidden), of each batch that has been through the layers."""
+    norm = model.get_submodule(architecture.final_norm)
+    for index, hidden in enumerate(inputs.hidden):
+        yield put_output(norm, norm(hidden), None if inputs.masks is None else inputs.masks[index])

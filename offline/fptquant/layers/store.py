@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.files import first_line
+from fptquant.simulate import SimulatedLinear
+from fptquant.simulate.install import finish_loading
 
 
 class LayerStore(Protocol):
@@ -37,3 +39,17 @@ def restoring(name: str) -> Iterator[None]:
         raise FPTQuantError(
             f"the state '{name}' of the unfinished run doesn't fit ({first_line(error)}): pass --fresh to start over"
         ) from None
+
+
+def restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
+    """Makes a layer of a simulation what it was when it was stored, if it was."""
+    stored = store.load(name) if store else None
+    if stored is None:
+        return False
+    for module in layer.modules():
+        if isinstance(module, SimulatedLinear) and module.scheme is not None:
+            module.weight = None
+    with restoring(name):
+        layer.load_state_dict(stored[0], assign=True)
+        finish_loading(layer)
+    return True

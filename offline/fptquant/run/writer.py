@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.format.binding import BINDING, bind, checksums
+from fptquant.format.binding import BINDING, bind, checksum
 from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX, quantized_architecture
+from fptquant.layers.residency import entered
+from fptquant.loading import parts
 from fptquant.run.job import Job
+from fptquant.run.shards import ShardWriter
 from fptquant.simulate.install import checkpoint_tensors
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import record_logits
@@ -29,11 +32,10 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
     """Writes a finished simulation, and the records by which it is verified, in Hugging Face layout."""
-    tensors = write_model(job, model, directory)
+    digests = write_model(job, model, directory)
     (directory / EXTRAS).mkdir()
     save_file(dict(job.transforms.state_dict()), directory / EXTRAS / "transforms.safetensors")
     record_logits(model, job.windows[0], directory / EXTRAS / RECORDED_LOGITS)
-    digests = {name: digest(tensor) for name, tensor in tensors.items()}
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
     (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -41,25 +43,44 @@ def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
         file.chmod(0o644)  # written for the owner only; a server often runs as another user
 
 
-def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
-    """Writes what serving needs: config.json, weights, tokenizer. Returns the tensors."""
-    config = _config_dict(job)
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model, job.dtype)}
-    tensors[BINDING] = bind(config, checksums(tensors))
-    save_torch_state_dict(tensors, directory, max_shard_size="5GB", metadata={"format": "pt"})
+def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, str]:
+    """Writes what serving needs: config.json, weights, tokenizer. Returns a digest of each tensor."""
+    config, shards = _config_dict(job), ShardWriter(directory)
+    crc32: dict[str, int] = {}
+    digests: dict[str, str] = {}
+    for name, tensor in _tensors(job, model):
+        crc32[name], digests[name] = checksum(tensor), digest(tensor)
+        shards.add(name, tensor)
+    binding = bind(config, crc32)
+    digests[BINDING] = digest(binding)
+    shards.add(BINDING, binding)
+    shards.finish()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
         skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
         skip |= file.name.startswith(_OF_OTHERS)
         if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
             shutil.copyfile(file, directory / file.name)
-    return tensors
+    return digests
+
+
+def _tensors(job: Job, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Everything that goes into the weight files, a part of the model at a time."""
+    found = parts(model, job.source.architecture)
+    for part, module in found.items():
+        with entered(module):
+            for name, tensor in checkpoint_tensors(module, job.dtype):
+                yield f"{part}.{name}", tensor
+    for name, tensor in checkpoint_tensors(model, job.dtype):
+        if not name.startswith(tuple(f"{part}." for part in found)):
+            yield name, tensor
 
 
 def digest(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bytes, by which `fptquant verify` knows an altered one."""
-    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + content).hexdigest()
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _config_dict(job: Job) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Probe:
         adaptive = self.job.recipe.rounding.hessian == "output" and any(site.is_weights for site in wanted)
         if adaptive:
             self._importance = token_weights(self.model, self.job.source.architecture, self.job.windows)
-        inputs = first_inputs(self.model, self.layers[0], self.job.windows)
+        architecture = self.job.source.architecture
+        inputs = first_inputs(self.model, architecture, self.job.windows)
         for index, layer in enumerate(self.layers):
             for name in GROUPS:
                 self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
@@ -137,7 +138,7 @@ class Probe:
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
-        self._inputs = first_inputs(self.model, self.layers[0], self.tokens)
+        self._inputs = first_inputs(self.model, self.job.source.architecture, self.tokens)
         self._entries = [self._inputs.hidden]
         for layer in self.layers:
             self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))

@@ -106,8 +106,8 @@ def finish_loading(model: nn.Module) -> None:
     Raises:
         FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named. Or a tensor was offloaded.
     """
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
             raise FPTQuantError(
                 f"{name} was offloaded before its integers were unpacked: load the model without a device_map that "
                 "offloads, then offload it with accelerate.cpu_offload or accelerate.disk_offload"
@@ -173,8 +173,20 @@ def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLi
 
 
 @torch.no_grad()
-def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a finished simulation under their checkpoint names; scales and constants stay float32."""
+def round_floats(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds what a checkpoint keeps of a simulation in floating point to its dtype there, in place.
+
+    That is all but the weights of linear layers that become integers: embedding, norms, biases, ignored layers.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not (isinstance(owner, SimulatedLinear) and owner.scheme is not None and name == "weight"):
+                parameter.copy_(parameter.to(dtype))
+
+
+@torch.no_grad()
+def checkpoint_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a finished simulation, or a part of it, by checkpoint name; scales and constants stay float32."""
     for name, tensor in model.state_dict().items():
         keep = name.endswith(("_scale", KEY, VALUE, OUTPUT)) or not tensor.is_floating_point()
         yield name, tensor if keep else tensor.to(dtype)

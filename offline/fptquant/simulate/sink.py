@@ -171,13 +171,13 @@ def finish_loading_sink(model: nn.Module) -> None:
     Raises:
         FPTQuantError: a constant is not finite.
     """
+    for name, buffer in model.named_buffers():
+        if name.endswith((KEY, VALUE, OUTPUT)):
+            require_finite(name, buffer)
+        elif name.endswith(STEADY) and int(buffer) not in (0, 1):
+            raise FPTQuantError(f"{name} is {int(buffer)}, neither 0 nor 1: {DAMAGED}")
     for base in model.modules():
         if isinstance(base, SinkModel) and base.sink_token is not None:
-            for name, buffer in model.named_buffers():
-                if name.endswith((KEY, VALUE, OUTPUT)):
-                    require_finite(name, buffer)
-                elif name.endswith(STEADY) and int(buffer) not in (0, 1):
-                    raise FPTQuantError(f"{name} is {int(buffer)}, neither 0 nor 1: {DAMAGED}")
             base.sink_ready = True
 
 

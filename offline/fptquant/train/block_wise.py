@@ -66,7 +66,8 @@ def train_block_wise(
     architecture = student.architecture
     student.freeze()
     layers, targets = architecture.layer_modules(student.model), architecture.layer_modules(original)
-    inputs, expected = first_inputs(student.model, layers[0], windows), first_inputs(original, targets[0], windows)
+    inputs = first_inputs(student.model, architecture, windows)
+    expected = first_inputs(original, architecture, windows)
     for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
         expected.hidden = _outputs(expected, target)
         if index >= finished:

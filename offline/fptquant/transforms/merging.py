@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.format import CheckpointConfig
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
+
+_ROWS = 1 << 14  # of an embedding or a head that are in float64 at a time
 
 
 @torch.no_grad()
@@ -28,39 +29,47 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
         The index of each finished layer (for progress), so that the caller may stop in between.
     """
     _untie_head(model, architecture)
-    layers = architecture.layer_modules(model)
-    for index, layer in enumerate(layers):
-        for group in architecture.groups:
-            gain = None if group.norm is None else _gain(layer.get_submodule(group.norm), architecture)
-            for projection in group.members:
-                _merge_weight(layer.get_submodule(projection.path), transforms, projection.at(index), gain)
-        for group, norm in architecture.normed_groups():
-            gain = transforms.gain(group.first.at(index), torch.float64)
-            _set_gain(layer.get_submodule(norm), architecture, gain)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        merge_layer(layer, index, architecture, transforms)
         yield index
-
     final_norm = model.get_submodule(architecture.final_norm)
-    head = model.get_submodule(architecture.head)
-    embedding = model.get_submodule(architecture.embedding)
-    _merge_weight(head, transforms, HEAD, _gain(final_norm, architecture))
-    _merge_weight(embedding, transforms, EMBEDDING, None)
-    _set_gain(final_norm, architecture, None)
+    merge_head(model.get_submodule(architecture.head), norm_gain(final_norm, architecture), transforms)
+    merge_embedding(model.get_submodule(architecture.embedding), transforms)
+    set_norm_gain(final_norm, architecture, None)
 
 
 @torch.no_grad()
-def round_floats(
-    model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig, dtype: torch.dtype
-) -> None:
-    """Rounds what a checkpoint keeps in floating point (embedding, head, biases, ignored layers) to its dtype there."""
-    linears = [
-        architecture.projection_name(index, projection)
-        for index in range(len(architecture.layer_modules(model)))
-        for projection in architecture.projections
-    ]
-    to_quantize = {f"{name}.weight" for name in (*linears, architecture.head) if config.scheme_for(name) is not None}
-    for name, parameter in model.named_parameters():
-        if name not in to_quantize:
-            parameter.copy_(parameter.to(dtype))
+def merge_layer(layer: nn.Module, index: int, architecture: Architecture, transforms: TransformSet) -> None:
+    """Folds the norms of a decoder layer and merges `transforms` into its weights, in place."""
+    for group in architecture.groups:
+        gain = None if group.norm is None else norm_gain(layer.get_submodule(group.norm), architecture)
+        for projection in group.members:
+            _merge_weight(layer.get_submodule(projection.path), transforms, projection.at(index), gain)
+    for group, norm in architecture.normed_groups():
+        gain = transforms.gain(group.first.at(index), torch.float64)
+        set_norm_gain(layer.get_submodule(norm), architecture, gain)
+
+
+def merge_embedding(embedding: nn.Module, transforms: TransformSet) -> None:
+    """Merges `transforms` into the embedding's weight, in place."""
+    _merge_rows(embedding, transforms, EMBEDDING, None)
+
+
+def merge_head(head: nn.Module, gain: Tensor, transforms: TransformSet) -> None:
+    """Folds the final norm's `gain` (hidden,) float64 into the head and merges `transforms`, in place."""
+    _merge_rows(head, transforms, HEAD, gain)
+
+
+def norm_gain(norm: nn.Module, architecture: Architecture) -> Tensor:
+    """What a norm multiplies by, (hidden,) float64."""
+    return norm.get_parameter("weight").double() + architecture.gain_offset
+
+
+@torch.no_grad()
+def set_norm_gain(norm: nn.Module, architecture: Architecture, gain: Tensor | None) -> None:
+    """Makes a norm multiply by `gain` (hidden,), or by one."""
+    weight = norm.get_parameter("weight")
+    weight.copy_((torch.ones_like(weight) if gain is None else gain) - architecture.gain_offset)
 
 
 def _merge_weight(module: nn.Module, transforms: TransformSet, place: Place, gain: Tensor | None) -> None:
@@ -73,15 +82,12 @@ def _merge_weight(module: nn.Module, transforms: TransformSet, place: Place, gai
         bias.copy_(merged_bias)
 
 
-def _gain(norm: nn.Module, architecture: Architecture) -> Tensor:
-    """What a norm multiplies by, (hidden,) float64."""
-    return norm.get_parameter("weight").double() + architecture.gain_offset
-
-
-def _set_gain(norm: nn.Module, architecture: Architecture, gain: Tensor | None) -> None:
-    """Makes a norm multiply by `gain` (hidden,), or by one."""
-    weight = norm.get_parameter("weight")
-    weight.copy_((torch.ones_like(weight) if gain is None else gain) - architecture.gain_offset)
+@torch.no_grad()
+def _merge_rows(module: nn.Module, transforms: TransformSet, place: Place, gain: Tensor | None) -> None:
+    """As `_merge_weight` where nothing acts on the outputs, of which there may be many: some rows at a time."""
+    for rows in torch.split(module.get_parameter("weight"), _ROWS):
+        merged = rows.double() if gain is None else rows.double() * gain
+        rows.copy_(transforms.inputs(place, merged))
 
 
 def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:

@@ -1,0 +1,64 @@
+"""The models of a run: skeletons whose parts know how to fill themselves (`fptquant.layers.residency`)."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fptquant.layers.residency import Fill, Residency, extend, make_part, set_tensors
+from fptquant.layers.store import LayerStore, restored
+from fptquant.loading import parts, skeleton
+from fptquant.run.job import Job
+from fptquant.simulate.install import install_simulation, round_floats
+from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer, norm_gain, set_norm_gain
+
+
+def transformed(job: Job, residency: Residency) -> PreTrainedModel:
+    """The source with its transforms merged and the online ones installed, nothing quantized; it computes the same.
+
+    A part is read, folded and merged when it is entered.
+    """
+    model, architecture = skeleton(job.source.config), job.source.architecture
+    model.config.tie_word_embeddings = False
+    install_simulation(model, architecture, job.config)
+    set_tensors(model, job.source.read(job.source.names_outside(parts(model, architecture))))
+    final_norm = model.get_submodule(architecture.final_norm)
+    gain = norm_gain(final_norm, architecture)
+    set_norm_gain(final_norm, architecture, None)
+
+    def fill_layer(index: int) -> Fill:
+        def fill(layer: nn.Module) -> None:
+            set_tensors(layer, job.source.read_part(architecture.layer_name(index)))
+            merge_layer(layer, index, architecture, job.transforms)
+
+        return fill
+
+    def fill_embedding(embedding: nn.Module) -> None:
+        set_tensors(embedding, job.source.read_part(architecture.embedding))
+        merge_embedding(embedding, job.transforms)
+
+    def fill_head(head: nn.Module) -> None:
+        set_tensors(head, job.source.read_part(architecture.head))
+        merge_head(head, gain, job.transforms)
+
+    make_part(model.get_submodule(architecture.embedding), fill_embedding, residency)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        make_part(layer, fill_layer(index), residency)
+    make_part(model.get_submodule(architecture.head), fill_head, residency)
+    return model
+
+
+def to_be_rounded(job: Job, model: PreTrainedModel, store: LayerStore) -> None:
+    """Makes a model of `transformed` one that `calibrate_and_round` takes.
+
+    What stays in floating point is rounded, and what is in the store, finished, is taken from there.
+    """
+    for name, module in parts(model, job.source.architecture).items():
+
+        def fill(module: nn.Module, before: Fill, name: str = name) -> None:
+            if not restored(module, name, store):
+                before(module)
+                round_floats(module, job.dtype)
+
+        extend(module, fill)
+    round_floats(model.get_submodule(job.source.architecture.final_norm), job.dtype)
