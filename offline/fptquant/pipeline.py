@@ -95,14 +95,14 @@ def quantize(
                 rehearse(job, staging / "rehearsal")
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", SHORTER):
-                teacher = make_teacher(job, state, stages)
-        clipping = train_transforms(job, teacher, state, stages, metrics)
+                teacher = make_teacher(job, state, stages, residency)
+        clipping = train_transforms(job, teacher, state, stages, metrics, residency)
         if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
             return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
         spending = None
         if recipe.budget is not None:
             narrow = {name: job.config.scheme_for(name) for name in clipping}
-            job, spending = spend_budget(job, state, stages)
+            job, spending = spend_budget(job, state, stages, residency)
             for name, scheme in narrow.items():
                 widened = job.config.scheme_for(name)
                 if scheme and widened and scheme.weights != widened.weights:
@@ -172,7 +172,7 @@ def require_space(job: Job, publication: Publication, state: RunState) -> None:
     publication.require_space(job.output_bytes + max(0, state_bytes(job) - there))
 
 
-def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:
+def spend_budget(job: Job, state: RunState, stages: Stages, residency: Residency) -> tuple[Job, dict[str, Any]]:
     """The job with overrides in place of its budget, and the record of how they were chosen."""
     stored = state.load("budget")
     if stored is not None:
@@ -181,7 +181,7 @@ def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[s
             recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
             return with_recipe(job, recipe), facts["record"]
     with stages.stage("load for the budget"):
-        model = with_constants(job)
+        model = with_constants(job, residency)
     changed, spending = spend(job, model, stages)
     facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
     state.save("budget", {}, facts)
@@ -212,7 +212,7 @@ def transform(job: Job, model: PreTrainedModel, stages: Stages | None = None) ->
 def started(job: Job, stages: Stages, residency: Residency = "resident") -> PreTrainedModel:
     """The source with its transforms at their start and merged; in stages of its own."""
     if start_is_measured(job.transforms):
-        start_transforms(job, stages)
+        start_transforms(job, stages, residency)
     with stages.stage("load and transform"):
         return with_constants(job, residency)
 

@@ -115,7 +115,7 @@ def test_training_of_scales(model: Path, recipe: Callable[..., Path], tmp_path: 
         "error: out of memory in stage 'train scales and ranges': free some memory, and run again to continue; "
         "or lower training.length and pass --fresh"
     )
-    assert len(list((tmp_path / ".out.state").glob("layer-*.safetensors"))) == 2
+    assert len(list((tmp_path / ".out.state").glob("model.layers.*.safetensors"))) == 2
     shorter = recipe(**scales, training={"sequences": 1, "length": 16})
     result = command("none", 0, "quantize", model, "-o", tmp_path / "out", "--recipe", shorter, "--fresh")
     assert result.returncode == 0, result.stderr

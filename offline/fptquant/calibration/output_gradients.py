@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant.layers.residency import recomputed
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
 
@@ -32,7 +33,8 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
     for window in windows:
         norms = {name: torch.zeros(len(window)) for name in groups}
-        with torch.enable_grad(), _recorded(model, architecture, groups, norms):
+        again = recomputed(model, architecture.layer_modules(model), always=False)
+        with torch.enable_grad(), _recorded(model, architecture, groups, norms), again:
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
         for name, values in norms.items():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant.layers.inputs import first_inputs, through_layers
+from fptquant.layers.residency import entered
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.wiring import EMBEDDING, Architecture, Place
@@ -49,15 +51,14 @@ def start_from_activations(
         for index, layer in enumerate(layers)
         for group, norm in architecture.normed_groups()
     ]
-    for window in windows:
-        model.base_model(window[None], use_cache=False)
+    for _ in through_layers(model, architecture, first_inputs(model, architecture, windows, batch=1)):
+        pass
     for handle in handles:
         handle.remove()
     for index, layer in enumerate(layers):
-        for group, _ in architecture.normed_groups():
-            weights = [
-                transforms.merge(member.at(index), layer.get_submodule(member.path).get_parameter("weight"), None)[0]
-                for member in group.members
-            ]
-            place = group.first.at(index)
-            scale.start(place, largest[place], torch.cat(weights).abs().amax(0))
+        with entered(layer):
+            for group, _ in architecture.normed_groups():
+                members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
+                weights = [transforms.merge(place, weight, None)[0] for place, weight in members]
+                first_place = group.first.at(index)
+                scale.start(first_place, largest[first_place], torch.cat(weights).abs().amax(0))

@@ -41,6 +41,7 @@ class LayerInputs:
             output = layer(hidden, **arguments)
             yield output[0] if isinstance(output, tuple) else output
 
+    @torch.no_grad()
     def advance(self, layer: nn.Module) -> None:
         """Puts the outputs of `layer` in the place of its inputs."""
         for index, output in enumerate(self.run(layer)):

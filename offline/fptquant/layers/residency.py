@@ -16,13 +16,15 @@ Nothing here knows where a part's tensors come from; see `fptquant.run.models`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 Residency = Literal["resident", "streamed"]
 Fill = Callable[[nn.Module], None]
@@ -57,10 +59,13 @@ def make_part(module: nn.Module, fill: Fill, residency: Residency) -> None:
     module.register_forward_hook(_on_return, always_call=True)  # an exception ends a call, too
 
 
-def extend(module: nn.Module, extra: Callable[[nn.Module, Fill], None]) -> None:
+def extend(module: nn.Module, extra: Callable[[nn.Module, Fill], None]) -> Fill:
     """Fills a part by `extra` from now on; which is given what filled it so far, to be called or not.
 
     A part that stays in memory is not filled again: `extra` is called at once then, with a function that does nothing.
+
+    Returns:
+        What filled it so far, for `refill`.
     """
     part = _part(module)
     assert part is not None and part.entered == 0, "no part, or one in use"
@@ -69,6 +74,21 @@ def extend(module: nn.Module, extra: Callable[[nn.Module, Fill], None]) -> None:
     if part.filled:
         with torch.no_grad():
             extra(module, lambda module: None)
+    return before
+
+
+def refill(module: nn.Module, fill: Fill) -> None:
+    """Fills a streamed part by `fill` alone from now on."""
+    part = _part(module)
+    assert part is not None and not part.filled, "no part, or one that is there"
+    part.fill = fill
+
+
+def fill_of(module: nn.Module) -> Fill:
+    """What fills a part."""
+    part = _part(module)
+    assert part is not None, "no part"
+    return part.fill
 
 
 @contextmanager
@@ -98,6 +118,31 @@ def is_streamed(module: nn.Module) -> bool:
     return part is not None and part.residency == "streamed"
 
 
+@contextmanager
+def recomputed(model: PreTrainedModel, layers: Sequence[nn.Module], *, always: bool) -> Iterator[None]:
+    """Lets backward passes compute each layer again, from its inputs, instead of keeping what is inside it.
+
+    Layers that are streamed are then in memory one at a time backward, too.
+
+    Args:
+        model: of the layers.
+        layers: its decoder layers.
+        always: also where no layer is streamed.
+    """
+    if not (always or any(map(is_streamed, layers))):
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # transformers looks at it; only layers are put into it, so that nothing drops out
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+
+
 def release(module: nn.Module) -> None:
     """Lets go of a module's matrices: they are on the meta device from now on."""
     for owner in module.modules():
@@ -107,6 +152,11 @@ def release(module: nn.Module) -> None:
                 owner._parameters[name] = nn.Parameter(_empty(parameter), requires_grad=False)
             elif buffer is not None and buffer.dim() > 1:
                 owner._buffers[name] = _empty(buffer)
+
+
+def small_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """By name, what of a streamed module's state is there while it isn't entered."""
+    return {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_meta}
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -141,6 +191,13 @@ def _leave(module: nn.Module) -> None:
     if part.entered == 0 and part.residency == "streamed":
         release(module)
         part.filled = False
+        _trim()
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system; glibc keeps it for later otherwise, more than a layer of it."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _on_call(module: nn.Module, args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -10,17 +11,36 @@ from fptquant.layers.store import LayerStore, restored
 from fptquant.loading import parts, skeleton
 from fptquant.run.job import Job
 from fptquant.simulate.install import install_simulation, round_floats
+from fptquant.transforms import TransformSet
 from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer, norm_gain, set_norm_gain
 
 
-def transformed(job: Job, residency: Residency) -> PreTrainedModel:
-    """The source with its transforms merged and the online ones installed, nothing quantized; it computes the same.
+def folded(job: Job, residency: Residency) -> PreTrainedModel:
+    """The source in transformers' classes, with the norms' gains in the weights behind them and a head of its own."""
+    return _merged(job, residency, [nothing(job)], simulated=False)
 
-    A part is read, folded and merged when it is entered.
-    """
+
+def transformed(job: Job, residency: Residency) -> PreTrainedModel:
+    """The source as a simulation, with its transforms merged and the online ones installed; nothing is quantized."""
+    return _merged(job, residency, [job.transforms], simulated=True)
+
+
+def folded_and_transformed(job: Job, residency: Residency) -> PreTrainedModel:
+    """As `transformed`, with weights that are those of `folded`, merged: what a student's weights are."""
+    return _merged(job, residency, [nothing(job), job.transforms], simulated=True)
+
+
+def nothing(job: Job) -> TransformSet:
+    """No transforms."""
+    return TransformSet({}, job.source.architecture.shape(job.source.config), 0)
+
+
+def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulated: bool) -> PreTrainedModel:
+    """A model whose parts are read and folded when they are entered, and merged with one set after another."""
     model, architecture = skeleton(job.source.config), job.source.architecture
     model.config.tie_word_embeddings = False
-    install_simulation(model, architecture, job.config)
+    if simulated:
+        install_simulation(model, architecture, job.config)
     set_tensors(model, job.source.read(job.source.names_outside(parts(model, architecture))))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
@@ -29,17 +49,21 @@ def transformed(job: Job, residency: Residency) -> PreTrainedModel:
     def fill_layer(index: int) -> Fill:
         def fill(layer: nn.Module) -> None:
             set_tensors(layer, job.source.read_part(architecture.layer_name(index)))
-            merge_layer(layer, index, architecture, job.transforms)
+            for transforms in sets:
+                merge_layer(layer, index, architecture, transforms)
 
         return fill
 
     def fill_embedding(embedding: nn.Module) -> None:
         set_tensors(embedding, job.source.read_part(architecture.embedding))
-        merge_embedding(embedding, job.transforms)
+        for transforms in sets:
+            merge_embedding(embedding, transforms)
 
     def fill_head(head: nn.Module) -> None:
         set_tensors(head, job.source.read_part(architecture.head))
-        merge_head(head, gain, job.transforms)
+        merge_head(head, gain, sets[0])
+        for transforms in sets[1:]:
+            merge_head(head, torch.ones_like(gain), transforms)
 
     make_part(model.get_submodule(architecture.embedding), fill_embedding, residency)
     for index, layer in enumerate(architecture.layer_modules(model)):

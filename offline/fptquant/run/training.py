@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +13,14 @@ from transformers import PreTrainedModel
 from fptquant import parallel
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.smoothing import start_from_activations, start_is_measured
+from fptquant.layers.residency import Residency
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model
 from fptquant.progress import Stages
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.run.job import Job
+from fptquant.run.models import folded, folded_and_transformed
 from fptquant.run.state import RunState
-from fptquant.simulate import install_simulation
 from fptquant.simulate.sink import record_sink
 from fptquant.train.block_wise import train_block_wise
 from fptquant.train.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
@@ -29,7 +29,6 @@ from fptquant.train.optimization import Optimization, transform_groups
 from fptquant.train.student import Student, integer_student, transform_student
 from fptquant.train.teacher import Teacher
 from fptquant.transforms import TransformSet
-from fptquant.transforms.merging import merge_transforms
 
 # names of states and in the metrics file
 LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
@@ -77,22 +76,23 @@ class MetricsFile:
         return list(found.values())
 
 
-def make_teacher(job: Job, state: RunState, stages: Stages) -> Teacher:
+def make_teacher(job: Job, state: RunState, stages: Stages, residency: Residency) -> Teacher:
     """The original model's final hidden states on the sequences that will be trained on."""
     trained = (job.recipe.end_to_end, job.recipe.scales)
     options = job.recipe.end_to_end if job.recipe.end_to_end.steps else job.recipe.scales
     cache = state.directory / "teacher" if options.teacher == "cached" else None
-    teacher = Teacher(load_model(job.source), job.source.architecture, job.training_windows, cache)
+    model = load_model(job.source, residency=residency)
+    teacher = Teacher(model, job.source.architecture, job.training_windows, cache)
     if cache is not None:
         seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
-        for sequence in stages.track(sorted(seen), len(seen)):
-            teacher.hidden(sequence)
+        for _ in stages.track(teacher.see(sorted(seen)), job.layers):
+            pass
         teacher.release()
     return teacher
 
 
 def train_transforms(
-    job: Job, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics
+    job: Job, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics, residency: Residency
 ) -> dict[str, Tensor]:
     """Everything that happens to transforms before they are merged: leaves `job.transforms` trained.
 
@@ -115,7 +115,7 @@ def train_transforms(
         with restoring(stages_on[-1]):
             _restore_transforms(transforms, finished[0])
         return layer_clipping(_part(finished[0], _CLIPPING))
-    model = start_transforms(job, stages)
+    model = start_transforms(job, stages, residency)
     if recipe.local.steps:
         with stages.stage("train transforms on weights"):
             local = recipe.local
@@ -126,10 +126,7 @@ def train_transforms(
     if not (recipe.block_wise.steps or recipe.end_to_end.steps):
         return {}
     with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
-        calibrated = copy.deepcopy(model)
-        for _ in merge_transforms(calibrated, architecture, transforms):
-            pass
-        install_simulation(calibrated, architecture, job.config)
+        calibrated = folded_and_transformed(job, "streamed")
         record_sink(calibrated, architecture, job.first_tokens)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         windows = job.windows[:_FIRST_SEQUENCES]
@@ -162,11 +159,9 @@ def train_transforms(
     return layer_clipping(student.weight_parameters())
 
 
-def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
+def start_transforms(job: Job, stages: Stages, residency: Residency) -> PreTrainedModel:
     """Gives transforms whose start depends on activations theirs, and returns the source with its norms folded."""
-    model, architecture = load_model(job.source), job.source.architecture
-    for _ in merge_transforms(model, architecture, TransformSet({}, architecture.shape(model.config), 0)):
-        pass
+    model, architecture = folded(job, residency), job.source.architecture
     job.transforms.requires_grad_(False)
     if start_is_measured(job.transforms):
         with stages.stage("measure activations", "lower calibration.length and pass --fresh"):
@@ -246,7 +241,13 @@ def _run_block_wise(job: Job, student: Student, state: RunState, stages: Stages,
     if finished == job.layers:
         return
     steps = train_block_wise(
-        student, load_model(job.source), transforms, options, job.training_windows, job.recipe.seed, finished
+        student,
+        load_model(job.source, residency="streamed"),
+        transforms,
+        options,
+        job.training_windows,
+        job.recipe.seed,
+        finished,
     )
     stages.resume(finished * options.steps, job.layers * options.steps)
     for step, values in enumerate(stages.track(steps, job.layers * options.steps), finished * options.steps + 1):

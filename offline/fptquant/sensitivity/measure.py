@@ -15,6 +15,7 @@ from fptquant.calibration.layerwise import observe_inputs, rounded_weights, set_
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs
+from fptquant.layers.residency import entered
 from fptquant.quantize import search_input_range, weight_scales
 from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
@@ -92,14 +93,15 @@ class Probe:
         architecture = self.job.source.architecture
         inputs = first_inputs(self.model, architecture, self.job.windows)
         for index, layer in enumerate(self.layers):
-            for name in GROUPS:
-                self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
-            if any(Site(kind, index) in wanted for kind in CACHES):
-                attention = layer.get_submodule(self.job.source.architecture.attention)
-                set_kv_ranges(attention, inputs, layer, self.job.recipe)
-                quantizer = _quantizer(attention)
-                quantizer.ready, quantizer.sides = False, set()
-            inputs.hidden = list(inputs.run(layer))
+            with entered(layer):
+                for name in GROUPS:
+                    self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
+                if any(Site(kind, index) in wanted for kind in CACHES):
+                    attention = layer.get_submodule(architecture.attention)
+                    set_kv_ranges(attention, inputs, layer, self.job.recipe)
+                    quantizer = _quantizer(attention)
+                    quantizer.ready, quantizer.sides = False, set()
+                inputs.advance(layer)
             yield index
         self._record_reference()
 
@@ -108,9 +110,11 @@ class Probe:
         """Quantizes `sites` (True: wide, False: as the recipe says) and nothing else."""
         start = min((site.layer for site in sites), default=0)
         inputs = replace(self._inputs, hidden=self._entries[start])
-        with self._applied(sites):
-            for layer in self.layers[start:]:
-                inputs.hidden = list(inputs.run(layer))
+        inputs.hidden = list(inputs.hidden)  # the entries stay
+        for index in range(start, len(self.layers)):
+            here = {site: wide for site, wide in sites.items() if site.layer == index}
+            with entered(self.layers[index]), self._applied(here):
+                inputs.advance(self.layers[index])
         kl = loss = 0.0
         for logits, tokens, (expected, entropy) in zip(self._logits(inputs), self.tokens, self._reference, strict=True):
             normalizer = logits.logsumexp(-1)
@@ -151,10 +155,11 @@ class Probe:
 
     def _logits(self, inputs: LayerInputs) -> Iterator[Tensor]:
         """(length, vocabulary) of each window, from the hidden states behind the last layer."""
-        for index in range(len(self.tokens)):
-            window = inputs.sequence(index)
-            states = put_output(self.norm, self.norm(window.hidden[0]), window.masks[0] if window.masks else None)
-            yield self.head(states)[0].float()
+        with entered(self.head):
+            for index in range(len(self.tokens)):
+                window = inputs.sequence(index)
+                states = put_output(self.norm, self.norm(window.hidden[0]), window.masks[0] if window.masks else None)
+                yield self.head(states)[0].float()
 
     @contextmanager
     def _applied(self, sites: Mapping[Site, bool]) -> Iterator[None]:

@@ -105,6 +105,11 @@ class SimulatedLinear(FixedBuffers):
         self._derive("codes", codes.float())
         self.weight = None
 
+    def set_weight_scale(self, scale: Tensor) -> None:
+        """Replaces the channel scales (N, 1) of a rounded layer."""
+        assert self.codes is not None, "the layer isn't rounded yet"
+        self.weight_scale = scale.float().clone()
+
     def finish_loading(self, name: str) -> None:
         """Prepares the layer after its buffers were read from a checkpoint; `name` is for error messages."""
         if self.scheme is None:

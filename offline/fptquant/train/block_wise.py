@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import LayerInputs, first_inputs
+from fptquant.layers.residency import entered
 from fptquant.train.end_to_end import batch
 from fptquant.train.fake_quant import Estimator
 from fptquant.train.optimization import Optimization, transform_groups
@@ -69,21 +70,23 @@ def train_block_wise(
     inputs = first_inputs(student.model, architecture, windows)
     expected = first_inputs(original, architecture, windows)
     for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
-        expected.hidden = _outputs(expected, target)
-        if index >= finished:
-            optimization = _optimization(student, transforms, options, index)
-            while optimization.step < options.steps:
-                start = time.perf_counter()
-                chosen = batch(optimization.step, options.batch, len(windows), seed + index)
-                try:
-                    loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
-                    optimization.update()
-                except FPTQuantError as error:
-                    raise FPTQuantError(f"{architecture.layer_name(index)}: {error}") from None
-                yield {"layer": index, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
-            for parameter in optimization.parameters.values():
-                parameter.requires_grad_(False)
-        inputs.hidden = _outputs(inputs, layer)
+        with entered(target):
+            expected.advance(target)
+        with entered(layer):
+            if index >= finished:
+                optimization = _optimization(student, transforms, options, index)
+                while optimization.step < options.steps:
+                    start = time.perf_counter()
+                    chosen = batch(optimization.step, options.batch, len(windows), seed + index)
+                    try:
+                        loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
+                        optimization.update()
+                    except FPTQuantError as error:
+                        raise FPTQuantError(f"{architecture.layer_name(index)}: {error}") from None
+                    yield {"layer": index, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
+                for parameter in optimization.parameters.values():
+                    parameter.requires_grad_(False)
+            inputs.advance(layer)
 
 
 def _optimization(student: Student, transforms: TransformSet, options: BlockWiseOptions, index: int) -> Optimization:
@@ -118,8 +121,3 @@ def _step(
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
     return total
-
-
-@torch.no_grad()
-def _outputs(inputs: LayerInputs, layer: nn.Module) -> list[Tensor]:
-    return list(inputs.run(layer))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
+from fptquant.layers.residency import entered, recomputed
 from fptquant.train.fake_quant import Estimator
 from fptquant.train.objective import Objective, sequence_loss
 from fptquant.train.optimization import Optimization
@@ -98,28 +99,28 @@ def train_end_to_end(
     student.freeze()
     for parameter in optimization.parameters.values():
         parameter.requires_grad_(True)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        _switch_checkpointing(student, on=True)
-    head = model.get_submodule(student.architecture.head)
+    head, layers = model.get_submodule(student.architecture.head), student.architecture.layer_modules(model)
+    share = 1 / options.batch
     while optimization.step < optimization.steps:
         start, total = time.perf_counter(), 0.0
         with nullcontext() if transforms is None else transforms.reused(torch.float32):
             for sequence in parallel.share(batch(optimization.step, options.batch, len(teacher.windows), seed)):
                 tokens = teacher.windows[sequence]
                 target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
-                hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
-                labels = torch.cat((tokens[1:], torch.tensor([-100])))
-                loss, gradient = sequence_loss(
-                    hidden, head, target, teacher.head, labels, options.objective, options.top, 1 / options.batch
-                )
-                if not math.isfinite(loss):
-                    raise FPTQuantError(
-                        f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
-                        "lower the learning rates"
-                    )
-                if hidden.requires_grad:  # not where only the head is quantized
-                    hidden.backward(gradient)
+                with recomputed(model, layers, always=options.gradient_checkpointing):
+                    hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+                    labels = torch.cat((tokens[1:], torch.tensor([-100])))
+                    with entered(head), teacher.with_head():
+                        loss, gradient = sequence_loss(
+                            hidden, head, target, teacher.head, labels, options.objective, options.top, share
+                        )
+                    if not math.isfinite(loss):
+                        raise FPTQuantError(
+                            f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
+                            "lower the learning rates"
+                        )
+                    if hidden.requires_grad:  # not where only the head is quantized
+                        hidden.backward(gradient)
                 total += loss
         total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()
@@ -128,15 +129,6 @@ def train_end_to_end(
             **{f"gradient/{name}": norm for name, norm in norms.items()},
             "seconds": round(time.perf_counter() - start, 2),
         }
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-        _switch_checkpointing(student, on=False)
-
-
-def _switch_checkpointing(student: Student, *, on: bool) -> None:
-    """Layers are checkpointed in training mode; only they are put into it, so that nothing drops out."""
-    for layer in student.architecture.layer_modules(student.model):
-        layer.training = on
 
 
 def asked_for(options: EndToEndOptions, sequences: int, seed: int) -> set[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
+from fptquant.layers.residency import entered
 from fptquant.train.optimization import Optimization
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture
@@ -66,16 +67,18 @@ def train_local(
         with transforms.reused(torch.float32):
             for index, layer in enumerate(layers):
                 loss = torch.zeros(())
-                for projection in architecture.projections:
-                    weight = layer.get_submodule(projection.path).get_parameter("weight")
-                    merged, _ = transforms.merge(projection.at(index), weight, None)
-                    loss = loss + weight_norm(merged, options.p)
-                total += _backward(loss, optimization.step, architecture.layer_name(index))
+                with entered(layer):
+                    for projection in architecture.projections:
+                        weight = layer.get_submodule(projection.path).get_parameter("weight")
+                        merged, _ = transforms.merge(projection.at(index), weight, None)
+                        loss = loss + weight_norm(merged, options.p)
+                    total += _backward(loss, optimization.step, architecture.layer_name(index))
             if "T_r" in transforms.names and options.rotation_rate > 0:
                 for place, path in ((EMBEDDING, architecture.embedding), (HEAD, architecture.head)):
-                    weight = model.get_submodule(path).get_parameter("weight")
-                    loss = weight_norm(transforms.merge(place, weight, None)[0], options.p)
-                    total += _backward(loss, optimization.step, path)
+                    with entered(model.get_submodule(path)) as module:
+                        weight = module.get_parameter("weight")
+                        loss = weight_norm(transforms.merge(place, weight, None)[0], options.p)
+                        total += _backward(loss, optimization.step, path)
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}
 

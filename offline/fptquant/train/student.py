@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.format import round_scale
+from fptquant.layers.residency import (
+    Fill,
+    entered,
+    extend,
+    fill_of,
+    is_streamed,
+    make_part,
+    refill,
+    release,
+    set_tensors,
+    small_tensors,
+)
 from fptquant.simulate import KVQuantizer, SimulatedLinear
-from fptquant.simulate.install import become_simulation, simulated_projection
+from fptquant.simulate.install import become_simulation, finish_loading, simulated_projection
 from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
 from fptquant.train.fake_quant import Estimator, StaticQuantizer
 from fptquant.train.student_weights import (
@@ -120,6 +134,7 @@ class Student:
     model: PreTrainedModel
     architecture: Architecture
     caches: list[tuple[nn.Module, KVQuantizer, TrainedKV]] = field(default_factory=list)
+    fills: list[tuple[nn.Module, Fill]] = field(default_factory=list)  # of streamed parts, as they are once finished
 
     def linears(self) -> Iterator[tuple[str, TrainedLinear]]:
         """Names and layers in training."""
@@ -162,19 +177,51 @@ class Student:
             if trained.quantizer is not None:
                 linear.set_input_quantizer(*trained.quantizer.values())
             if isinstance(trained.weight, IntegerWeight):
-                linear.set_weight_codes(trained.weight.codes, round_scale(trained.weight.log_scale.exp()))
+                linear.set_weight_scale(round_scale(trained.weight.log_scale.exp()))
             self.model.set_submodule(name, linear)
         for attention, original, trained_cache in self.caches:
             for key, quantizer in trained_cache.quantizers.items():
                 assert isinstance(quantizer, StaticQuantizer)
                 original.set_range(attention, key, *quantizer.values())
             attention.kv_quantizer = original  # type: ignore[assignment]
+        for part, fill in self.fills:
+            refill(part, partial(_fill_finished, before=fill, small=small_tensors(part)))
+
+
+def _fill_finished(part: nn.Module, before: Fill, small: Mapping[str, Tensor]) -> None:
+    """Gives a part that was stored before its scales were trained the trained ones."""
+    before(part)
+    set_tensors(part, small)
+    finish_loading(part)
+
+
+def _fill_integers(part: nn.Module, before: Fill, twin: nn.Module) -> None:
+    """Gives the layers in training of a part the integers of the finished simulation."""
+    before(twin)
+    for name, trained in part.named_modules():
+        if isinstance(trained, TrainedLinear) and isinstance(trained.weight, IntegerWeight):
+            linear = twin.get_submodule(name)
+            assert isinstance(linear, SimulatedLinear) and linear.codes is not None
+            trained.weight.codes = linear.codes
+        elif isinstance(trained, SimulatedLinear):  # that stayed in floating point
+            set_tensors(trained, dict(twin.get_submodule(name).named_parameters()))
+    release(twin)
+
+
+def _fill_floats(part: nn.Module, before: Fill, twin: nn.Module) -> None:
+    """Gives the layers in training of a part their float weights."""
+    before(twin)
+    for name, trained in part.named_modules():
+        if isinstance(trained, TrainedLinear) and isinstance(trained.weight, FloatWeight):
+            trained.weight.weight = twin.get_submodule(name).get_parameter("weight").detach()
+    release(twin)
 
 
 def integer_student(model: PreTrainedModel, architecture: Architecture, estimator: Estimator) -> Student:
     """Student for the scales-and-ranges stage: a finished simulation, with its integers frozen."""
     student = Student(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
+        twin = copy.deepcopy(layer) if is_streamed(layer) else None
         for members in architecture.groups:  # a group has one scheme, so one layer of it stands for all
             linears = [layer.get_submodule(projection.path) for projection in members.members]
             first = linears[0]
@@ -186,9 +233,15 @@ def integer_student(model: PreTrainedModel, architecture: Architecture, estimato
                 _replace(student, name, linear, group)
         attention = layer.get_submodule(architecture.attention)
         _replace_cache(student, attention, attention, estimator)
+        if twin is not None:
+            student.fills.append((layer, extend(layer, partial(_fill_integers, twin=twin))))
     head = model.get_submodule(architecture.head)
     if isinstance(head, SimulatedLinear) and head.codes is not None:
         _replace(student, architecture.head, head, GroupInput(1, _input_quantizer(head, estimator)))
+        if is_streamed(head):
+            student.fills.append((head, fill_of(head)))
+            trained = model.get_submodule(architecture.head)
+            make_part(trained, partial(_fill_integers, before=fill_of(head), twin=head), "streamed")
     return student
 
 
@@ -227,28 +280,35 @@ def transform_student(
         attention = layer.get_submodule(architecture.attention)
         if token is not None:
             attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
-        for members in architecture.groups:
-            group = None
-            for projection in members.members:
-                path, role = projection.path, projection.role
-                linear, example = layer.get_submodule(path), quantized.get_submodule(path)
-                assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                online = simulated_projection(layer, projection, None, example.hadamard_block, example.residual_scaled)
-                group = group or GroupInput(len(members.members), _input_quantizer(example, estimator))
-                weight: FloatWeight
-                if float_weights or example.scheme is None:
-                    weight = TransformedWeight(linear, transforms, projection.at(index))
-                else:
-                    scale, bits = example.weight_scale, example.scheme.weights.bits
-                    weight = MergedWeight(
-                        linear, transforms, projection.at(index), scale=scale, bits=bits, estimator=estimator
+        twin = copy.deepcopy(layer) if is_streamed(layer) else None
+        with entered(layer):
+            for members in architecture.groups:
+                group = None
+                for projection in members.members:
+                    path, role = projection.path, projection.role
+                    linear, example = layer.get_submodule(path), quantized.get_submodule(path)
+                    assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
+                    online = simulated_projection(
+                        layer, projection, None, example.hadamard_block, example.residual_scaled
                     )
-                sink = None
-                if sink_inputs and role in (Role.KEY, Role.VALUE):
-                    name = KEY if role is Role.KEY else VALUE
-                    sink = SinkInput(attention, name, sink_inputs[index])
-                layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
+                    group = group or GroupInput(len(members.members), _input_quantizer(example, estimator))
+                    weight: FloatWeight
+                    if float_weights or example.scheme is None:
+                        weight = TransformedWeight(linear, transforms, projection.at(index))
+                    else:
+                        scale, bits = example.weight_scale, example.scheme.weights.bits
+                        weight = MergedWeight(
+                            linear, transforms, projection.at(index), scale=scale, bits=bits, estimator=estimator
+                        )
+                    sink = None
+                    if sink_inputs and role in (Role.KEY, Role.VALUE):
+                        name = KEY if role is Role.KEY else VALUE
+                        sink = SinkInput(attention, name, sink_inputs[index])
+                    online.weight = None
+                    layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
         _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
+        if twin is not None:
+            extend(layer, partial(_fill_floats, twin=twin))
     model.config._attn_implementation = calibrated.config._attn_implementation
     return student
 

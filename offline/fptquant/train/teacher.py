@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,13 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant.layers.inputs import first_inputs, last_states, through_layers
+from fptquant.layers.residency import entered
 from fptquant.wiring import Architecture
 
 
 class Teacher:
     """Final hidden states, computed when first asked for and kept on disk; far smaller than logits.
 
-    The model is only needed until every sequence to be asked for has been seen, and is let go of with `release`.
+    Its layers are only needed until every sequence to be asked for has been seen, and are let go of with `release`.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, windows: Tensor, cache: Path | None) -> None:
@@ -32,35 +36,65 @@ class Teacher:
         """
         self.windows, self.cache = windows, cache
         self._model: PreTrainedModel | None = model
-        weight = model.get_submodule(architecture.head).get_parameter("weight")
-        bias = getattr(model.get_submodule(architecture.head), "bias", None)
-        self._weight = weight.detach().clone()
-        self._bias = None if bias is None else bias.detach().clone()
+        self._architecture = architecture
+        self._head = model.get_submodule(architecture.head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) of final hidden states (tokens, hidden)."""
-        return nn.functional.linear(hidden, self._weight, self._bias)
+        logits: Tensor = self._head(hidden)
+        return logits
+
+    def with_head(self) -> AbstractContextManager[nn.Module]:
+        """Keeps the head in memory for as long as the context lasts."""
+        return entered(self._head)
 
     @torch.no_grad()
     def hidden(self, sequence: int) -> Tensor:
         """Final hidden states (length, hidden) of one training sequence."""
-        file = None if self.cache is None else self.cache / f"{sequence}.safetensors"
-        stored = None if file is None else _read(file)
+        stored = self._stored(sequence)
         if stored is not None:
             return stored
         assert self._model is not None, "the teacher was released before all sequences were seen"
         states: Tensor = self._model.base_model(self.windows[sequence][None], use_cache=False).last_hidden_state[0]
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may compute the same
-            states = states.contiguous()
-            save_file({"hidden": states}, partial, metadata={"sha256": _sha256(states)})
-            partial.rename(file)
+        self._store(sequence, states)
         return states
 
+    @torch.no_grad()
+    def see(self, sequences: Sequence[int]) -> Iterator[int]:
+        """Puts the hidden states of sequences into the cache; all go through a layer before the next is read.
+
+        Yields:
+            The index of each layer that they have been through.
+        """
+        missing = [sequence for sequence in sequences if self._stored(sequence) is None]
+        if not missing:
+            return
+        assert self._model is not None
+        inputs = first_inputs(self._model, self._architecture, self.windows[missing], batch=1)
+        yield from through_layers(self._model, self._architecture, inputs)
+        for sequence, states in zip(missing, last_states(self._model, self._architecture, inputs), strict=True):
+            self._store(sequence, states[0])
+
     def release(self) -> None:
-        """Lets go of the model; all sequences to be asked for must be in the cache."""
+        """Lets go of the layers; all sequences to be asked for must be in the cache."""
         self._model = None
+
+    def _file(self, sequence: int) -> Path | None:
+        return None if self.cache is None else self.cache / f"{sequence}.safetensors"
+
+    def _stored(self, sequence: int) -> Tensor | None:
+        file = self._file(sequence)
+        return None if file is None else _read(file)
+
+    def _store(self, sequence: int, states: Tensor) -> None:
+        file = self._file(sequence)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may compute the same
+        states = states.contiguous()
+        save_file({"hidden": states}, partial, metadata={"sha256": _sha256(states)})
+        partial.rename(file)
 
 
 def _read(file: Path) -> Tensor | None:

@@ -241,7 +241,7 @@ def test_teacher_computes_only_what_is_trained_on(objective: str, tmp_path: Path
     whole, scales = {"steps": 1, "batch": 2, "objective": objective}, {"steps": 3, "objective": objective}
     job = make_job("gqa", tmp_path, end_to_end=whole, scales=scales)
     state = RunState(tmp_path / "state", {})
-    stages.make_teacher(job, state, Stages())
+    stages.make_teacher(job, state, Stages(), "resident")
     expected = {*batch(0, 2, 6, 0), *(sequence for step in range(3) for sequence in batch(step, 1, 6, 0))}
     found = {int(file.stem) for file in (state.directory / "teacher").glob("*")}
     assert len(job.training_windows) == 6 > len(expected)
@@ -379,7 +379,7 @@ def test_killed_run_continues_to_the_same_checkpoint(
 
             def save(self: Any, name: str, *arguments: Any) -> None:
                 original(self, name, *arguments)
-                if name == "layer-0":
+                if name == "model.layers.0":
                     raise Killed
 
             patch.setattr(stages.RunState, "save", save)
@@ -437,7 +437,7 @@ def test_finished_training_is_restored_without_the_model(
 
     killed_at("calibrate_and_round", tmp_path, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "merge_transforms", stop)  # the first thing done with a model that is to be trained
+        patch.setattr(stages, "folded", stop)  # the first thing done with a model that is to be trained
         patch.setattr(stages, "train_local", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
     assert not differing(tmp_path / "whole", tmp_path / "out")
