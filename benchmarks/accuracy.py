@@ -87,13 +87,13 @@ def evaluate(checkpoint: Path, count: int) -> dict[str, float | str | None]:
     model = load_model(source)
     set_exact(model)
     row: dict[str, float | str | None] = {"exact": None, "greedy": "-"}
-    row["simulated"] = measure(transformers_scorer(model), windows, 512).perplexity
+    row["simulated"] = measure(map(transformers_scorer(model), windows), 512).perplexity
     engine = VLLMEngine(checkpoint, 513)
-    row["served"] = measure(engine.score, windows, 512).perplexity
+    row["served"] = measure(map(engine.score, windows), 512).perplexity
     engine.close()
     if has_quantized_cache(model):
         engine = VLLMEngine(checkpoint, 513, exact=True)
-        row["exact"] = measure(engine.score, windows, 512).perplexity
+        row["exact"] = measure(map(engine.score, windows), 512).perplexity
         starts = torch.linspace(0, 400, 20, dtype=torch.int64).tolist()
         prompts = torch.stack([windows[i % count, start : start + 32] for i, start in enumerate(starts)])
         row["greedy"] = check_greedy(model, engine, prompts, new_tokens=16).measured

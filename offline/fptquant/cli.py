@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -258,7 +259,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity."""
     from fptquant.calibration.text import require_known
-    from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
+    from fptquant.evaluation.perplexity import evaluation_windows, layer_by_layer, measure
     from fptquant.evaluation.vllm_backend import VLLMEngine
     from fptquant.loading import load_model, open_source
 
@@ -272,13 +273,16 @@ def evaluate(
         source.weights.require_alone()
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     require_known(int(tokens.max()), source.config.vocab_size)
-    engine = VLLMEngine(source.path, length + 1) if backend is Backend.vllm else None
-    score = engine.score if engine else transformers_scorer(load_model(source))
     stages = RichStages()
-    with stages.stage("evaluate", "lower --length"):
-        result = measure(score, stages.track(tokens, windows), length)
-    if engine:
-        engine.close()
+    with stages.stage("evaluate", "lower --windows or --length"):
+        if backend is Backend.vllm:
+            engine = VLLMEngine(source.path, length + 1)
+            result = measure(map(engine.score, stages.track(tokens, windows)), length)
+            engine.close()
+        else:
+            network, layers = load_model(source, residency="streamed"), source.architecture.shape(source.config).layers
+            track = partial(stages.track, total=layers)
+            result = measure(layer_by_layer(network, source.architecture, tokens, track), length)
     settings = {"model": model, "text": str(text), "backend": backend.value, "special_tokens": special_tokens}
     table = Table(show_header=False)
     for key, value in {**settings, **asdict(result)}.items():

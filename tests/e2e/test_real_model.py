@@ -20,14 +20,14 @@ def test_random_transforms_preserve_the_function(source: Source, windows: torch.
     job.transforms.randomize_(torch.Generator().manual_seed(0), strength=0.1)
     check, transformed = check_function_preserved(job, windows[:2])
     assert check.passed, check
-    before = measure(transformers_scorer(load_model(source)), windows[:2], 512).perplexity
-    after = measure(transformers_scorer(transformed), windows[:2], 512).perplexity
+    before = measure(map(transformers_scorer(load_model(source)), windows[:2]), 512).perplexity
+    after = measure(map(transformers_scorer(transformed), windows[:2]), 512).perplexity
     assert after == pytest.approx(before, abs=0.01)
 
 
 def test_accuracy_without_end_to_end_training(default_checkpoint: Path, windows: torch.Tensor) -> None:
     """Static w4a8kv8 at or below 26.5 on 20 windows of wiki.test, where float32 has 22.17."""
     model = load_model(open_source(default_checkpoint))
-    result = measure(transformers_scorer(model), windows, 512)
+    result = measure(map(transformers_scorer(model), windows), 512)
     assert result.predicted_tokens == 20 * 511
     assert 22 < result.perplexity <= 26.5

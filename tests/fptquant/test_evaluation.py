@@ -48,7 +48,7 @@ def test_unreadable_text(content: bytes | None, tokenizer: PreTrainedTokenizerFa
 def test_perplexity_equals_the_loss_of_transformers(make_model: Callable[..., LlamaForCausalLM]) -> None:
     model = make_model("gqa")
     windows = torch.randint(0, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
-    result = measure(transformers_scorer(model), windows, 16)
+    result = measure(map(transformers_scorer(model), windows), 16)
     expected = math.exp(model(windows, labels=windows).loss.item())
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert (result.windows, result.length, result.predicted_tokens) == (3, 16, 45)
@@ -57,8 +57,7 @@ def test_perplexity_equals_the_loss_of_transformers(make_model: Callable[..., Ll
 def test_perplexity_of_a_known_distribution() -> None:
     """Means over tokens, not over windows: windows of different length weigh differently."""
     scores = [torch.log(torch.tensor([0.5, 0.5, 0.5])), torch.log(torch.tensor([0.125]))]
-    iterator = iter(scores)
-    result = measure(lambda window: next(iterator), [torch.zeros(4), torch.zeros(2)], 4)
+    result = measure(scores, 4)
     assert result.perplexity == pytest.approx(2.0 ** ((3 * 1 + 3) / 4))
 
 
@@ -99,11 +98,11 @@ def test_comparison_with_the_original(tmp_path: Path) -> None:
     teacher = Teacher(model, LLAMA, windows, tmp_path / "teacher")
     same = compare(model, teacher, range(2))
     assert abs(same.kl) < 1e-6 and same.agreement == 1
-    assert same.perplexity == pytest.approx(measure(transformers_scorer(model), windows, 20).perplexity)
+    assert same.perplexity == pytest.approx(measure(map(transformers_scorer(model), windows), 20).perplexity)
     found = compare(other, teacher, range(2))
     p, q = (m(windows).logits[:, :-1].log_softmax(-1) for m in (model, other))
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-    assert found.perplexity == pytest.approx(measure(transformers_scorer(other), windows, 20).perplexity)
+    assert found.perplexity == pytest.approx(measure(map(transformers_scorer(other), windows), 20).perplexity)
     teacher.release()
     assert compare(model, teacher, range(2)) == same  # from the cache

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.evaluation.perplexity import Scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.files import read_json
 from fptquant.format.schema import EXTRAS
-from fptquant.loading import load_model, open_source
-from fptquant.pipeline import logits, transform
+from fptquant.layers.inputs import window_logits
+from fptquant.layers.residency import Fill, extend, set_tensors
+from fptquant.loading import load_model, open_source, parts
+from fptquant.pipeline import logits
 from fptquant.run.job import Job
+from fptquant.run.models import transformed
 from fptquant.run.writer import digest
 from fptquant.simulate.install import finish_loading, round_floats
 from fptquant.simulate.recorded import FILE, deviation
+from fptquant.simulate.sink import use_sink
 from fptquant.weight_files import WeightFiles
 
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit, float32
@@ -48,10 +52,10 @@ def check_function_preserved(job: Job, windows: Tensor) -> tuple[Check, PreTrain
     Returns:
         The check and the transformed model.
     """
-    model = load_model(job.source)
-    before = [logits(model, window[None]) for window in windows]
-    transform(job, model)
-    after = [logits(model, window[None]) for window in windows]
+    architecture = job.source.architecture
+    before = list(window_logits(load_model(job.source, residency="streamed"), architecture, windows))
+    model = transformed(job, "streamed")
+    after = list(window_logits(model, architecture, windows))
     difference = _largest_difference(after, before)
     relative = difference / max(b.abs().max().item() for b in before)
     check = Check(
@@ -64,7 +68,7 @@ def check_function_preserved(job: Job, windows: Tensor) -> tuple[Check, PreTrain
 
 
 def check_read_back(
-    job: Job, transformed: PreTrainedModel, checkpoint: Path, windows: Tensor
+    job: Job, unquantized: PreTrainedModel, checkpoint: Path, windows: Tensor
 ) -> tuple[Check, PreTrainedModel]:
     """Logits of the simulated quantized model against the checkpoint read back: must be identical.
 
@@ -74,9 +78,8 @@ def check_read_back(
     Returns:
         The check, and the checkpoint read back.
     """
-    round_floats(transformed, job.dtype)
-    _load_quantized_tensors(transformed, checkpoint)
-    simulated = [logits(transformed, window[None]) for window in windows]
+    _take_quantized_tensors(job, unquantized, checkpoint)
+    simulated = list(window_logits(unquantized, job.source.architecture, windows))
     loaded = load_model(open_source(checkpoint), recorded=False)
     read_back = [logits(loaded, window[None]) for window in windows]
     difference = _largest_difference(simulated, read_back)
@@ -189,11 +192,25 @@ def _largest_difference(first: list[Tensor], second: list[Tensor]) -> float:
     return torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max().item()
 
 
-def _load_quantized_tensors(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Copies integers and scales of a checkpoint into a float simulation."""
-    buffers = dict(model.named_buffers())
-    for name, tensor in WeightFiles.of(checkpoint).items():
-        if name in buffers:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, tensor)
-    finish_loading(model)
+def _take_quantized_tensors(job: Job, model: PreTrainedModel, checkpoint: Path) -> None:
+    """Rounds a streamed float simulation, and gives it the integers and scales of a checkpoint but nothing else."""
+    stored = WeightFiles.of(checkpoint)
+
+    def take(module: nn.Module, prefix: str) -> None:
+        round_floats(module, job.dtype)
+        found = stored.read(f"{prefix}{name}" for name, _ in module.named_buffers() if f"{prefix}{name}" in stored)
+        set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
+        finish_loading(module)
+
+    found = parts(model, job.source.architecture)
+    for name, module in found.items():
+
+        def fill(module: nn.Module, before: Fill, prefix: str = f"{name}.") -> None:
+            before(module)
+            take(module, prefix)
+
+        extend(module, fill)
+    norm = job.source.architecture.final_norm
+    take(model.get_submodule(norm), f"{norm}.")
+    if job.config.sink is not None:
+        use_sink(model)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fptquant.calibration.formats import read_text
 from fptquant.calibration.text import encode, leading_tokens
 from fptquant.errors import FPTQuantError
+from fptquant.layers.inputs import Track, window_logits
+from fptquant.wiring import Architecture
 
 # Log probabilities of each window's tokens 1..L-1 given those before: (L - 1,) float32.
 Scorer = Callable[[Tensor], Tensor]
@@ -65,15 +67,42 @@ def evaluation_windows(
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).repeat(windows, 1), body_tokens), 1)
 
 
-def measure(score: Scorer, windows: Iterable[Tensor], length: int) -> Perplexity:
-    """Exp of the mean negative log likelihood over all predicted tokens."""
+def measure(scores: Iterable[Tensor], length: int) -> Perplexity:
+    """Exp of the mean negative log likelihood over all predicted tokens.
+
+    Args:
+        scores: log probabilities (L - 1,) of each window.
+        length: L.
+    """
     start, total, tokens, count = time.perf_counter(), 0.0, 0, 0
-    for window in windows:
-        log_probabilities = score(window)
+    for log_probabilities in scores:
         total -= float(log_probabilities.double().sum())
         tokens += log_probabilities.numel()
         count += 1
     return Perplexity(math.exp(total / tokens), tokens, count, length, round(time.perf_counter() - start, 1))
+
+
+def layer_by_layer(
+    model: PreTrainedModel, architecture: Architecture, windows: Tensor, track: Track = iter
+) -> Iterator[Tensor]:
+    """Scores all windows (windows, length) while each layer is in memory once; as `transformers_scorer` does.
+
+    Args:
+        model: streamed or not.
+        architecture: its family.
+        windows: (windows, length) tokens.
+        track: passes on the index of each layer that all windows have been through.
+
+    Yields:
+        (L - 1,) for each window.
+    """
+    for window, logits in zip(windows, window_logits(model, architecture, windows, track), strict=True):
+        yield _log_probabilities(logits, window)
+
+
+def _log_probabilities(logits: Tensor, window: Tensor) -> Tensor:
+    """(L - 1,) of a window (L,), given its logits (1, L, vocabulary)."""
+    return torch.log_softmax(logits[0, :-1].float(), -1).gather(-1, window[1:, None])[:, 0]
 
 
 def transformers_scorer(model: torch.nn.Module) -> Scorer:
@@ -81,7 +110,6 @@ def transformers_scorer(model: torch.nn.Module) -> Scorer:
 
     @torch.no_grad()
     def score(window: Tensor) -> Tensor:
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()  # (L - 1, vocabulary)
-        return torch.log_softmax(logits, -1).gather(-1, window[1:, None])[:, 0]
+        return _log_probabilities(model(window[None], use_cache=False).logits, window)
 
     return score

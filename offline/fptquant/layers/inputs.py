@@ -17,6 +17,7 @@ from fptquant.wiring import Architecture
 
 _BATCH = 4  # sequences per forward pass
 
+Track = Callable[[Iterator[int]], Iterator[int]]
 Catch = Callable[[tuple[Tensor, ...], dict[str, Any]], None]
 
 
@@ -137,6 +138,26 @@ def through_layers(model: PreTrainedModel, architecture: Architecture, inputs: L
         with entered(layer):
             inputs.advance(layer)
         yield index
+
+
+@torch.no_grad()
+def window_logits(
+    model: PreTrainedModel, architecture: Architecture, windows: Tensor, track: Track = iter
+) -> Iterator[Tensor]:
+    """Logits (1, length, vocabulary) of each window, as the model computes them; each layer is entered once.
+
+    Args:
+        model: with a head, streamed or not.
+        architecture: its family.
+        windows: (windows, length) tokens.
+        track: passes on the index of each layer that all windows have been through.
+    """
+    inputs = first_inputs(model, architecture, windows, batch=1)
+    for _ in track(through_layers(model, architecture, inputs)):
+        pass
+    with entered(model.get_submodule(architecture.head)) as head:
+        for states in last_states(model, architecture, inputs):
+            yield head(states)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_sites_are_what_the_recipe_quantizes(make_job: Callable[..., Job]) -> No
 
 def test_unquantized(probe: Probe) -> None:
     assert probe.unquantized.kl < 1e-6
-    plain = measure(transformers_scorer(load_model(probe.job.source)), probe.tokens, 24)
+    plain = measure(map(transformers_scorer(load_model(probe.job.source)), probe.tokens), 24)
     assert probe.unquantized.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
 
 
