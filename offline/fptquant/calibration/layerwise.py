@@ -125,7 +125,7 @@ def _quantize_group(
     if scheme is None:
         return
     seen = observe_inputs(linears[0], inputs, layer)  # (tokens, in)
-    if not bool(torch.stack(torch.aminmax(seen)).isfinite().all()):  # NaN is both
+    if bool((~torch.stack(torch.aminmax(seen)).isfinite()).any()):  # NaN is both
         raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
     if scheme.activations.bits < 16:
         options = recipe.activation_range
