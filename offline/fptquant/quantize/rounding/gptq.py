@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _IN_CACHE = 1 << 18  # entries of a block of columns
-_COPIED = 1 << 22  # entries of the Hessian reordered at once
+_COPIED = 1 << 20  # entries of a Hessian copied at once
 
 
 @torch.no_grad()
@@ -75,11 +75,12 @@ def _unit_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
         ArithmeticError: it doesn't, as with a Hessian that is not finite.
     """
     size = len(order)
+    step = max(1, _COPIED // size)
     factor = torch.empty(size, size, dtype=torch.float64, device=hessian.device).T  # as LAPACK wants it
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(8):
-        for rows in range(0, size, step := max(1, _COPIED // size)):
-            factor.T[rows : rows + step] = hessian.index_select(0, order[rows : rows + step]).index_select(1, order)
+        for rows, part in zip(torch.split(factor.T, step), torch.split(order, step), strict=True):
+            rows.copy_(hessian.index_select(0, part).index_select(1, order))
         _damp(factor, damping * 10.0**attempt)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place
         if not failed:

@@ -44,7 +44,8 @@ class CoordinateDescent:
         """
         # Rows of H divided by their diagonal give the distance to each parabola's minimum.
         self.slopes = torch.empty(hessian.shape, dtype=torch.float32, device=hessian.device)  # (K, K)
-        torch.div(hessian, hessian.diagonal()[:, None], out=self.slopes)
+        for slopes, rows, diagonal in zip(self.slopes, hessian, hessian.diagonal(), strict=True):
+            slopes.copy_(rows / diagonal)
         self.target = (weight.float() / scale).T.contiguous()  # in steps of the grid
         self.codes = codes.T.contiguous()
         self.moving = torch.arange(len(weight), device=weight.device)  # rows of W that have not settled
