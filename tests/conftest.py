@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from fptquant.format.binding import BINDING, bind, checksums
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
 VOCABULARY = 320
+NO_OP_GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
 
 # No size but GQA's is a power of two; head_dim 10 is not hidden / heads either.
 MODELS: dict[str, dict[str, object]] = {
@@ -174,6 +179,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[...
 def text_file() -> Path:
     """Real English text."""
     return TEXT
+
+
+@pytest.fixture(scope="session")
+def cuda_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets torch's CPU build index fake CUDA tensors, which it refuses for want of a way to switch devices."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "guard.cpp").write_text(NO_OP_GUARD)
+    include = [f"-I{path}" for path in include_paths()]
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", "guard.cpp", "-o", "guard.so", *include]
+    subprocess.run([*command, *(f"-L{path}" for path in library_paths()), "-lc10"], cwd=folder, check=True)
+    torch.ops.load_library(folder / "guard.so")
 
 
 @pytest.fixture

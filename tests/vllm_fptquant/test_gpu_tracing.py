@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.cpp_extension import include_paths, library_paths
 from vllm.model_executor.layers.linear import LinearBase
 
 from fptquant.format import (
@@ -46,10 +44,6 @@ from vllm_fptquant.models.llama import FPTQuantLlamaModel, scaled_projection
 pytestmark = pytest.mark.usefixtures("operators", "parallel_world", "pretend_gpu")
 
 BLOCK = 32
-NO_OP_GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
-"""
 # Kernel, weight bits, activation bits, symmetric.
 CASES = [
     ("marlin-int8", 4, 8, True),
@@ -80,17 +74,6 @@ class SoundCheckpoint(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else next(self.sizes)
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def cuda_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Lets torch's CPU build index fake CUDA tensors, which it refuses for want of a way to switch devices."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "guard.cpp").write_text(NO_OP_GUARD)
-    include = [f"-I{path}" for path in include_paths()]
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", "guard.cpp", "-o", "guard.so", *include]
-    subprocess.run([*command, *(f"-L{path}" for path in library_paths()), "-lc10"], cwd=folder, check=True)
-    torch.ops.load_library(folder / "guard.so")
 
 
 @contextmanager

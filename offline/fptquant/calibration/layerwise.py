@@ -21,6 +21,9 @@ from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.wiring import Architecture, InputGroup, Role
 
+_TOKENS = 4096  # handled at once, where a copy is needed
+_COLUMNS = 512  # of a Hessian computed in one product
+
 
 @torch.no_grad()
 def calibrate_and_round(
@@ -139,15 +142,18 @@ def _quantize_group(
     if scheme is None:
         return
     seen = observe_inputs(linears[0], inputs, layer)  # (tokens, in)
-    if not bool(torch.stack(torch.aminmax(seen)).isfinite().all()):  # NaN is both
+    if bool((~torch.stack(torch.aminmax(seen)).isfinite()).any()):  # NaN is both
         raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
     if scheme.activations.bits < 16:
         options = recipe.activation_range
         scale, zero_point = search_input_range(seen, scheme.activations.bits, scheme.activations.symmetric, options)
         for linear in linears:
             linear.set_input_quantizer(scale, zero_point)
-        seen = linears[0].quantized_input(seen)
-    codes, scales = rounded_weights(linears, scheme.weights.bits, seen, importance, recipe, log_clip)
+        for part in torch.split(seen, _TOKENS):
+            part.copy_(linears[0].quantized_input(part))
+    hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+    del seen  # as large as a Hessian
+    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe, log_clip)
     sizes = [linear.out_features for linear in linears]
     for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
         linear.set_weight_codes(part, scale)
@@ -156,21 +162,33 @@ def _quantize_group(
 def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
     """The Hessian of a layer's error: mean of x x^T, (K, K).
 
+    Summed up in place, and only on one side of the diagonal.
+
     Args:
         seen: (sequences * tokens, K) inputs.
         importance: (sequences, tokens or more) weights; of more tokens than were seen, the last ones count.
     """
+    tokens, width = seen.shape
+    roots = None
     if importance is not None:
-        counted = seen.shape[0] // importance.shape[0]
-        seen = seen * importance[:, -counted:].reshape(-1, 1).sqrt()
-    return seen.T @ seen / seen.shape[0]
+        roots = importance[:, -(tokens // importance.shape[0]) :].reshape(-1, 1).sqrt()
+    total = torch.zeros(width, width, dtype=seen.dtype, device=seen.device)
+    for first in range(0, tokens, _TOKENS):
+        part = seen[first : first + _TOKENS]
+        if roots is not None:
+            part = part * roots[first : first + _TOKENS]
+        for start in range(0, width, _COLUMNS):
+            end = min(start + _COLUMNS, width)
+            total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])
+    for start in range(0, width, _COLUMNS):
+        total[start : start + _COLUMNS, :start] = total[:start, start : start + _COLUMNS].T
+    return total.div_(tokens)
 
 
 def rounded_weights(
     linears: list[SimulatedLinear],
     bits: int,
-    seen: Tensor,
-    importance: Tensor | None,
+    hessian: Tensor | None,
     recipe: QuantizeOptions,
     log_clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -179,33 +197,35 @@ def rounded_weights(
     Args:
         linears: the layers.
         bits: width of the codes.
-        seen: (sequences * tokens, K) inputs.
-        importance: (sequences, tokens), weighs the Hessian's tokens.
+        hessian: (K, K) from `second_moment`; None for rounding to nearest.
         recipe: ranges and rounding.
         log_clip: (sum of N, 1), learned clipping in place of the search for scales.
     """
     stacked = torch.cat([linear.float_weight() for linear in linears]).float()
-    nearest = recipe.rounding.method == "nearest"
-    hessian = torch.empty(0, 0) if nearest else second_moment(seen, importance)
     if log_clip is None:
-        scales = weight_scales(stacked, bits, recipe.weight_range, None if nearest else hessian.diagonal())
+        scales = weight_scales(stacked, bits, recipe.weight_range, None if hessian is None else hessian.diagonal())
     else:
         scales = round_scale(channel_scale(stacked, log_clip, bits))
+    if hessian is None:
+        hessian = torch.empty(0, 0, device=stacked.device)
     return ROUNDERS[recipe.rounding.method](stacked, scales, bits, hessian, recipe.rounding), scales
 
 
 def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
     """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
-    seen: list[Tensor] = []
+    sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
+    shape = (sum(sizes), linear.in_features)
+    seen = torch.empty(shape, dtype=torch.float32, device=inputs.hidden[0].device)
+    parts = iter(torch.split(seen, sizes))
 
     def observe(x: Tensor) -> None:
-        seen.append(x[:, inputs.first :].flatten(0, -2).float())
+        next(parts).copy_(x[:, inputs.first :].flatten(0, -2))
         raise Stop
 
     linear.observer = observe
     inputs.run_until_stopped(layer)
     linear.observer = None
-    return torch.cat(seen)
+    return seen
 
 
 def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, recipe: QuantizeOptions) -> None:
@@ -224,8 +244,8 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
     quantizer.observer = observe
     inputs.run_until_stopped(layer)
     quantizer.observer = None
-    for name, parts in seen.items():
-        values = torch.cat(parts, 1)
+    for name in tuple(seen):
+        values = torch.cat(seen.pop(name), 1)
         rows = values if quantizer.scheme.strategy == "head" else values.flatten()[None]
         found = [search_range(row, quantizer.scheme.bits, quantizer.scheme.symmetric, recipe.kv_range) for row in rows]
         scales, zero_points = (torch.stack(items) for items in zip(*found, strict=True))

@@ -32,7 +32,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     groups = _groups(model, architecture)
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
     for window in windows:
-        norms = {name: torch.zeros(len(window)) for name in groups}
+        norms = {name: torch.zeros(len(window), device=window.device) for name in groups}
         again = recomputed(model, architecture.layer_modules(model), always=False)
         with torch.enable_grad(), _recorded(model, architecture, groups, norms), again:
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
@@ -71,7 +71,8 @@ def _recorded(
         def hook(linear: nn.Module, args: tuple[Tensor | None, ...], output: Tensor) -> None:
             # The layer divides by S after its product (S_n), so the gradient there is the one here over S.
             scale = args[1] if len(args) > 1 else None
-            divisor = torch.ones(1) if scale is None else scale.detach().reshape(-1)  # (tokens,) or (1,)
+            scale = torch.ones(1, device=output.device) if scale is None else scale
+            divisor = scale.detach().reshape(-1)  # (tokens,) or (1,)
 
             def add(gradient: Tensor) -> None:
                 total.add_(gradient.float()[0].pow(2).sum(-1) / divisor.square())

@@ -59,8 +59,9 @@ def calibration_windows(
             f"{options.length} need {needed}: give a longer text or lower --sequences or --length"
         )
     require_known(max(tokens), vocabulary)
-    drawn = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))[: options.sequences]
-    return torch.tensor([prefix + tokens[start : start + body] for start in (starts[i] for i in drawn.tolist())])
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(len(starts), generator=generator, device="cpu")[: options.sequences].tolist()
+    return torch.tensor([prefix + tokens[starts[i] : starts[i] + body] for i in drawn], device="cpu")
 
 
 def _row_tokens(

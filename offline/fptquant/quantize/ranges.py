@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 _EXTREMES = 2048  # kept exactly on each side; the rest is represented by a sample
 _SAMPLE = 1 << 15
+_GROUP = 64  # values that are looked at one by one only where their largest or smallest says so
 
 
 class RangeOptions(BaseModel):
@@ -44,18 +46,10 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     Returns:
         scale (float32 scalar, positive) and zero point (int32 scalar).
     """
-    values = values.flatten().float()
-    low, high = values.min().clamp(max=0.0), values.max().clamp(min=0.0)
-    if options.method == "percentile":
-        share = (100.0 - options.percentile) / 100.0
-        low = _order_statistic(values, share).clamp(max=0.0)
-        high = -_order_statistic(-values, share).clamp(max=0.0)
-    elif options.method == "lp":
-        low, high = _search_lp(values, low, high, bits, symmetric, options)
-    scale, zero_point = affine(low, high, bits, symmetric)
-    return scale, zero_point.to(torch.int32)
+    return _search(_Observed(values.flatten().float()), bits, symmetric, options)
 
 
+@torch.no_grad()
 def search_input_range(values: Tensor, bits: int, symmetric: bool, options: InputRangeOptions) -> tuple[Tensor, Tensor]:
     """As `search_range`, of (tokens, K) without the few tokens that hold the largest absolute values.
 
@@ -63,12 +57,13 @@ def search_input_range(values: Tensor, bits: int, symmetric: bool, options: Inpu
     to widen the range until the codes of all others are the same.
     """
     count = int(options.outlier_tokens * values.shape[0]) if options.method == "lp" else 0
+    runs = None
     if count:
-        low, high = torch.aminmax(values, dim=1)
-        usual = torch.ones(values.shape[0], dtype=torch.bool)
-        usual[torch.topk(torch.maximum(-low, high), count).indices] = False
-        values = values[usual]
-    return search_range(values, bits, symmetric, options)
+        largest = torch.maximum(-values.amin(1), values.amax(1))
+        outliers = sorted(torch.topk(largest, count).indices.tolist())
+        width = values.shape[1]
+        runs = [((a + 1) * width, b * width) for a, b in pairwise((-1, *outliers, values.shape[0])) if b > a + 1]
+    return _search(_Observed(values.flatten().float(), runs), bits, symmetric, options)
 
 
 def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -82,13 +77,70 @@ def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     return scale, torch.round(-half - low / scale).clamp(-half, half - 1)
 
 
-def _order_statistic(values: Tensor, share: float) -> Tensor:
-    """The value with `share` of all values below it."""
-    return torch.kthvalue(values, min(values.numel(), max(1, round(share * values.numel())))).values
+class _Observed:
+    """Observed values, those of some runs only, of which no copy is made."""
+
+    def __init__(self, flat: Tensor, runs: list[tuple[int, int]] | None = None) -> None:
+        """Takes the values `flat` (n,), or what the runs [start, end) have of them."""
+        self.flat, self.runs = flat, runs or [(0, flat.numel())]
+        self.parts = [flat[start:end] for start, end in self.runs]
+        self.groups = [part[: part.numel() // _GROUP * _GROUP].view(-1, _GROUP) for part in self.parts]
+        self.rest = torch.cat([part[part.numel() // _GROUP * _GROUP :] for part in self.parts])
+        self.highs, self.lows = [x.amax(1) for x in self.groups], [x.amin(1) for x in self.groups]
+        self.low, self.high = torch.cat((*self.lows, self.rest)).min(), torch.cat((*self.highs, self.rest)).max()
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return sum(part.numel() for part in self.parts)
+
+    def all(self) -> Tensor:
+        """All of them, (n,); a copy if they are in several runs."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    def sample(self, size: int) -> Tensor:
+        """Drawn with replacement, (`size`,). A stride could share a factor with the channels and miss most of them."""
+        drawn = torch.randint(len(self), (size,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        starts = torch.tensor([start for start, _ in self.runs], device="cpu")
+        ends = torch.tensor([part.numel() for part in self.parts], device="cpu").cumsum(0)
+        run = torch.searchsorted(ends, drawn, right=True)
+        inside = drawn - torch.nn.functional.pad(ends, (1, 0))[run]
+        return self.flat[(starts[run] + inside).to(self.flat.device)]
+
+    def extremes(self, sample: Tensor, *, largest: bool) -> Tensor:
+        """The `_EXTREMES` largest or smallest values, from the outermost in.
+
+        A sample of them says beyond which threshold to look, which is faster.
+        """
+        expected = -(-3 * _EXTREMES * sample.numel() // len(self))  # of the sample, three times as many as needed
+        threshold = torch.topk(sample, expected, largest=largest).values[-1]
+        bounds = self.highs if largest else self.lows
+        found = [x[_beyond(bound, threshold, largest)].flatten() for x, bound in zip(self.groups, bounds, strict=True)]
+        values = torch.cat((*found, self.rest))
+        values = values[_beyond(values, threshold, largest)]
+        return torch.topk(values if values.numel() >= _EXTREMES else self.all(), _EXTREMES, largest=largest).values
+
+
+def _beyond(values: Tensor, threshold: Tensor, largest: bool) -> Tensor:
+    """Which values are at least, or at most, the threshold."""
+    return values >= threshold if largest else values <= threshold
+
+
+def _search(values: _Observed, bits: int, symmetric: bool, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    """`search_range` by whichever method."""
+    low, high = values.low.clamp(max=0.0), values.high.clamp(min=0.0)
+    if options.method == "percentile":
+        count = len(values)
+        position = min(count, max(1, round((100.0 - options.percentile) / 100.0 * count)))
+        low = torch.kthvalue(values.all(), position).values.clamp(max=0.0)
+        high = torch.kthvalue(values.all(), count + 1 - position).values.clamp(min=0.0)
+    elif options.method == "lp":
+        low, high = _search_lp(values, low, high, bits, symmetric, options)
+    scale, zero_point = affine(low, high, bits, symmetric)
+    return scale, zero_point.to(torch.int32)
 
 
 def _search_lp(
-    values: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, options: RangeOptions
+    values: _Observed, low: Tensor, high: Tensor, bits: int, symmetric: bool, options: RangeOptions
 ) -> tuple[Tensor, Tensor]:
     """Shrinks both ends over a geometric grid to the smallest weighted sum of |x - x^|^p.
 
@@ -96,52 +148,37 @@ def _search_lp(
     to 1/1000 of the full range; the largest and smallest values enter exactly, the bulk through a sample.
     """
     points, counts = _representatives(values)
-    shrink = torch.logspace(0, -3, options.grid * 2, base=10.0)
+    shrink = torch.logspace(0, -3, options.grid * 2, base=10.0, device="cpu").to(points.device)
+    error = torch.empty_like(points)  # of one candidate at a time, which stays in the cache
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero = affine(lows, highs, bits, symmetric)
         half, total = 2.0 ** (bits - 1), []
-        for s, z in zip(scale, zero, strict=True):  # one candidate at a time keeps the temporaries in cache
-            codes = torch.clamp(torch.round(points / s), -half - z, half - 1 - z)
-            total.append(((codes * s - points).abs_().pow_(options.p) * counts).sum())
+        for s, smallest in zip(scale, (-half - zero).tolist(), strict=True):
+            torch.div(points, s, out=error).round_().clamp_(smallest, smallest + 2 * half - 1).mul_(s).sub_(points)
+            total.append(error.abs_().pow_(options.p).mul_(counts).sum())
         return torch.stack(total)
 
+    lows, highs = low * shrink, high * shrink
     if symmetric:
-        best = errors(low * shrink, high * shrink).argmin()
-        return low * shrink[best], high * shrink[best]
+        best = errors(lows, highs).argmin()
+        return lows[best], highs[best]
     for _ in range(2):  # coordinate descent: upper end, lower end, twice
-        candidates = values.max().clamp(min=0.0) * shrink
-        high = candidates[errors(low.expand_as(candidates), candidates).argmin()]
-        candidates = values.min().clamp(max=0.0) * shrink
-        low = candidates[errors(candidates, high.expand_as(candidates)).argmin()]
+        high = highs[errors(low.expand_as(highs), highs).argmin()]
+        low = lows[errors(lows, high.expand_as(lows)).argmin()]
     return low, high
 
 
-def _representatives(values: Tensor) -> tuple[Tensor, Tensor]:
+def _representatives(values: _Observed) -> tuple[Tensor, Tensor]:
     """A small weighted set that stands for `values`: exact extremes, a random sample of the rest."""
-    count = values.numel()
+    count = len(values)
     if count <= _SAMPLE + 2 * _EXTREMES:
-        return values, torch.ones_like(values)
-    # Drawn at random: a fixed stride could share a factor with the number of channels and miss most of them.
-    drawn = torch.randint(count, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
-    bulk = values[drawn]
-    top, bottom = _extremes(values, bulk, largest=True), _extremes(values, bulk, largest=False)
+        return values.all(), torch.ones_like(values.all())
+    bulk = values.sample(_SAMPLE)
+    top, bottom = values.extremes(bulk, largest=True), values.extremes(bulk, largest=False)
     bulk = bulk[(bulk <= top[-1]) & (bulk >= bottom[-1])]
     weight = (count - 2 * _EXTREMES) / max(1, bulk.numel())
     points = torch.cat((bottom, bulk, top))
     counts = torch.ones_like(points)
     counts[_EXTREMES:-_EXTREMES] = weight
     return points, counts
-
-
-def _extremes(values: Tensor, sample: Tensor, *, largest: bool) -> Tensor:
-    """The `_EXTREMES` largest or smallest values, from the outermost in.
-
-    A sample of them says beyond which threshold to look, which is faster.
-    """
-    expected = -(-3 * _EXTREMES * sample.numel() // values.numel())  # of the sample, three times as many as needed
-    if expected < sample.numel():
-        threshold = torch.topk(sample, expected, largest=largest).values[-1]
-        beyond = values[values >= threshold if largest else values <= threshold]
-        values = beyond if beyond.numel() >= _EXTREMES else values
-    return torch.topk(values, _EXTREMES, largest=largest).values

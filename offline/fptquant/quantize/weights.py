@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fptquant.format import round_scale
 
-_IN_CACHE = 1 << 17  # weights handled at once, so that temporaries stay in the cache
+_IN_CACHE = 1 << 18  # weights handled at once, so that they and their errors stay in the cache
 
 
 class WeightRangeOptions(BaseModel):
@@ -38,25 +38,30 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
     Returns:
         (N, 1) float32, positive.
     """
-    rows = max(1, _IN_CACHE // weight.shape[1])
-    parts = range(0, weight.shape[0], rows)
-    return torch.cat([_search_scales(weight[i : i + rows], bits, options, importance) for i in parts])
+    parts = torch.split(weight, max(1, _IN_CACHE // weight.shape[1]))
+    return torch.cat([_search_scales(part.float(), bits, options, importance) for part in parts])
 
 
 def _search_scales(weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None) -> Tensor:
-    """`weight_scales` of a few rows."""
-    largest_code = 2 ** (bits - 1) - 1
-    full = weight.abs().amax(1, keepdim=True).float() / largest_code
+    """`weight_scales` of a few rows, in float32."""
+    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    full = weight.abs().amax(1, keepdim=True) / high
     best = round_scale(full)
     if options.method == "minmax":
         return best
     best_error = torch.full_like(full, torch.inf)
-    for shrink in torch.linspace(1.0, options.smallest, options.grid).tolist():
+    error = torch.empty_like(weight)
+    for shrink in torch.linspace(1.0, options.smallest, options.grid, device="cpu").tolist():
         scale = round_scale(full * shrink)
-        error = (round_to_nearest(weight, scale, bits) * scale - weight).abs_().pow_(options.p)
-        error = (error * importance if importance is not None else error).sum(1, keepdim=True)
-        better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        torch.div(weight, scale, out=error).round_().clamp_(low, high).mul_(scale).sub_(weight)
+        if options.p != 2:  # squares have no sign
+            error.abs_()
+        error.pow_(options.p)
+        if importance is not None:
+            error.mul_(importance)
+        total = error.sum(1, keepdim=True)
+        better = total < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)
     return best
 
 

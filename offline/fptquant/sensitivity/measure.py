@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.calibration.layerwise import observe_inputs, rounded_weights, set_kv_ranges
+from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs
@@ -137,7 +137,9 @@ class Probe:
                 self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
         if weights in wanted:
             importance = self._importance.get(weights.modules(self.job)[0])
-            codes, scale = rounded_weights(linears, scheme.weights.bits, seen, importance, recipe)
+            hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+            del seen
+            codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
             self._codes[weights] = _Codes(codes.to(torch.int8), scale)
 
     def _record_reference(self) -> None:

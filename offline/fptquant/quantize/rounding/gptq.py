@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fptquant.quantize.weights import round_to_nearest
+_IN_CACHE = 1 << 18  # entries of a block of columns
+_COPIED = 1 << 20  # entries of a Hessian copied at once
 
 
 @torch.no_grad()
@@ -16,42 +17,85 @@ def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, option
 
     Columns are visited by falling importance ("act order"), which costs nothing at run time here because scales are
     per output channel.
+
+    Computed in the form of LDLQ, whose codes are GPTQ's (Chee et al., arXiv 2307.13304, theorem 6). With columns sorted
+    so that the most important is the last, H = L D L^T with L unit lower triangular; from the last to the first,
+
+        w^_j = round(w_j + sum_{i > j} (w_i - w^_i) L_ij).
+
+    GPTQ's factor of the inverse in its own order, H^-1 = U^T U, is D^(-1/2) L^-1 with rows and columns reversed: one
+    factorization is enough, and nothing is inverted. It takes a float64 and a float32 (K, K) beside the Hessian.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True)
-    inverse = _inverse_cholesky(hessian[order][:, order], options.damping)  # (K, K) upper
-    work = weight[:, order].float().clone()
-    codes = torch.empty_like(work)
-    columns = work.shape[1]
-    for start in range(0, columns, options.block):
-        end = min(start + options.block, columns)
-        errors = torch.empty_like(work[:, start:end])
-        for column in range(start, end):
-            rounded = round_to_nearest(work[:, column : column + 1], scale, bits)
-            codes[:, column : column + 1] = rounded
-            error = (work[:, column] - (rounded * scale)[:, 0]) / inverse[column, column]
-            work[:, column:end].addr_(error, inverse[column, column:end], alpha=-1)
-            errors[:, column - start] = error
-        work[:, end:] -= errors @ inverse[start:end, end:]
-    return codes[:, torch.argsort(order)]
+    order = torch.argsort(hessian.diagonal(), descending=True).flip(0)
+    back = torch.argsort(order)
+    factor = _unit_factor(hessian, order, options.damping)
+    codes = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    parts = (torch.split(x, rows_at_once(options.block)) for x in (weight, scale, codes))
+    for part, row_scale, row_codes in zip(*parts, strict=True):
+        steps = (part.float() / row_scale).T.contiguous().index_select(0, order)  # (K, rows)
+        row_codes.copy_(_round_columns(steps, factor, bits, options.block).index_select(0, back).T)
+    return codes
 
 
-def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, (K, K) float32.
+def rows_at_once(block: int) -> int:
+    """Rows of W to round together, which know nothing of the others: a block of their columns stays in the cache."""
+    return max(1, _IN_CACHE // block)
+
+
+def _round_columns(target: Tensor, factor: Tensor, bits: int, block: int) -> Tensor:
+    """Codes of a weight, from the last column to the first.
+
+    Args:
+        target: (K, N) transposed weight in steps of the grid; overwritten by its difference from the codes.
+        factor: (K, K) L, unit lower triangular.
+        bits: width of the codes.
+        block: columns that learn of the columns behind them in one product.
+
+    Returns:
+        (K, N) integers.
+    """
+    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    codes = torch.empty_like(target)
+    for end in range(len(target), 0, -block):
+        start = max(0, end - block)
+        torch.addmm(target[start:end], factor[end:, start:end].T, target[end:], out=codes[start:end])
+        for column in range(end - 1, start - 1, -1):
+            wanted, behind = codes[column], slice(column + 1, end)
+            wanted.addmv_(target[behind].T, factor[behind, column]).round_().clamp_(low, high)
+            target[column].sub_(wanted)
+    return codes
+
+
+def _unit_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """L of L D L^T, the damped Hessian with rows and columns in `order`: (K, K) float32, unit lower triangular.
 
     Damping is raised until the factorization succeeds; inputs that are always zero leave a zero diagonal.
+
+    Raises:
+        ArithmeticError: it doesn't, as with a Hessian that is not finite.
     """
+    size = len(order)
+    step = max(1, _COPIED // size)
+    factor = torch.empty(size, size, dtype=torch.float64, device=hessian.device).T  # as LAPACK wants it
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(8):
-        factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping * 10.0**attempt))
+        for rows, part in zip(torch.split(factor.T, step), torch.split(order, step), strict=True):
+            rows.copy_(hessian.index_select(0, part).index_select(1, order))
+        _damp(factor, damping * 10.0**attempt)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return torch.as_tensor(upper, dtype=torch.float32)
+            return factor.div_(factor.diagonal().clone()).float()
     raise ArithmeticError("the Hessian of the calibration inputs has no Cholesky factor even when damped heavily")
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """The Hessian in float64 with the given share of its mean diagonal added to the diagonal."""
-    hessian = hessian.double()
-    mean = hessian.diagonal().mean().clamp_min(1e-12)
-    return hessian + torch.eye(hessian.shape[0], dtype=torch.float64) * (mean * damping)
+    """A float64 copy of the Hessian with the given share of its mean diagonal added to the diagonal."""
+    copy = hessian.to(torch.float64, copy=True)
+    _damp(copy, damping)
+    return copy
+
+
+def _damp(hessian: Tensor, damping: float) -> None:
+    """Adds the given share of the mean diagonal to the diagonal, in place."""
+    diagonal = hessian.diagonal()
+    diagonal.add_(diagonal.mean().clamp_min(1e-12) * damping)

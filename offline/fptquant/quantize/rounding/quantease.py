@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fptquant.quantize.rounding.gptq import damped, round_gptq
+from fptquant.quantize.rounding.gptq import damped, round_gptq, rows_at_once
 
 _MARGIN = 1e-5  # in steps of the grid; keeps float32 noise from taking a tie for a gain
 
@@ -43,33 +43,43 @@ class CoordinateDescent:
             hessian: (K, K) with a positive diagonal.
         """
         # Rows of H divided by their diagonal give the distance to each parabola's minimum.
-        self.slopes = (hessian.double() / hessian.double().diagonal()[:, None]).float()  # (K, K)
+        self.slopes = torch.empty(hessian.shape, dtype=torch.float32, device=hessian.device)  # (K, K)
+        for slopes, rows, diagonal in zip(self.slopes, hessian, hessian.diagonal(), strict=True):
+            slopes.copy_(rows / diagonal)
         self.target = (weight.float() / scale).T.contiguous()  # in steps of the grid
         self.codes = codes.T.contiguous()
-        self.moving = torch.arange(len(weight))  # rows of W that have not settled
+        self.moving = torch.arange(len(weight), device=weight.device)  # rows of W that have not settled
         self.low, self.high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
 
     def sweep(self, block: int) -> bool:
         """Visits every column once; tells whether any code changed.
 
-        Columns of a block follow each other exactly; the columns outside learn of a block's changes in one product.
         A row that changed nothing has reached its minimum and is not visited again.
         """
-        codes = self.codes[:, self.moving]
-        before = codes.clone()
+        rows = torch.split(self.moving, rows_at_once(block))
+        self.moving = torch.cat([part[self._descend(part, block)] for part in rows])
+        return len(self.moving) > 0
+
+    def _descend(self, rows: Tensor, block: int) -> Tensor:
+        """`sweep` of these rows of W; tells of each whether any of its codes changed.
+
+        Columns of a block follow each other exactly; the columns outside learn of a block's changes in one product.
+        """
+        codes = self.codes[:, rows]
         # distance[k] = (H (W - W^))_k / H_kk: from the code to the minimum of its parabola
-        distance = self.slopes @ (self.target[:, self.moving] - codes)
+        distance = self.slopes @ (self.target[:, rows] - codes)
+        moved = torch.zeros_like(rows, dtype=torch.bool)
         for start in range(0, len(codes), block):
             end = min(start + block, len(codes))
-            steps = torch.zeros_like(codes[start:end])
+            steps = torch.empty_like(codes[start:end])
             for column in range(start, end):
-                done = column - start
-                here = distance[column] - self.slopes[column, start:column] @ steps[:done]
-                step = torch.clamp(torch.round(codes[column] + here), self.low, self.high) - codes[column]
-                closer = (here - step).abs() < here.abs() - _MARGIN
-                steps[done] = torch.where(closer, step, 0)
+                here, step, before = distance[column], steps[column - start], slice(start, column)
+                here.addmv_(steps[: column - start].T, self.slopes[column, before], alpha=-1)
+                torch.add(codes[column], here, out=step).round_().clamp_(self.low, self.high).sub_(codes[column])
+                closer = (here - step).abs_() < here.abs_() - _MARGIN
+                step.mul_(closer)
             codes[start:end] += steps
-            distance[end:] -= self.slopes[end:, start:end] @ steps
-        self.codes[:, self.moving] = codes
-        self.moving = self.moving[(codes != before).any(0)]
-        return len(self.moving) > 0
+            moved |= steps.any(0)
+            distance[end:].addmm_(self.slopes[end:, start:end], steps, alpha=-1)
+        self.codes[:, rows] = codes
+        return moved
