@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -87,6 +87,8 @@ class Architecture:
             first.
         attention: module path relative to a decoder layer.
         gain_offset: what a norm adds to its weight before it multiplies by it.
+        class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
+            by that part.
     """
 
     model_type: str
@@ -98,11 +100,16 @@ class Architecture:
     attention: str
     groups: tuple[InputGroup, ...]
     gain_offset: float = 0.0
+    class_names: Mapping[str, str] = field(default_factory=dict)
+
+    def class_of(self, part: str) -> str:
+        """Name of a class in transformers, by the part it plays in the family: "Model", "Attention"."""
+        return self.class_names.get(part, f"{self.name}{part}")
 
     @property
     def class_name(self) -> str:
         """Name of the language model's class in transformers."""
-        return f"{self.name}ForCausalLM"
+        return self.class_of("ForCausalLM")
 
     @property
     def modeling(self) -> str:
