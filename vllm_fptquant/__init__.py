@@ -31,11 +31,11 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     from fptquant.format import QUANT_METHOD, quantized_architecture
+    from fptquant.wiring import FAMILIES
     from vllm_fptquant.config import FPTQuantConfig
 
     register_quantization_config(QUANT_METHOD)(FPTQuantConfig)
-    ModelRegistry.register_model(
-        quantized_architecture("LlamaForCausalLM"),
-        "vllm_fptquant.models.llama:FPTQuantLlamaForCausalLM",
-    )
+    for family in FAMILIES.values():
+        name = quantized_architecture(family.class_name)
+        ModelRegistry.register_model(name, f"vllm_fptquant.models.{family.model_type}:{name}")
     _registered = True

@@ -118,7 +118,7 @@ def quantize(
     """Quantize MODEL and write a checkpoint that vLLM serves."""
     from fptquant import parallel, pipeline
     from fptquant.evaluation.vllm_backend import on_gpu
-    from fptquant.recipe import Recipe
+    from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
     from fptquant.run.publication import Publication
 
@@ -152,7 +152,7 @@ def quantize(
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
     with err.status("checking model, recipe and calibration text"):
-        job = open_job(model, chosen)
+        job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
@@ -331,7 +331,7 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
-    from fptquant.recipe import Recipe
+    from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
@@ -345,7 +345,8 @@ def sensitivity(
     if plot_file:
         check_plot(plot_file)
     _quiet_transformers()
-    job = open_job(model, Recipe.load(recipe).changed("options", OPTIONS, **fields))
+    chosen = Recipe.load(recipe).changed("options", OPTIONS, **fields)
+    job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
     show_notes(job.source)
     sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
     if not sites:

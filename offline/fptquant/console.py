@@ -81,6 +81,8 @@ def plan_table(job: Job, output: Path) -> Table:
     if job.recipe.budget is not None:
         table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
+    for name, why in job.left_out.items():
+        table.add_row("left out", f"{name}: {why}")
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
         table.add_row("first token", escape(f"constant where it is {first}"))

@@ -12,8 +12,10 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-QUANT_METHOD = "fptquant"
-MODEL_TYPES = ("fptquant_llama",)
+from fptquant.wiring import FAMILIES
+
+QUANT_METHOD = "fptquant"  # as in `fptquant.format`, which imports torch
+MODEL_TYPES = tuple(f"{QUANT_METHOD}_{model_type}" for model_type in FAMILIES)
 
 
 def add_model_types() -> None:

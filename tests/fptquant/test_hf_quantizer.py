@@ -1,20 +1,22 @@
 """The checkpoint in plain transformers."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from fptquant import pipeline
+from fptquant import hf_config, hf_models, pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.format.binding import BINDING
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.simulate import SimulatedLinear
+from fptquant.wiring import FAMILIES, Architecture
 from tests.conftest import TEXT
 
 
@@ -133,3 +135,17 @@ def test_newer_format_and_unknown_field(editable: Path, change_json: Callable[..
 def test_a_checkpoint_has_a_model_type_of_its_own(checkpoint: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint)
     assert config.model_type == "fptquant_llama" and config.architectures == ["FPTQuantLlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES.values(), ids=list(FAMILIES))
+def test_every_family_has_its_classes(architecture: Architecture) -> None:
+    """Importable by name, so that what holds them can be pickled; each knows the class of its configuration."""
+    config = getattr(hf_config, f"FPTQuant{architecture.name}Config")
+    assert config.model_type == f"fptquant_{architecture.model_type}"
+    assert type(AutoConfig.for_model(config.model_type)) is config
+    for part, auto in (("ForCausalLM", AutoModelForCausalLM), ("Model", AutoModel)):
+        kind = getattr(hf_models, f"FPTQuant{architecture.name}{part}")
+        assert auto._model_mapping[config] is kind and kind.config_class is config
+        assert pickle.loads(pickle.dumps(kind)) is kind
+    copied = pickle.loads(pickle.dumps(config(hidden_size=48)))
+    assert type(copied) is config and copied.hidden_size == 48

@@ -1,5 +1,6 @@
 """What a plan refuses or leaves out, before any work."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model
 from fptquant.recipe import Recipe
-from fptquant.run.job import Job, open_job, sink_obstacle
+from fptquant.run.job import Job, open_job, sink_obstacle, with_recipe
+from fptquant.wiring import FAMILIES
+from fptquant.wiring.llama import LLAMA
 from tests.conftest import TEXT
 
 MakePlan = Callable[..., Job]
@@ -76,6 +79,43 @@ def test_rope_that_scales_keys_has_no_constant(make_plan: MakePlan) -> None:
     with pytest.raises(FPTQuantError, match="'<s>' can't be constant, RoPE of type yarn scales the keys by 1.139"):
         make_plan({"sink": "<s>"}, **YARN)
     assert make_plan({"sink": "none"}, **YARN).config.sink is None
+
+
+# -- transforms that a family can't have --
+
+
+@pytest.fixture
+def with_key_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama described as a family whose keys are normed; nothing is computed with it."""
+    monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(LLAMA, key_norm="k_norm"))
+
+
+def test_a_transform_that_the_family_can_not_have(
+    with_key_norm: None, tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    """An error where the recipe is the user's; of a shipped one it is left out, which plan, notes and records say."""
+    model = save_model(tmp_path / "model", "gqa")
+    fields = {"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}}
+    recipe = Recipe.load("fptquant").changed(**fields)
+    why = "queries and keys are normed before RoPE, which undoes scales, with gains that rotations don't pass"
+    with pytest.raises(FPTQuantError, match=f"^transforms: a LlamaForCausalLM can't have T_k .{why}.: leave it out"):
+        open_job(model, recipe)
+    job = open_job(model, recipe, leave_out=True)
+    assert job.left_out == {"T_k": why} and job.source.notes == (f"T_k is left out: {why}",)
+    for names in (job.recipe.transforms, job.transforms.names, (*job.config.transforms.merged, "S_n")):
+        assert set(names) == set(recipe.transforms) - {"T_k"}
+    assert job.recipe.transforms["T_d"] == recipe.transforms["T_d"]
+    assert with_recipe(job, job.recipe.changed(seed=1)).left_out == job.left_out
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(plan_table(job, tmp_path / "out"))
+    assert f"T_k: {why}" in capture.get()
+
+
+def test_a_recipe_that_the_family_can_have_stays_as_it_is(tmp_path: Path, save_model: Callable[..., Path]) -> None:
+    recipe = Recipe.parse({"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}})
+    job = open_job(save_model(tmp_path / "model", "gqa"), recipe, leave_out=True)
+    assert job.recipe is recipe and not job.left_out and not job.source.notes
 
 
 # -- lengths --

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from fptquant.format import CheckpointConfig
 from fptquant.simulate import SimulatedLinear, install_simulation, simulated_linears
-from fptquant.simulate.install import CLASSES, set_exact
+from fptquant.simulate.families import CLASSES
+from fptquant.simulate.install import set_exact
 from fptquant.transforms import TRANSFORMS
 from fptquant.wiring import FAMILIES
 from fptquant.wiring.llama import LLAMA

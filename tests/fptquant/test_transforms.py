@@ -4,6 +4,7 @@ A transform added to `TRANSFORMS` is tested here without a change.
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -388,6 +389,21 @@ def test_scales_stay_positive() -> None:
             size = {Role.UP: (24, 20), Role.DOWN: (20, 24), Role.KEY: (12, 20), Role.QUERY: (24, 20)}[role]
             weight, _ = transforms.merge(Place(role, 0), torch.ones(size), None)
             assert bool((weight > 0).all()) and bool(torch.isfinite(weight).all())
+
+
+# -- families --
+
+
+def test_obstacles() -> None:
+    """Llama has none; norms of queries and keys forbid T_k, norms behind blocks T_r."""
+    assert {transform.obstacle(LLAMA) for transform in TRANSFORMS.values()} == {None}
+    for facts, forbidden in (
+        ({"query_norm": "q_norm"}, "T_k"),
+        ({"key_norm": "k_norm"}, "T_k"),
+        ({"post_norms": True}, "T_r"),
+    ):
+        family = dataclasses.replace(LLAMA, **facts)  # type: ignore[arg-type]
+        assert [name for name, transform in TRANSFORMS.items() if transform.obstacle(family)] == [forbidden]
 
 
 # -- options --

@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 import vllm_fptquant
 from fptquant.errors import FPTQuantError
 from fptquant.format import QUANT_METHOD, CheckpointConfig
+from fptquant.wiring import FAMILIES, Architecture
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 from vllm_fptquant.versions import TESTED, is_first_process
 
@@ -116,13 +117,15 @@ def test_register_twice_registers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FPTQuantLlamaForCausalLM" in ModelRegistry.get_supported_archs()
 
 
-def test_registered_model_class_resolves() -> None:
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_every_family_has_a_model_class(family: Architecture) -> None:
     from vllm.model_executor.models import ModelRegistry
 
     from vllm_fptquant.models.llama import FPTQuantLlamaForCausalLM
 
-    model = ModelRegistry.models["FPTQuantLlamaForCausalLM"].load_model_cls()
-    assert model is FPTQuantLlamaForCausalLM
+    name = f"FPTQuant{family.class_name}"
+    model = ModelRegistry.models[name].load_model_cls()
+    assert model.__name__ == name and issubclass(model, FPTQuantLlamaForCausalLM)
 
 
 def test_in_tree_llama_is_untouched() -> None:

@@ -13,7 +13,7 @@ the stages of a pipeline only the first is sure to get token ids; it passes on w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,11 +118,15 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         """
         qkv, _ = project(self.qkv_proj, hidden_states, scale)
         q, k, v = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), -1)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = self.rotary_emb(positions, *self.before_rope(q, k))
         if sink is None:
             return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
         where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)
         return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
+
+    def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (T, heads * head_dim), which families with norms of theirs put through these here."""
+        return q, k
 
 
 class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
@@ -143,11 +147,16 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """Decoder layer whose norms are a product with S: their gains were folded into the weights.
 
     A checkpoint that has a sink but no residual scale gets vLLM's own norms.
+
+    Attributes:
+        attention_type: the family's class of the attention.
     """
+
+    attention_type: ClassVar[type[ResidualScaledAttention]] = ResidualScaledAttention
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
-        super().__init__(vllm_config, prefix, config, attn_layer_type=ResidualScaledAttention)
+        super().__init__(vllm_config, prefix, config, attn_layer_type=self.attention_type)
         # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
         self.mlp.__class__ = ResidualScaledMLP
         self.mlp.down_proj.skip_bias_add = True
@@ -247,16 +256,16 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
 
 
 class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
-    """`LlamaForCausalLM` made of these layers."""
+    """`LlamaForCausalLM` made of these layers.
 
-    def __init__(
-        self,
-        *,
-        vllm_config: Any,
-        prefix: str = "",
-        layer_type: type[torch.nn.Module] = ResidualScaledDecoderLayer,
-    ) -> None:
-        """Takes `LlamaForCausalLM`'s arguments.
+    Attributes:
+        layer_type: the family's class of the decoder layer.
+    """
+
+    layer_type: ClassVar[type[ResidualScaledDecoderLayer]] = ResidualScaledDecoderLayer
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        """Builds `LlamaForCausalLM` with our layers.
 
         Raises:
             FPTQuantError: the checkpoint's configuration names this architecture, but another quantization or none.
@@ -267,11 +276,11 @@ class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[m
                 "quantize the model again"
             )
         self.binding = require_bound_config(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_type)
         keep_norms_plausible(self)
         self.guard(vllm_config)
 
-    def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = ResidualScaledDecoderLayer) -> Any:
+    def _init_model(self, vllm_config: Any, prefix: str, layer_type: type[torch.nn.Module]) -> Any:
         return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -1,6 +1,7 @@
 """The contract between the two halves: schema, packing and quantizer arithmetic.
 
-The only part of `fptquant` that the serving plugin imports. It imports neither vLLM nor training code.
+Beside the families' facts, the only part of `fptquant` that the serving plugin imports. It imports neither vLLM nor
+training code.
 """
 
 from fptquant.format.arithmetic import (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from fptquant.format import (
 from fptquant.format.schema import EXTRAS
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
-from fptquant.transforms import TransformSet
+from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.wiring import Role
 
 
@@ -45,6 +46,7 @@ class Job:
     transforms: TransformSet
     dtype: torch.dtype
     output_bytes: int
+    left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
 
     @property
     def layers(self) -> int:
@@ -68,13 +70,24 @@ class Job:
         }
 
 
-def open_job(model: str | Path, recipe: Recipe) -> Job:
+def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False) -> Job:
     """Checks model, recipe and calibration text against each other; loads no weights.
+
+    Args:
+        model: directory, or name on the hub.
+        recipe: what to do.
+        leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name.
 
     Raises:
         FPTQuantError: whatever the user has to mend.
     """
     source = open_source(model)
+    left_out = transform_obstacles(source, recipe) if leave_out else {}
+    if left_out:
+        kept = {name: options for name, options in recipe.to_dict()["transforms"].items() if name not in left_out}
+        recipe = recipe.changed("transforms", transforms=kept)
+        notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
+        source = replace(source, notes=(*source.notes, *notes))
     sink, vocabulary = _sink(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
     source.require_length("calibration.length", recipe.calibration.length)
@@ -86,7 +99,7 @@ def open_job(model: str | Path, recipe: Recipe) -> Job:
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )
         training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
-    return _job(source, recipe, windows, training)
+    return replace(_job(source, recipe, windows, training), left_out=left_out)
 
 
 def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:
@@ -95,6 +108,10 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     shape = source.architecture.shape(source.config)
     if {"T_s", "S_n"} <= recipe.transforms.keys():
         raise FPTQuantError("transforms: T_s is in the norms' gains, which S_n does away with; switch one of them off")
+    for name, obstacle in transform_obstacles(source, recipe).items():
+        raise FPTQuantError(
+            f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
+        )
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
@@ -121,6 +138,12 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     _check_shared_schemes(source, config)
     size = estimate_bytes(source, config, dtype)
     return Job(source, recipe, config, windows, training_windows, transforms, dtype, size)
+
+
+def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
+    """Transforms of a recipe that the source's family can't have, and why."""
+    found = {name: TRANSFORMS[name].obstacle(source.architecture) for name in recipe.transforms}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
 def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
@@ -214,7 +237,8 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
 
 def with_recipe(job: Job, recipe: Recipe) -> Job:
     """The same job with another recipe; calibration text and transforms stay as they are."""
-    return replace(_job(job.source, recipe, job.windows, job.training_windows), transforms=job.transforms)
+    changed = _job(job.source, recipe, job.windows, job.training_windows)
+    return replace(changed, transforms=job.transforms, left_out=job.left_out)
 
 
 def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:

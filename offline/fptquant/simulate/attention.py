@@ -84,9 +84,9 @@ class QuantizedAttention(nn.Module):
         return sink.at_token | (sink.at_start & (self.get_buffer(STEADY) != 0))
 
     def with_sink(self, key: Tensor, value: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, tokens, kv_heads * head_dim) with the constants in place `where` (batch, tokens)."""
+        """Keys and values (batch, tokens, kv_heads, head_dim) with the constants in place `where` (batch, tokens)."""
         key, value = (
-            replaced(states, self.get_buffer(name).flatten(), where[..., None])
+            replaced(states, self.get_buffer(name), where[..., None, None])
             for name, states in ((KEY, key), (VALUE, value))
         )
         return key, value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,11 @@ from transformers import PreTrainedModel
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, LinearScheme
 from fptquant.format.checks import require_shared
-from fptquant.simulate import llama
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
+from fptquant.simulate.families import CLASSES
 from fptquant.simulate.linear import SimulatedLinear
 from fptquant.simulate.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
 from fptquant.wiring import Architecture, Projection, Role
-from fptquant.wiring.llama import LLAMA
-
-# What transformers' classes become, by model family: one module and one entry each.
-CLASSES: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {LLAMA.model_type: llama.CLASSES}
 
 
 def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:

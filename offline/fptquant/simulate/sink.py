@@ -141,16 +141,15 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
 
     def keep(owner: nn.Module, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[owner, name] = output[:, 0]
+            seen[owner, name] = output[:, 0].flatten(1)
 
         return hook
 
     attentions = [layer.get_submodule(architecture.attention) for layer in architecture.layer_modules(model)]
     norm = model.get_submodule(architecture.final_norm)
     for layer, attention in zip(architecture.layer_modules(model), attentions, strict=True):
-        for name, role in ((KEY, Role.KEY), (VALUE, Role.VALUE)):
-            projection = layer.get_submodule(architecture.projection_of(role).path)
-            handles.append(projection.register_forward_hook(keep(attention, name)))
+        for name, path in ((KEY, architecture.keys_before_rope), (VALUE, architecture.projection_of(Role.VALUE).path)):
+            handles.append(layer.get_submodule(path).register_forward_hook(keep(attention, name)))
     handles.append(norm.register_forward_hook(keep(norm, OUTPUT)))
     model(torch.cat((torch.tensor([token]), others.flatten()))[:, None], use_cache=False)
     for handle in handles:

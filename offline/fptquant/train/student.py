@@ -47,6 +47,7 @@ class SinkInput:
     attention: nn.Module
     name: str
     normed: Tensor  # (hidden,), without transforms
+    norm: nn.Module | None = None  # of keys, over each head
 
     def update(self, source: FloatWeight) -> None:
         """Computes the constant with the weight of `source`, not quantized."""
@@ -54,7 +55,8 @@ class SinkInput:
         states = transforms.inputs(EMBEDDING, self.normed[None])
         gain = transforms.gain(source.place, states.dtype)
         states = source.exact(states if gain is None else states * gain)
-        setattr(self.attention, self.name, states.view(self.attention.get_buffer(self.name).shape))
+        states = states.view(self.attention.get_buffer(self.name).shape)
+        setattr(self.attention, self.name, states if self.norm is None else self.norm(states))
 
 
 class GroupInput:
@@ -301,9 +303,11 @@ def transform_student(
                             linear, transforms, projection.at(index), scale=scale, bits=bits, estimator=estimator
                         )
                     sink = None
-                    if sink_inputs and role in (Role.KEY, Role.VALUE):
-                        name = KEY if role is Role.KEY else VALUE
-                        sink = SinkInput(attention, name, sink_inputs[index])
+                    if sink_inputs and role is Role.KEY:
+                        norm = None if architecture.key_norm is None else attention.get_submodule(architecture.key_norm)
+                        sink = SinkInput(attention, KEY, sink_inputs[index], norm)
+                    elif sink_inputs and role is Role.VALUE:
+                        sink = SinkInput(attention, VALUE, sink_inputs[index])
                     online.weight = None
                     layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
         _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
@@ -316,9 +320,9 @@ def transform_student(
 def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int) -> dict[int, Tensor]:
     """Output of each layer's attention norm at the constant token, and at -1 that of the final norm."""
     found: dict[int, Tensor] = {}
-    keys = next(group for group in architecture.groups if any(member.role is Role.KEY for member in group.members))
-    assert keys.norm is not None
-    norms = {index: layer.get_submodule(keys.norm) for index, layer in enumerate(architecture.layer_modules(model))}
+    before = architecture.norm_before(Role.KEY)
+    assert before is not None
+    norms = {index: layer.get_submodule(before) for index, layer in enumerate(architecture.layer_modules(model))}
     norms[-1] = model.get_submodule(architecture.final_norm)
     handles = []
     for index, norm in norms.items():

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fptquant.wiring import Place, Shape
+from fptquant.wiring import Architecture, Place, Shape
 
 
 class TransformOptions(BaseModel):
@@ -40,6 +40,11 @@ class Transform(nn.Module):
         super().__init__()
         self.shape = shape
         self.options = options
+
+    @classmethod
+    def obstacle(cls, architecture: Architecture) -> str | None:
+        """Why the models of a family can't have this transform; None where they can."""
+        return None
 
     def _add(self, name: str, size: tuple[int, ...], *, trained: bool = True) -> None:
         """A parameter of zeros; a constant where it is not `trained`."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fptquant.transforms.base import Transform, TransformOptions
-from fptquant.wiring import Place, Role, Shape
+from fptquant.wiring import Architecture, Place, Role, Shape
 
 
 class QueryKeyOptions(TransformOptions):
@@ -36,6 +36,13 @@ class QueryKeyTransform(Transform):
         self._add("log_scale", pairs)  # s = exp(.) > 0
         self.angle: Tensor
         self.log_scale: Tensor
+
+    @classmethod
+    def obstacle(cls, architecture: Architecture) -> str | None:
+        """A norm between projection and RoPE divides the scale out, and its gains differ within a pair."""
+        if architecture.query_norm is None and architecture.key_norm is None:
+            return None
+        return "queries and keys are normed before RoPE, which undoes scales, with gains that rotations don't pass"
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Rotates and scales queries and keys."""

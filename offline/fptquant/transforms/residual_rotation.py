@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.orthogonal import cayley, starting_rotation
-from fptquant.wiring import Place, Role, Shape
+from fptquant.wiring import Architecture, Place, Role, Shape
 
 _WRITERS = (Role.OUTPUT, Role.DOWN)
 
@@ -42,6 +42,11 @@ class ResidualRotation(Transform):
         self.start: Tensor
         self._reused: Tensor | None = None
         self._cached: tuple[tuple[int, torch.dtype], Tensor] | None = None
+
+    @classmethod
+    def obstacle(cls, architecture: Architecture) -> str | None:
+        """A gain behind the writing layer is in no weight that R could be merged with."""
+        return "blocks end in norms, with gains that rotations don't pass" if architecture.post_norms else None
 
     def rotation(self, dtype: torch.dtype) -> Tensor:
         """R (hidden, hidden); computed once per value of the parameter when no gradient is needed."""

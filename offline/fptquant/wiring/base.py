@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -83,10 +83,17 @@ class Architecture:
         model_type: in config.json.
         name: what its classes in transformers begin with, "Llama".
         embedding: module path, as those of `layers`, `final_norm` and `head`.
-        groups: of a decoder layer, in the order its forward pass reaches them; keys and values are final behind the
-            first.
-        attention: module path relative to a decoder layer.
+        groups: of a decoder layer, in the order its forward pass reaches them; keys and values come out of the first.
+        attention: module path relative to a decoder layer, as that of `mlp`.
         gain_offset: what a norm adds to its weight before it multiplies by it.
+        query_norm: path, relative to the attention, of a norm over each head of the queries, before RoPE; None without.
+        key_norm: the same of the keys, which are final behind it.
+        post_norms: whether blocks end in norms, before their outputs are added to the residual.
+        activation: attribute of the MLP.
+        rotary_function: what applies RoPE, in the module of the family's classes.
+        attention_arguments: attributes of the attention that it hands to its function, beside `scaling`.
+        class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
+            by that part.
     """
 
     model_type: str
@@ -96,18 +103,25 @@ class Architecture:
     final_norm: str
     head: str
     attention: str
+    mlp: str
     groups: tuple[InputGroup, ...]
     gain_offset: float = 0.0
+    query_norm: str | None = None
+    key_norm: str | None = None
+    post_norms: bool = False
+    activation: str = "act_fn"
+    rotary_function: str = "apply_rotary_pos_emb"
+    attention_arguments: tuple[str, ...] = ()
+    class_names: Mapping[str, str] = field(default_factory=dict)
+
+    def class_of(self, part: str) -> str:
+        """Name of a class in transformers, by the part it plays in the family: "Model", "Attention"."""
+        return self.class_names.get(part, f"{self.name}{part}")
 
     @property
     def class_name(self) -> str:
         """Name of the language model's class in transformers."""
-        return f"{self.name}ForCausalLM"
-
-    @property
-    def modeling(self) -> str:
-        """Name of the module of transformers that has the family's classes."""
-        return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        return self.class_of("ForCausalLM")
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -149,6 +163,19 @@ class Architecture:
     def projection_of(self, role: Role) -> Projection:
         """The first linear layer of this role."""
         return next(projection for projection in self.projections if projection.role is role)
+
+    def path_within(self, module: str, role: Role) -> str:
+        """Path of `projection_of(role)` relative to `module` (`attention` or `mlp`), which computes with it."""
+        return self.projection_of(role).path.removeprefix(f"{module}.")
+
+    @property
+    def keys_before_rope(self) -> str:
+        """Path, relative to a decoder layer, of the module whose output RoPE turns into keys."""
+        return self.projection_of(Role.KEY).path if self.key_norm is None else f"{self.attention}.{self.key_norm}"
+
+    def norm_before(self, role: Role) -> str | None:
+        """Path of the norm whose output `projection_of(role)` reads; None where that isn't a norm's."""
+        return next(group.norm for group in self.groups if self.projection_of(role) in group.members)
 
     def normed_groups(self) -> Iterator[tuple[InputGroup, str]]:
         """Groups that read a norm's output, and the norm's path."""

@@ -10,6 +10,7 @@ LLAMA = Architecture(
     final_norm="model.norm",
     head="lm_head",
     attention="self_attn",
+    mlp="mlp",
     groups=(
         InputGroup(
             "qkv",
