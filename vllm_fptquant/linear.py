@@ -147,27 +147,26 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scales = layer.weight_scale.data.split(self.output_partition_sizes)
         for name, scale in zip(self.shards, scales, strict=True):
             require_positive(f"{name}.weight_scale", scale)
-        input_scale = zero_point = None
-        if self.scheme.activations.bits < 16:
+        if self.steps.quantize is not None:
             for name, scale in zip(self.shards, layer.input_scale.data, strict=True):
                 require_positive(f"{name}.input_scale", scale)
-            input_scale = self._shared("input_scale", layer.input_scale.data)
-            if not self.scheme.activations.symmetric:
-                zero_point = self._shared("input_zero_point", layer.input_zero_point.data)
-                require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
-        shape = torch.Size((layer.fptquant_out_features, layer.input_size_per_partition))
-        online = tuple(self._online(layer, index) for index in range(len(self.shards)))
-        for name in (tensor.name for step in self.steps.inputs for tensor in step.tensors(shape[1], shape[0])):
-            self._shared(name, torch.stack([tensors[name] for tensors in online]))
+        rows, columns = layer.fptquant_out_features, layer.input_size_per_partition
+        shared = {
+            name: self._shared(name, layer.get_parameter(name).data)
+            for name in self.steps.shared_tensors(columns, rows)
+        }
+        zero_point = shared.get("input_zero_point")
+        if zero_point is not None:
+            require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
         return LinearWeights(
             scheme=self.scheme,
-            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, shape),
+            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, torch.Size((rows, columns))),
             weight_scale=layer.weight_scale.data.flatten(),
-            input_scale=input_scale,
+            input_scale=shared.get("input_scale"),
             input_zero_point=zero_point,
             name=" / ".join(self.shards),
             rows=tuple(self.output_partition_sizes),
-            online=online,
+            online=tuple(self._online(layer, index) for index in range(len(self.shards))),
         )
 
     def _online(self, layer: LinearBase, index: int) -> Mapping[str, Tensor]:

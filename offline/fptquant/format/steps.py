@@ -228,6 +228,11 @@ class Arrangement:
         """See `Step.tensors`; of all steps, by name."""
         return {tensor.name: tensor for step in self.steps for tensor in step.tensors(in_features, out_features)}
 
+    def shared_tensors(self, in_features: int, out_features: int) -> tuple[str, ...]:
+        """Names of the tensors in which layers that read the same input agree."""
+        steps = (*(() if self.quantize is None else (self.quantize,)), *self.inputs)
+        return tuple(tensor.name for step in steps for tensor in step.tensors(in_features, out_features))
+
     @property
     def online(self) -> tuple[InputStep | OutputStep, ...]:
         """Steps that do more than scale rows, quantize and multiply."""

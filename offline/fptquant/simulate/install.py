@@ -107,9 +107,10 @@ def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) ->
         for group in architecture.groups:
             names = architecture.group_names(index, group)
             linears = [layer.get_submodule(projection.path) for projection in group.members]
-            for tensor in ("input_scale", "input_zero_point"):
-                if hasattr(linears[0], tensor):
-                    require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
+            first = linears[0]
+            assert isinstance(first, SimulatedLinear)
+            for tensor in first.arrangement.shared_tensors(first.in_features, first.out_features):
+                require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
 
 
 def set_exact(model: PreTrainedModel) -> None:
