@@ -16,7 +16,7 @@ from fptquant.format.checks import require_shared
 from fptquant.simulate import llama
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulate.linear import SimulatedLinear
-from fptquant.simulate.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
+from fptquant.simulate.sink import finish_loading_sink, install_sink
 from fptquant.wiring import Architecture
 from fptquant.wiring.llama import LLAMA
 
@@ -152,7 +152,7 @@ def simulated_linears(model: PreTrainedModel) -> Iterator[tuple[str, SimulatedLi
 
 @torch.no_grad()
 def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a finished simulation under their checkpoint names; scales and constants stay float32."""
+    """All tensors of a finished simulation under their checkpoint names; what is quantization's keeps its type."""
+    ours = {name for name, _ in model.named_buffers()}
     for name, tensor in model.state_dict().items():
-        keep = name.endswith(("_scale", KEY, VALUE, OUTPUT)) or not tensor.is_floating_point()
-        yield name, tensor if keep else tensor.to(dtype)
+        yield name, tensor if name in ours else tensor.to(dtype)
