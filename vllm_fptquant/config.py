@@ -14,9 +14,9 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import (
     QUANT_METHOD,
     CheckpointConfig,
-    LinearScheme,
     quantized_architecture,
 )
+from fptquant.format.steps import Step, arrange
 from vllm_fptquant.options import ServingOptions
 from vllm_fptquant.versions import require_extension
 
@@ -166,27 +166,24 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return ClassifierMethod()
         if isinstance(layer, LinearBase):
             shards = self.shard_names(prefix)
-            scheme = self.fused_scheme(prefix, shards)
-            if scheme is None:
+            steps = self.fused_steps(prefix, shards)
+            if arrange(steps, prefix).product.scheme is None:
+                require_plain(prefix, steps)
                 return UnquantizedLinearMethod()
-            block = None
-            hadamard = self.checkpoint.transforms.down_hadamard
-            if hadamard is not None and prefix.rpartition(".")[2] == "down_proj":
-                block = hadamard.block
             return FPTQuantLinearMethod(
-                scheme,
+                steps,
                 shards,
-                hadamard_block=block,
                 kernel=options.kernel,
                 exact=options.exact,
                 fast_hadamard=options.fast_hadamard,
             )
         if isinstance(layer, ParallelLMHead):
-            scheme = self.checkpoint.scheme_for(prefix)
-            if scheme is None:
+            steps = self.checkpoint.steps_for(prefix)
+            if arrange(steps, prefix).product.scheme is None:
+                require_plain(prefix, steps)
                 return None
             require_head_rows(vllm_config)
-            return FPTQuantHeadMethod(scheme, (prefix,), kernel=options.kernel)
+            return FPTQuantHeadMethod(steps, (prefix,), kernel=options.kernel)
         if isinstance(layer, AttentionLayerBase):
             if self.checkpoint.kv_cache.bits == 16:
                 if options.exact:
@@ -211,28 +208,41 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
         parent, dot, name = prefix.rpartition(".")
         return tuple(f"{parent}{dot}{shard}" for shard in self.packed_modules_mapping.get(name, [name]))
 
-    def fused_scheme(self, prefix: str, shards: tuple[str, ...]) -> LinearScheme | None:
-        """The one scheme that all `shards` share; None when all stay in floating point.
+    def fused_steps(self, prefix: str, shards: tuple[str, ...]) -> tuple[Step, ...]:
+        """The steps that all `shards` share.
 
         Raises:
-            FPTQuantError: they do not share one; a fused layer has a single input quantizer and GEMM.
+            FPTQuantError: they do not share them; a fused layer has a single input quantizer and GEMM.
         """
-        schemes = [self.checkpoint.scheme_for(shard) for shard in shards]
-        if any(scheme != schemes[0] for scheme in schemes):
-            listed = ", ".join(f"{shard}: {describe(scheme)}" for shard, scheme in zip(shards, schemes, strict=True))
+        lists = [self.checkpoint.steps_for(shard) for shard in shards]
+        if any(steps != lists[0] for steps in lists):
+            listed = ", ".join(f"{shard}: {describe(steps, shard)}" for shard, steps in zip(shards, lists, strict=True))
             raise FPTQuantError(
                 f"vLLM computes {prefix} as one product, but its parts are quantized differently ({listed}): "
                 "give them the same overrides, and ignore all or none of them"
             )
-        return schemes[0]
+        return lists[0]
 
 
-def describe(scheme: LinearScheme | None) -> str:
+def describe(steps: tuple[Step, ...], name: str) -> str:
     """`w4a8`, or what else a layer is."""
+    arrangement = arrange(steps, name)
+    scheme = arrangement.product.scheme
     if scheme is None:
         return "not quantized"
     symmetry = "" if scheme.activations.symmetric or scheme.activations.bits == 16 else " asymmetric"
-    return f"w{scheme.weights.bits}a{scheme.activations.bits}{symmetry}"
+    online = "".join(f" with {step}" for step in arrangement.online)
+    return f"w{scheme.weights.bits}a{scheme.activations.bits}{symmetry}{online}"
+
+
+def require_plain(name: str, steps: tuple[Step, ...]) -> None:
+    """Refuses a layer that is left to vLLM, though something works at it online; S cancels, and is left out.
+
+    Raises:
+        FPTQuantError: names the layer and the step.
+    """
+    for step in arrange(steps, name).online:
+        raise FPTQuantError(f"{name} is in `ignore`, so that {step} can't be computed: quantize the model again")
 
 
 def require_known_device(min_capability: int) -> None:

@@ -22,6 +22,7 @@ from fptquant.format import (
     quantize,
     round_scale,
 )
+from fptquant.format.steps import RowScale, Undo, arrange, linear_steps
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, Kernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.operator import PreparedLinear
@@ -150,9 +151,10 @@ def _prepared(kernel: type[Kernel], weights: LinearWeights, dtype: torch.dtype) 
     if issubclass(kernel, GpuKernel):
         tensors = {name: value.to(torch_device()) for name, value in vars(weights).items() if isinstance(value, Tensor)}
         moved = LinearWeights(**{**vars(weights), **tensors})
-        return GpuLinear(kernel(moved, dtype), moved, None)
+        around = (RowScale(), Undo())  # S is in the kernel's row scale
+        return GpuLinear(kernel(moved, dtype), moved, arrange(linear_steps(weights.scheme, around)))
     assert issubclass(kernel, CpuKernel)
-    return PreparedLinear(kernel(weights), weights, None)
+    return PreparedLinear(kernel(weights), weights, arrange(linear_steps(weights.scheme)))
 
 
 def _deviation(
@@ -168,7 +170,7 @@ def _deviation(
     expected = reference(weights, x, scale if scaled else None)
     if isinstance(layer, GpuLinear):
         given = x.to(torch_device())
-        output = layer(ScaledInput(given, scale.to(torch_device()), undo=True) if scaled else given, None).cpu()
+        output = layer(ScaledInput(given, scale.to(torch_device())) if scaled else given, None).cpu()
         if scaled:
             expected /= scale.double()
     else:

@@ -46,8 +46,8 @@ def fill_linear(layer: Module, scheme: LinearScheme, shapes: list[tuple[int, int
     parameters["weight_shape"].copy_(parameters["weight_shape"].new_tensor(shapes))
     if "input_scale" in parameters:
         parameters["input_scale"].fill_(RANGE / 2**scheme.activations.bits)
-    if "input_zero_point" in parameters:
-        parameters["input_zero_point"].zero_()
+    for name in parameters.keys() - {"weight_packed", "weight_scale", "weight_shape", "input_scale"}:
+        parameters[name].zero_()
 
 
 def fill_kv_cache(layer: Module, scheme: KVCacheScheme) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +17,21 @@ from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     PackedvLLMParameter,
-    PerTensorScaleParameter,
 )
 from vllm.platforms import current_platform
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import LinearScheme, hadamard_factors, packed_words, unpack_codes
+from fptquant.format import unpack_codes
 from fptquant.format.checks import require_positive, require_shared, require_zero_point
+from fptquant.format.steps import Hadamard, Step, StepTensor, arrange
 from vllm_fptquant.dummy import fill_linear, has_dummy_weights
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
-from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, make_rotation, require_hadacore
+from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, require_hadacore
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared, replace_prepared
 from vllm_fptquant.kernels.select import select_kernel
-from vllm_fptquant.loading import Loaded, ShapeParameter, consume, is_consumed, recording
+from vllm_fptquant.loading import Loaded, ShardParameter, consume, is_consumed, recording
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of its own loggers only
-
-WORD = 32  # bits of a packed word
 
 
 @register_weight_loader_v2_supported_method
@@ -41,10 +40,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(
         self,
-        scheme: LinearScheme,
+        steps: Iterable[Step],
         shards: tuple[str, ...],
         *,
-        hadamard_block: int | None = None,
         kernel: str | None = None,
         exact: bool = False,
         fast_hadamard: bool = False,
@@ -52,18 +50,21 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Describes the layer.
 
         Args:
-            scheme: bits and symmetry that all shards share.
+            steps: of the layer, which all shards share; integer weights.
             shards: checkpoint names of the fused layers, in order; a single name when nothing is fused.
-            hadamard_block: size of T_d's blocks at the input, None where there is no T_d.
             kernel: name of the kernel the user asked for, None to choose.
-            exact: compute T_d in float64, see `vllm_fptquant.exact`.
+            exact: compute online steps in float64, see `vllm_fptquant.exact`.
             fast_hadamard: compute T_d in 16 bits, on GPUs.
+
+        Raises:
+            FPTQuantError: a step that the plugin doesn't know.
         """
-        self.scheme = scheme
         self.shards = shards
-        self.hadamard_block = hadamard_block
+        self.steps = arrange(steps, " / ".join(shards))
+        assert self.steps.product.scheme is not None
+        self.scheme = self.steps.product.scheme
         self.kernel = kernel
-        self.hadamard_dtype = torch.float64 if exact else torch.float32
+        self.exact = exact
         self.fast_hadamard = fast_hadamard
         self.loaded = Loaded()
         self.handle: Tensor | None = None  # of what was prepared, on CPUs
@@ -82,8 +83,8 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Creates the parameters that the checkpoint's tensors are loaded into.
 
         Raises:
-            FPTQuantError: a tensor-parallel size that splits a packed word or a Hadamard block, or a kernel
-                override that cannot compute this layer.
+            FPTQuantError: a tensor-parallel size that splits what a step needs in one piece, or a kernel override
+                that cannot compute this layer.
         """
         weights, activations = self.scheme.weights, self.scheme.activations
         in_features, out_features = input_size_per_partition, sum(output_partition_sizes)
@@ -101,38 +102,19 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"w{weights.bits}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
-        if self.fast_hadamard and self.hadamard_block is not None:
-            require_hadacore(self.shards[0], self.hadamard_block, capability)
+        for step in self.steps.inputs:
+            if self.fast_hadamard and isinstance(step, Hadamard):
+                require_hadacore(self.shards[0], step.block, capability)
 
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
         layer.fptquant_takes_scale = issubclass(self.kernel_class, GpuKernel)
+        layer.fptquant_scaled, layer.fptquant_undone = self.steps.scaled, self.steps.undone
         self.dummy = has_dummy_weights()
 
-        def add(name: str, parameter: type[BasevLLMParameter], data: Tensor, **attributes: Any) -> None:
+        for name, tensor in self.steps.tensors(in_features, out_features).items():
             recorded = recording(extra_weight_attrs["weight_loader"], layer, name, self.shards, self.loaded)
-            layer.register_parameter(name, parameter(data=data, weight_loader=recorded, **attributes))
-
-        words = packed_words(in_features, weights.bits)
-        add(
-            "weight_packed",
-            PackedvLLMParameter,
-            torch.zeros(out_features, words, dtype=torch.int32),
-            input_dim=1,
-            output_dim=0,
-            packed_dim=1,
-            packed_factor=WORD // weights.bits,
-        )
-        # Not in the default type, which vLLM sets to the model's.
-        missing = torch.full((out_features, 1), float("nan"), dtype=torch.float32)
-        add("weight_scale", ChannelQuantScaleParameter, missing, output_dim=0)
-        add("weight_shape", ShapeParameter, torch.zeros(shards, 2, dtype=torch.int64))
-        if activations.bits < 16:
-            add("input_scale", PerTensorScaleParameter, missing.new_full((shards,), float("nan")))
-            if not activations.symmetric:
-                add("input_zero_point", PerTensorScaleParameter, torch.zeros(shards, dtype=torch.int32))
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad = False
+            layer.register_parameter(name, make_parameter(tensor, shards, recorded))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Checks what was loaded, hands it to the kernel and frees it.
@@ -165,32 +147,43 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scales = layer.weight_scale.data.split(self.output_partition_sizes)
         for name, scale in zip(self.shards, scales, strict=True):
             require_positive(f"{name}.weight_scale", scale)
-        input_scale = zero_point = None
-        if self.scheme.activations.bits < 16:
+        if self.steps.quantize is not None:
             for name, scale in zip(self.shards, layer.input_scale.data, strict=True):
                 require_positive(f"{name}.input_scale", scale)
-            input_scale = self._shared("input_scale", layer.input_scale.data)
-            if not self.scheme.activations.symmetric:
-                zero_point = self._shared("input_zero_point", layer.input_zero_point.data)
-                require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
-        shape = torch.Size((layer.fptquant_out_features, layer.input_size_per_partition))
+        rows, columns = layer.fptquant_out_features, layer.input_size_per_partition
+        shared = {
+            name: self._shared(name, layer.get_parameter(name).data)
+            for name in self.steps.shared_tensors(columns, rows)
+        }
+        zero_point = shared.get("input_zero_point")
+        if zero_point is not None:
+            require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
         return LinearWeights(
             scheme=self.scheme,
-            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, shape),
+            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, torch.Size((rows, columns))),
             weight_scale=layer.weight_scale.data.flatten(),
-            input_scale=input_scale,
+            input_scale=shared.get("input_scale"),
             input_zero_point=zero_point,
             name=" / ".join(self.shards),
+            rows=tuple(self.output_partition_sizes),
+            online=tuple(self._online(layer, index) for index in range(len(self.shards))),
         )
+
+    def _online(self, layer: LinearBase, index: int) -> Mapping[str, Tensor]:
+        """Tensors of a shard's steps other than quantizer and product, by name."""
+        found = {}
+        rows = self.output_partition_sizes
+        for step in self.steps.online:
+            for tensor in step.tensors(layer.input_size_per_partition, rows[index]):
+                data = layer.get_parameter(tensor.name).data
+                found[tensor.name] = (data if tensor.outputs is None else data.split(rows, tensor.outputs))[index]
+        return found
 
     def _prepare(self, layer: LinearBase, weights: LinearWeights) -> None:
         """Builds the kernel; where there is one already, graphs go on with the new weights."""
         if issubclass(self.kernel_class, GpuKernel):
             kernel = self.kernel_class(weights, layer.params_dtype)
-            rotation_on_gpu = make_rotation(
-                self.hadamard_block, self.fast_hadamard, layer.params_dtype, weights.codes.device
-            )
-            prepared_on_gpu = GpuLinear(kernel, weights, rotation_on_gpu)
+            prepared_on_gpu = GpuLinear(kernel, weights, self.steps, fast_hadamard=self.fast_hadamard)
             buffers = dict(prepared_on_gpu.named_buffers())
             if self.on_gpu is None:
                 self.on_gpu = buffers
@@ -200,10 +193,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     buffer.copy_(buffers[name])
             return
         assert issubclass(self.kernel_class, CpuKernel)
-        rotation = None
-        if self.hadamard_block is not None:
-            rotation = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
-        prepared = PreparedLinear(self.kernel_class(weights), weights, rotation)
+        prepared = PreparedLinear(self.kernel_class(weights), weights, self.steps, exact=self.exact)
         layer.fptquant_prepared = prepared
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         if self.handle is None:
@@ -213,7 +203,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.register_buffer("fptquant_handle", self.handle, persistent=False)
 
     def apply(self, layer: LinearBase, x: Tensor | ScaledInput, bias: Tensor | None = None) -> Tensor:
-        """(..., K) to (..., N): T_d where the layer has it, quantize, multiply, scale, add `bias`.
+        """(..., K) to (..., N): the layer's steps, with `bias` for the last one.
 
         `ScaledInput` is for layers that are `fptquant_takes_scale`.
         """
@@ -227,29 +217,21 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return prepared(x, bias)
 
     @staticmethod
-    def apply_scaled(layer: LinearBase, x: Tensor, scale: Tensor, *, undo: bool) -> Tensor:
-        """`apply` to `scale * x` in eager mode, for a layer that is `fptquant_plain`: one rank, no bias.
-
-        With `undo`, the product is divided by `scale` again.
-        """
+    def apply_scaled(layer: LinearBase, x: Tensor, scale: Tensor) -> Tensor:
+        """`apply` with S (rows, 1) in eager mode, for a layer that is `fptquant_plain`: one rank, no bias."""
         prepared: PreparedLinear = layer.fptquant_prepared
-        return prepared(x, None, scale, undo=undo)
+        return prepared(x, None, scale)
 
     def _check_partition(self, in_features: int, total: int) -> None:
-        """Refuses tensor-parallel sizes that cut through a packed word or a Hadamard block."""
-        name, parts, bits = self.shards[0], total // in_features, self.scheme.weights.bits
-        block = self.hadamard_block
-        if block is not None and in_features % block:
-            raise FPTQuantError(
-                f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
-                f"splits the Hadamard blocks of {block}: use a size that divides {total // block}, or "
-                f"quantize the model again with T_d: {{max_tensor_parallel: {parts}}} in the recipe"
-            )
-        if parts > 1 and in_features % (WORD // bits):
-            raise FPTQuantError(
-                f"{name}: tensor-parallel size {parts} leaves {in_features} input features to a rank, which "
-                f"is no multiple of the {WORD // bits} weights in a packed word: use a smaller size"
-            )
+        """Refuses tensor-parallel sizes that cut through what a step needs in one piece."""
+        parts = total // in_features
+        for step in reversed(self.steps.steps):  # weights, which any smaller size may suit, last
+            refusal = step.split_refusal(in_features, parts)
+            if refusal is not None:
+                raise FPTQuantError(
+                    f"{self.shards[0]}: tensor-parallel size {parts} leaves {in_features} input features to a rank, "
+                    f"which {refusal}"
+                )
 
     def _require_loaded(self) -> None:
         missing = [name for name, seen in self.loaded.items() if len(seen) < len(self.shards)]
@@ -267,11 +249,12 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     f"{name}.weight_shape: {columns} input features, but the model has {self.in_features}"
                 )
             self._require_rows(layer, index, rows)
-            words = packed_words(columns, self.scheme.weights.bits)
-            for tensor, shape in (("weight_packed", [rows, words]), ("weight_scale", [rows, 1])):
-                found = list(self.loaded[tensor][index])
-                if found != shape:
-                    raise FPTQuantError(f"{name}.{tensor} has shape {found}, not {shape}: quantize the model again")
+            for tensor in self.steps.tensors(columns, rows).values():
+                found, shape = list(self.loaded[tensor.name][index]), list(tensor.shape)
+                if shape and found != shape:  # scalars may have a dimension
+                    raise FPTQuantError(
+                        f"{name}.{tensor.name} has shape {found}, not {shape}: quantize the model again"
+                    )
 
     def _require_rows(self, layer: LinearBase, index: int, rows: int) -> None:
         """Refuses a shard of more or fewer output features than the ranks have together."""
@@ -286,6 +269,32 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """The one value that all shards have: their product is computed from one quantized input."""
         require_shared(tensor, self.shards, values)
         return values[0].clone()
+
+
+def make_parameter(tensor: StepTensor, shards: int, loader: Any) -> BasevLLMParameter:
+    """An empty parameter for a step's tensor.
+
+    Args:
+        tensor: at the sizes of this rank, all shards together.
+        shards: how many layers are fused.
+        loader: of the parameter.
+    """
+    missing: Any = float("nan") if tensor.dtype.is_floating_point else 0
+    # Not in the default type, which vLLM sets to the model's.
+    data = torch.full(tensor.shape, missing, dtype=tensor.dtype)
+    if tensor.outputs is None:
+        data = data.expand(shards, *tensor.shape).clone()
+        return ShardParameter(inputs=tensor.inputs, data=data, weight_loader=loader)
+    if tensor.packed == 1:
+        return ChannelQuantScaleParameter(data=data, weight_loader=loader, output_dim=tensor.outputs)
+    return PackedvLLMParameter(
+        data=data,
+        weight_loader=loader,
+        input_dim=tensor.inputs,
+        output_dim=tensor.outputs,
+        packed_dim=tensor.inputs,
+        packed_factor=tensor.packed,
+    )
 
 
 def device_capability() -> int | None:

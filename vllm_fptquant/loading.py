@@ -91,17 +91,31 @@ class ConsumedParameter(Parameter):
         )
 
 
-class ShapeParameter(PerTensorScaleParameter):  # type: ignore[misc]
-    """`weight_shape` (N, K) of every fused shard: int64 (shards, 2)."""
+class ShardParameter(PerTensorScaleParameter):  # type: ignore[misc]
+    """What has no output features, once for every fused shard: (shards, ...)."""
+
+    def __init__(self, *, inputs: int | None, **arguments: Any) -> None:
+        """Takes vLLM's arguments, and the dimension of a shard's tensor that runs over input features, if any."""
+        super().__init__(**arguments)
+        self.inputs = inputs
 
     def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
-        self.data[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
+        data = self.data[self._shard_id_as_int(shard_id)]
+        if loaded_weight.numel() == 1:  # vLLM gives scalars a dimension
+            loaded_weight = loaded_weight.reshape(data.shape)
+        assert data.shape == loaded_weight.shape
+        data.copy_(loaded_weight)
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """The layer is not fused; every rank has all of its inputs."""
+        self._load_into_shard_id(loaded_weight, 0)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """A layer that is not fused has one shape."""
-        self.data[0].copy_(loaded_weight)
-
-    load_column_parallel_weight = load_row_parallel_weight
+        """The layer is not fused; a rank has a part of its inputs."""
+        if self.inputs is not None:
+            size = self.data.shape[1 + self.inputs]
+            loaded_weight = loaded_weight.narrow(self.inputs, self.tp_rank * size, size)
+        self._load_into_shard_id(loaded_weight, 0)
 
 
 def consume(layer: Module, parameter: str, name: str) -> None:

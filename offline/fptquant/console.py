@@ -88,8 +88,8 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("first token", escape(f"constant where it is {first}"))
     elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
         table.add_row("first token", f"not constant: {obstacle}")
-    if job.transforms.hadamard_block:
-        table.add_row("T_d block", str(job.transforms.hadamard_block))
+    if config.transforms.down_hadamard:
+        table.add_row("T_d block", str(config.transforms.down_hadamard.block))
     count, length = job.windows.shape
     calibration = f"{job.recipe.calibration.source}: {count} sequences of {length} tokens"
     table.add_row("calibration", escape(calibration))

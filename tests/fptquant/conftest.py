@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 import fptquant.quantize.rounding
 from fptquant.calibration.layerwise import calibrate_and_round
-from fptquant.format import CheckpointConfig, DownHadamard, TransformRecord
+from fptquant.format import CheckpointConfig
 from fptquant.recipe import Recipe
 from fptquant.run.job import head_scheme
 from fptquant.simulate import install_simulation
@@ -51,16 +51,12 @@ def simulate() -> Callable[..., LlamaForCausalLM]:
         transforms = TransformSet(recipe.transforms, LLAMA.shape(model.config), recipe.seed)
         if random:
             transforms.randomize_(torch.Generator().manual_seed(1), 0.3)
-        block = transforms.hadamard_block
         head_override, head_ignore = head_scheme("lm_head", recipe)
         config = CheckpointConfig(
             weights=recipe.precision.weights,
             activations=recipe.precision.activations,
             kv_cache=recipe.precision.kv_cache,
-            transforms=TransformRecord(
-                down_hadamard=DownHadamard(block=block) if block else None,
-                residual_scale=transforms.residual_scale,
-            ),
+            transforms=transforms.record(),
             overrides=(*head_override, *recipe.overrides),
             ignore=(*recipe.ignore, *head_ignore),
         )

@@ -14,6 +14,7 @@ from fptquant.evaluation.dynamic import use_dynamic_ranges
 from fptquant.evaluation.equivalence import _largest_difference, check_served
 from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
 from fptquant.format import LinearScheme
+from fptquant.format.steps import linear_steps
 from fptquant.quantize import RangeOptions, search_range
 from fptquant.simulate import SimulatedLinear
 from fptquant.train.teacher import Teacher
@@ -79,7 +80,9 @@ def test_served_check_limits_the_perplexity(offset: float, passed: bool) -> None
 def test_dynamic_ranges_follow_each_token() -> None:
     """Bits that a static range wastes on one large token are not wasted: each token's error is relative to itself."""
     model = build_model("gqa")
-    linear = SimulatedLinear.from_linear(model.lm_head, LinearScheme(weights={"bits": 8}, activations={"bits": 8}))
+    linear = SimulatedLinear.from_linear(
+        model.lm_head, linear_steps(LinearScheme(weights={"bits": 8}, activations={"bits": 8}))
+    )
     x = torch.randn(1, 6, 32) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0])[:, None]
     expected = linear(x)
     linear.set_input_quantizer(*search_range(x, 8, True, RangeOptions(method="minmax")))

@@ -74,7 +74,7 @@ def test_merged_equals_unmerged(
     up_scale = t["T_u"].log_scale[layer].double().exp()
     angle, scale = t["T_k"].angle[layer].double(), t["T_k"].log_scale[layer].double().exp()
     hadamard = torch.eye(1, dtype=torch.float64)
-    while hadamard.shape[0] < transforms.hadamard_block:  # Sylvester's construction
+    while hadamard.shape[0] < t["T_d"].block:  # Sylvester's construction
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, hadamard)
 
     x = inputs(projection(model, layer, role).in_features)

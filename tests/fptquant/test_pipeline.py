@@ -226,7 +226,7 @@ def test_the_head_can_stay_in_floating_point(fields: dict[str, Any], model_dir: 
             {"overrides": [{"modules": "model.layers.7.mlp.down_proj", "activations": {"bits": 8}}]},
             "'model.layers.7.mlp.down_proj' matches no",
         ),
-        ({"ignore": ["model.layers.0.mlp.down_proj"]}, "down_proj can't stay in floating point while T_d rotates"),
+        ({"ignore": ["model.layers.0.mlp.down_proj"]}, "down_proj can't stay in floating point while T_d is on"),
         ({"transforms": {"T_d": {"block": 16}}}, "block 16 does not divide the intermediate size 72"),
         ({"calibration": {"source": "builtin", "sequences": 100_000}}, "calibration text 'builtin' has"),
     ],

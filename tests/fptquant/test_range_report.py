@@ -75,7 +75,8 @@ def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callabl
             cache = model(job.windows[:2], use_cache=True).past_key_values.layers[site.layer]
             expected = Spread.of((cache.keys if site.kind == "keys" else cache.values)[:, :, 1:])
         assert spread == expected, site
-    assert job.config.sink is not None and job.transforms.hadamard_block and job.transforms.residual_scale
+    assert job.config.sink is not None
+    assert job.config.transforms.down_hadamard is not None and job.config.transforms.residual_scale
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "head"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from fptquant.format import CheckpointConfig
+from fptquant.format.steps import Hadamard
 from fptquant.simulate import SimulatedLinear, install_simulation, simulated_linears
 from fptquant.simulate.families import CLASSES
 from fptquant.simulate.install import set_exact
@@ -93,7 +94,7 @@ def threaded_llama(model: LlamaForCausalLM, tokens: Tensor, quantized: bool) -> 
         return gate * torch.sigmoid(gate) * (linear(block.up_proj, x) + bias(block.up_proj))
 
     def hadamard(layer: SimulatedLinear) -> Callable[[Tensor], Tensor]:
-        size = layer.hadamard_block or 1
+        size = next((step.block for step in layer.steps if isinstance(step, Hadamard)), 1)
         matrix = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)])
         return lambda x: (x.unflatten(-1, (-1, size)) @ (matrix.double() / size**0.5)).flatten(-2)
 
@@ -165,7 +166,7 @@ def test_residual_scale_makes_static_ranges_independent_of_the_size_of_a_token(
 
 def test_simulated_linear_by_hand() -> None:
     config = CheckpointConfig(activations={"bits": 4, "symmetric": False})
-    layer = SimulatedLinear(3, 2, True, config.scheme_for("x"))
+    layer = SimulatedLinear(3, 2, True, config.steps_for("x"))
     layer.bias.copy_(torch.tensor([10.0, 20.0]))
     layer.set_input_quantizer(torch.tensor(0.5), torch.tensor(-3))  # codes q - z in [-5, 10]
     layer.set_weight_codes(torch.tensor([[1.0, 2.0, -8.0], [7.0, 0.0, 1.0]]), torch.tensor([[2.0], [0.25]]))
@@ -176,7 +177,7 @@ def test_simulated_linear_by_hand() -> None:
 
 
 def test_weight_only_layer_does_not_touch_its_input() -> None:
-    layer = SimulatedLinear(2, 1, False, CheckpointConfig(activations={"bits": 16}).scheme_for("x"))
+    layer = SimulatedLinear(2, 1, False, CheckpointConfig(activations={"bits": 16}).steps_for("x"))
     layer.set_weight_codes(torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5]]))
     assert layer(torch.tensor([[0.123, 4.0]])).item() == pytest.approx((3 * 0.123 - 4.0) * 0.5)
     assert "input_scale" not in layer.state_dict()

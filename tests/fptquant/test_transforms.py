@@ -54,8 +54,9 @@ def merge(model: LlamaForCausalLM, transforms: TransformSet) -> LlamaForCausalLM
     model = copy.deepcopy(model)
     for _ in merge_transforms(model, LLAMA, transforms):
         pass
-    if transforms.hadamard_block:
-        hadamard = dense_hadamard(transforms.hadamard_block)
+    down_hadamard = transforms.record().down_hadamard
+    if down_hadamard is not None:
+        hadamard = dense_hadamard(down_hadamard.block)
 
         def rotate(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             blocks = args[0].unflatten(-1, (-1, hadamard.shape[0]))
@@ -64,6 +65,12 @@ def merge(model: LlamaForCausalLM, transforms: TransformSet) -> LlamaForCausalLM
         for layer in model.model.layers:
             layer.mlp.down_proj.register_forward_pre_hook(rotate)
     return model
+
+
+def block_of(transforms: TransformSet) -> int:
+    down_hadamard = transforms.record().down_hadamard
+    assert down_hadamard is not None
+    return down_hadamard.block
 
 
 def dense_hadamard(block: int) -> Tensor:
@@ -411,7 +418,7 @@ def test_obstacles() -> None:
 
 @pytest.mark.parametrize("intermediate, block", [(64, 64), (56, 8), (44, 4), (11008, 256), (1536, 512), (33, 1)])
 def test_t_d_takes_the_largest_power_of_two(intermediate: int, block: int) -> None:
-    assert transform_set(["T_d"], Shape(8, intermediate, 1, 1, 8, 1)).hadamard_block == block
+    assert block_of(transform_set(["T_d"], Shape(8, intermediate, 1, 1, 8, 1))) == block
 
 
 # Heads, KV heads, head size, intermediate size; the sizes up to 8 they can be served at, and the block.
@@ -433,16 +440,16 @@ def test_t_d_block_suits_every_tensor_parallel_size(
 ) -> None:
     shape = Shape(heads * head_dim, intermediate, heads, kv_heads, head_dim, 1)
     assert tensor_parallel_sizes(shape, 8) == sizes
-    assert transform_set(["T_d"], shape).hadamard_block == block
+    assert block_of(transform_set(["T_d"], shape)) == block
     assert all(intermediate // size % block == 0 for size in sizes)
     assert any(intermediate // size % (2 * block) for size in sizes)  # no larger one would
     alone = transform_set(["T_d"], shape, T_d={"max_tensor_parallel": 1})
-    assert alone.hadamard_block == intermediate & -intermediate
+    assert block_of(alone) == intermediate & -intermediate
 
 
 def test_t_d_block_can_be_chosen() -> None:
     shape = Shape(8, 96, 1, 1, 8, 1)
-    assert transform_set(["T_d"], shape, T_d={"block": 8}).hadamard_block == 8
+    assert block_of(transform_set(["T_d"], shape, T_d={"block": 8})) == 8
     with pytest.raises(FPTQuantError, match="block 64 does not divide the intermediate size 96.* up to 32"):
         transform_set(["T_d"], shape, T_d={"block": 64})
 

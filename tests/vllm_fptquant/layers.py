@@ -16,7 +16,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from fptquant.format import CheckpointConfig, code_bounds, pack_codes, quantize, quantized_linear
+from fptquant.format.steps import Arrangement, Step, arrange, linear_steps
 from vllm_fptquant.config import FPTQuantConfig
+from vllm_fptquant.kernels.base import LinearWeights
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 64, 4, 2, 32, 96
@@ -39,6 +41,11 @@ def quant_config(**fields: Any) -> FPTQuantConfig:
     config = FPTQuantConfig(CheckpointConfig.model_validate(fields))
     config.packed_modules_mapping = dict(FUSED)
     return config
+
+
+def steps_of(weights: LinearWeights, *online: Step) -> Arrangement:
+    """Steps of a layer with these weights, and what runs online from the outside in."""
+    return arrange(linear_steps(weights.scheme, online))
 
 
 def build_linear(kind: str, config: FPTQuantConfig, **arguments: Any) -> LinearBase:

@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
+from fptquant.format.steps import Hadamard
 from tests.vllm_fptquant.layers import FUSED, build_attention, build_linear, quant_config
 from vllm_fptquant.config import FPTQuantConfig
 from vllm_fptquant.linear import FPTQuantLinearMethod
@@ -171,9 +172,17 @@ def test_override_of_a_whole_fused_layer() -> None:
 
 def test_hadamard_is_for_down_proj_only() -> None:
     config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
-    assert build_linear("down", config).quant_method.hadamard_block == 32
-    assert build_linear("o", config).quant_method.hadamard_block is None
-    assert build_linear("gate_up", config).quant_method.hadamard_block is None
+    assert build_linear("down", config).quant_method.steps.inputs == (Hadamard(32),)
+    assert build_linear("o", config).quant_method.steps.inputs == ()
+    assert build_linear("gate_up", config).quant_method.steps.inputs == ()
+
+
+def test_ignored_layer_with_online_steps_is_refused() -> None:
+    transforms = TransformRecord(down_hadamard=DownHadamard(block=32), residual_scale=True)
+    config = quant_config(transforms=transforms, ignore=("re:.*_proj",))
+    assert isinstance(build_linear("o", config).quant_method, UnquantizedLinearMethod)  # S cancels
+    with pytest.raises(FPTQuantError, match=r"down_proj is in `ignore`, so that Hadamard\(block=32\) can't"):
+        build_linear("down", config)
 
 
 def test_embeddings_and_head_are_left_to_vllm() -> None:

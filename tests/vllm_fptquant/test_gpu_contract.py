@@ -12,12 +12,14 @@ import torch
 from vllm.scalar_type import scalar_types
 
 import record_gpu_contract
+from fptquant.format.steps import Hadamard
 from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import CONTRACT
+from tests.vllm_fptquant.layers import steps_of
 from tests.vllm_fptquant.test_gpu_kernels import weights_of
 from vllm_fptquant.kernels import cutlass_int8, gpu, marlin, triton_int8
 from vllm_fptquant.kernels.base import GpuKernel
-from vllm_fptquant.kernels.gpu import GpuLinear, Hadacore
+from vllm_fptquant.kernels.gpu import GpuLinear
 
 # Where our code finds a function, and where the wheel has it.
 CALLS: dict[tuple[Any, str], str] = {
@@ -51,7 +53,8 @@ def run_everything() -> None:
     ]
     for kernel, bits, zero_point in kernels:
         weights = weights_of(bits, codes, zero_point)
-        GpuLinear(kernel(weights, torch.float16), weights, Hadacore(32))(x.half(), None)
+        steps = steps_of(weights, Hadamard(32))
+        GpuLinear(kernel(weights, torch.float16), weights, steps, fast_hadamard=True)(x.half(), None)
     arguments = x.to(torch.int8), codes.to(torch.int8), torch.ones(3), torch.ones(64), torch.float16
     triton_int8._multiply(*arguments)
 

@@ -28,6 +28,7 @@ from fptquant.format import (
     quantized_linear,
     round_scale,
 )
+from fptquant.format.steps import RowScale, Undo
 from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import unpack_gptq
 from tests.vllm_fptquant.layers import (
@@ -39,6 +40,7 @@ from tests.vllm_fptquant.layers import (
     load,
     quant_config,
     random_tensors,
+    steps_of,
 )
 from vllm_fptquant.doctor import steps_apart
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
@@ -101,7 +103,8 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
     gpu_emulation.accumulators.clear()
     undo = data.draw(st.booleans())
     S = torch.rand(len(x), 1) + 0.5
-    y = GpuLinear(kernel(weights, dtype), weights, None)(ScaledInput(x, S, undo=True) if undo else x, None)
+    layer = GpuLinear(kernel(weights, dtype), weights, steps_of(weights, RowScale(), Undo()))
+    y = layer(ScaledInput(x, S) if undo else x, None)
 
     codes = quantize(
         x * S if undo else x, weights.input_scale, *code_bounds(weights.zero_point, weights.scheme.activations.bits)
@@ -131,7 +134,7 @@ def test_weight_only(weight_bits: int, dtype: torch.dtype, m: int, k: int, n: in
     top = 2 ** (weight_bits - 1)
     weights = weights_of(16, torch.randint(-top, top, (n, k)), weight_bits=weight_bits)
     x = torch.randn(m, k).to(dtype)
-    y = GpuLinear(MarlinKernel(weights, dtype), weights, None)(x, None)
+    y = GpuLinear(MarlinKernel(weights, dtype), weights, steps_of(weights))(x, None)
     exact = (x.double() @ weights.codes.double().T) * weights.weight_scale
     assert (steps_apart(y, exact.to(dtype)) <= (2 if weight_bits == 4 else 1)).all()
 
@@ -145,7 +148,7 @@ def test_largest_possible_sums(bits: int, zero_point: int | None, sign: int) -> 
     for kernel in kernels:
         gpu_emulation.accumulators.clear()
         x = torch.full((2, 14336), sign * 1e4)
-        GpuLinear(kernel(weights, torch.bfloat16), weights, None)(x, None)
+        GpuLinear(kernel(weights, torch.bfloat16), weights, steps_of(weights))(x, None)
         low, high = weights.bounds
         assert torch.equal(
             gpu_emulation.accumulators[0][:, :128].double(),
@@ -288,7 +291,7 @@ class TestLayer:
         output = scaled_projection(layer, x, S)
         assert output.dtype == dtype
         if with_bias:
-            assert torch.equal(output, project(layer, x, S, undo=True)[0] + layer.bias)
+            assert torch.equal(output, project(layer, x, S)[0] + layer.bias)
         else:
             assert (steps_apart(output, plain) <= 1).all()
 
@@ -300,12 +303,14 @@ class TestLayer:
         assert (steps_apart(project(layer, x, S)[0], expected(tensors, x * S, 8).bfloat16()) <= 1).all()
 
     def test_weight_only_layer_needs_no_scale(self) -> None:
-        config = quant_config(activations=ActivationScheme(bits=16))
+        config = quant_config(activations=ActivationScheme(bits=16), transforms=TransformRecord(residual_scale=True))
         tensors = exact_tensors("down", config)
         layer = load(build_linear("down", config, params_dtype=torch.bfloat16), tensors)
         x, S = torch.randn(5, COLUMNS["down"]).bfloat16(), torch.rand(5, 1) + 0.3
-        assert torch.equal(project(layer, x, S, undo=True)[0], layer(x)[0])
+        assert torch.equal(project(layer, x, S)[0], layer(x)[0])
         # Not undone, it is part of the input: a norm.
+        layer = load(build_linear("qkv", config, params_dtype=torch.bfloat16), exact_tensors("qkv", config))
+        x = torch.randn(5, COLUMNS["qkv"]).bfloat16()
         assert torch.equal(project(layer, x, S)[0], layer((x * S).bfloat16())[0])
 
     def test_fast_hadamard_rounds_to_16_bits_first(self) -> None:

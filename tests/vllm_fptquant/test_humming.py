@@ -15,6 +15,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import ActivationScheme, LinearScheme, WeightScheme, code_bounds, quantize, round_scale
 from fptquant.format.arithmetic import accumulator_bound
 from tests.vllm_fptquant.humming_model import integer_sums
+from tests.vllm_fptquant.layers import steps_of
 from vllm_fptquant.kernels import humming as module
 from vllm_fptquant.kernels.base import LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear
@@ -228,7 +229,7 @@ def test_whole_layer_on_the_cpu(kernel: type[Humming], bits: int, rows: int) -> 
     """Quantizer, packing, product and scaling together equal the format's arithmetic to within one step."""
     torch.manual_seed(0)
     weights = random_weights(bits, 200, 576)
-    layer = GpuLinear(kernel(weights, torch.bfloat16), weights, None)
+    layer = GpuLinear(kernel(weights, torch.bfloat16), weights, steps_of(weights))
     x = torch.randn(rows, 576).bfloat16()
     assert weights.input_scale is not None
     low, high = code_bounds(weights.zero_point, bits)

@@ -21,6 +21,8 @@ from fptquant.format import (
     quantize_per_tensor,
     quantized_linear,
 )
+from fptquant.format.steps import Arrangement, Hadamard
+from tests.vllm_fptquant.layers import steps_of
 from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.operator import CHUNK, PreparedLinear, _prepared, linear, register_prepared
@@ -65,9 +67,14 @@ def contract(weights: LinearWeights, x: Tensor) -> Tensor:
     return quantized_linear(codes.double(), weights.codes.double(), torch.ones(())).float() * output_scale
 
 
+def with_block(weights: LinearWeights, block: int | None) -> Arrangement:
+    """Steps of a layer with these weights, T_d before them where there is a block."""
+    return steps_of(weights) if block is None else steps_of(weights, Hadamard(block))
+
+
 def computed(kernel: type[CpuKernel], weights: LinearWeights, x: Tensor) -> Tensor:
     """The result of a layer with this kernel."""
-    return PreparedLinear(kernel(weights), weights, rotation=None)(x, None)
+    return PreparedLinear(kernel(weights), weights, steps_of(weights))(x, None)
 
 
 @st.composite
@@ -173,18 +180,15 @@ class TestOperator:
     def prepared(self, layer: torch.nn.Module, seed: int, block: int | None = None) -> tuple[PreparedLinear, Tensor]:
         torch.manual_seed(seed)
         weights = weights_of(8, torch.randint(-8, 8, (48, 64)))
-        rotation = None if block is None else hadamard_factors(block)
-        prepared = PreparedLinear(FbgemmKernel(weights), weights, rotation)
+        prepared = PreparedLinear(FbgemmKernel(weights), weights, with_block(weights, block))
         return prepared, register_prepared(layer, prepared)
 
     def test_rotates_adds_bias_and_keeps_shape_and_type(self) -> None:
         layer = torch.nn.Module()
-        prepared, handle = self.prepared(layer, 0, block=16)
+        _, handle = self.prepared(layer, 0, block=16)
         x, bias = torch.randn(2, 3, 64), torch.randn(48)
         rotated = block_hadamard(x, *hadamard_factors(16))
-        prepared.rotation = None
-        expected = prepared(rotated, bias)
-        prepared.rotation = hadamard_factors(16)
+        expected = self.prepared(layer, 0)[0](rotated, bias)
         assert torch.equal(linear(x, handle, bias, 48), expected)
         half = linear(x.bfloat16(), handle, bias, 48)
         assert half.dtype == torch.bfloat16 and half.shape == (2, 3, 48)
@@ -194,8 +198,7 @@ class TestOperator:
     def test_many_rows_in_chunks(self, block: int | None, activations: int) -> None:
         torch.manual_seed(0)
         weights = weights_of(activations, torch.randint(-8, 8, (48, 64)))
-        rotation = None if block is None else hadamard_factors(block)
-        prepared = PreparedLinear(ReferenceKernel(weights), weights, rotation)
+        prepared = PreparedLinear(ReferenceKernel(weights), weights, with_block(weights, block))
         x = torch.randn(2 * CHUNK + 5, 64)
         one_by_one = torch.cat([prepared(row, None) for row in x.split(1)])
         torch.testing.assert_close(prepared(x, None), one_by_one, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,8 @@ class LinearWeights:
         input_scale: float32 (), None when activations are not quantized.
         input_zero_point: int32 (), None when activations are symmetric or not quantized.
         name: of the layer, for messages.
+        rows: output features of every fused layer; empty for a layer that isn't fused.
+        online: tensors of further steps by name, for every fused layer.
     """
 
     scheme: LinearScheme
@@ -52,6 +55,8 @@ class LinearWeights:
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     name: str = "layer"
+    rows: tuple[int, ...] = ()
+    online: tuple[Mapping[str, Tensor], ...] = ({},)
 
     @property
     def output_scale(self) -> Tensor:
@@ -74,6 +79,27 @@ class LinearWeights:
     def codes_hold_zero_point(self) -> bool:
         """Whether int8 activation codes are `q`, because `q - z` needs more than a byte: asymmetric 8 bits."""
         return holds_zero_point(self.scheme.activations)
+
+
+def run_outputs(
+    bound: Sequence[Sequence[Callable[[Tensor, Tensor], Tensor]]], rows: tuple[int, ...], y: Tensor, x: Tensor
+) -> Tensor:
+    """What output steps make of a product.
+
+    Args:
+        bound: of every fused layer, its steps (`OutputStep.bind`).
+        rows: see `LinearWeights`.
+        y: (M, N).
+        x: (M, K), behind all input steps.
+
+    Returns:
+        (M, N).
+    """
+    parts = list(torch.split(y, list(rows), -1)) if len(rows) > 1 else [y]
+    for index, steps in enumerate(bound):
+        for step in steps:
+            parts[index] = step(parts[index], x)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def holds_zero_point(activations: ActivationScheme) -> bool:

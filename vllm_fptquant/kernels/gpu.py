@@ -11,7 +11,8 @@ from vllm import envs
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import hadamard_factors, quantize
-from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
+from fptquant.format.steps import Arrangement, Hadamard, InputStep
+from vllm_fptquant.kernels.base import GpuKernel, LinearWeights, run_outputs
 from vllm_fptquant.kernels.library import register
 
 HADACORE_LARGEST = 2**15
@@ -22,17 +23,18 @@ class ScaledInput(NamedTuple):
 
     Attributes:
         x: (T, K), still to be multiplied by `scale`.
-        scale: S, float32 (T, 1).
-        undo: divide the product by `scale` again.
+        scale: S, float32 (T, 1), of RowScale and Undo, or of a norm before a layer that has neither.
     """
 
     x: Tensor
     scale: Tensor
-    undo: bool
 
 
 class GpuLinear(torch.nn.Module):
-    """All that one layer does to its input: scale, rotate, quantize, multiply, add the bias.
+    """All that one layer does to its input: its steps, in an order that suits 16-bit inputs and outputs.
+
+    By the rule of rows (`fptquant.format.steps`) S comes behind the input steps, which so get 16-bit numbers, and Undo
+    is part of the kernel's row scale, before output steps: the product alone can be too large for 16 bits.
 
     Every value of the checkpoint is a buffer: a graph from vLLM's compile cache meets those of the model that runs.
     """
@@ -42,11 +44,36 @@ class GpuLinear(torch.nn.Module):
     high: Tensor
     zero_point: Tensor
 
-    def __init__(self, kernel: GpuKernel, weights: LinearWeights, rotation: BlockHadamard | Hadacore | None) -> None:
-        """Takes the input quantizer from `weights`; `rotation` is T_d, where the layer has it."""
+    def __init__(
+        self, kernel: GpuKernel, weights: LinearWeights, steps: Arrangement, *, fast_hadamard: bool = False
+    ) -> None:
+        """Takes the steps' tensors from `weights`.
+
+        Args:
+            kernel: with the weights.
+            weights: of the layer.
+            steps: of the layer.
+            fast_hadamard: see `Hadacore`.
+
+        Raises:
+            FPTQuantError: a step that can't be computed here, or not in this order.
+        """
         super().__init__()
+        for step in steps.online:
+            if not step.homogeneous or (isinstance(step, InputStep) and not isinstance(step, Hadamard)):
+                raise FPTQuantError(f"{weights.name}: can't compute the step {step} on GPUs: serve on CPUs")
         self.kernel = kernel
-        self.rotation = rotation
+        device = weights.codes.device
+        self.inputs = torch.nn.ModuleList(
+            make_rotation(step.block, fast_hadamard, kernel.dtype, device)
+            for step in steps.inputs
+            if isinstance(step, Hadamard)
+        )
+        self.outputs, self.undone, self.rows = steps.outputs, steps.undone, weights.rows
+        self.online = [list(tensors) for tensors in weights.online]  # names; the tensors are buffers
+        for part, tensors in enumerate(weights.online):
+            for name, tensor in tensors.items():
+                self.register_buffer(f"{name}_{part}", tensor, persistent=False)
         self.quantized = weights.input_scale is not None
         self.adds_zero_point = weights.codes_hold_zero_point
         if weights.input_scale is not None:
@@ -58,30 +85,37 @@ class GpuLinear(torch.nn.Module):
 
     def forward(self, x: Tensor | ScaledInput, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., N) of the kernel's type."""
-        scale, undo = None, False
-        if isinstance(x, ScaledInput):
-            x, scale, undo = x
-        if undo and not self.quantized:
-            scale = None  # it would cancel
+        x, scale = x if isinstance(x, ScaledInput) else (x, None)
+        if self.undone and not self.quantized:
+            scale = None  # RowScale and Undo cancel
         rows = x.reshape(-1, x.shape[-1])
-        output = self.kernel(self.codes(rows, scale), self.row_scale(len(rows), scale if undo else None))
+        for rotation in self.inputs:
+            rows = rotation(rows)
+        scaled = rows if scale is None else rows * scale  # float32
+        output = self.kernel(self.codes(scaled), self.row_scale(len(rows), scale if self.undone else None))
+        if self.outputs:
+            output = self._behind(output, rows if self.undone else scaled).to(output.dtype)
         if bias is not None:
             output = output + bias
         result: Tensor = output.view(*x.shape[:-1], -1)
         return result
 
-    def codes(self, x: Tensor, scale: Tensor | None) -> Tensor:
+    def codes(self, x: Tensor) -> Tensor:
         """What the kernel multiplies, for `x` (M, K): int8 (M, K), or 16-bit numbers where it is not quantized."""
-        if self.rotation is not None:
-            x = self.rotation(x)
-        if scale is not None:
-            x = x * scale  # float32; in the format before T_d, with which it commutes
         if not self.quantized:
             return x.to(self.kernel.dtype)
         codes = quantize(x, self.input_scale, self.low, self.high)
         if self.adds_zero_point:
             codes = codes + self.zero_point
         return codes.to(torch.int8)
+
+    def _behind(self, y: Tensor, x: Tensor) -> Tensor:
+        """Output steps by their definition: the compiler makes what it can of them."""
+        bound = []
+        for part, names in enumerate(self.online):
+            tensors = {name: self.get_buffer(f"{name}_{part}") for name in names}
+            bound.append([step.bind(tensors, x.device, False) for step in self.outputs])
+        return run_outputs(bound, self.rows, y, x)
 
     def row_scale(self, rows: int, scale: Tensor | None) -> Tensor | None:
         """Input scale of every row, float32 (rows,).
@@ -161,12 +195,8 @@ class Hadacore(torch.nn.Module):
         return blocks.view(x.shape)
 
 
-def make_rotation(
-    block: int | None, fast: bool, dtype: torch.dtype, device: torch.device
-) -> BlockHadamard | Hadacore | None:
-    """T_d on blocks of this size of inputs of this type; None where a layer has none."""
-    if block is None:
-        return None
+def make_rotation(block: int, fast: bool, dtype: torch.dtype, device: torch.device) -> BlockHadamard | Hadacore:
+    """T_d on blocks of this size of inputs of this type."""
     return Hadacore(block) if fast else BlockHadamard(block, dtype, device)
 
 

@@ -13,38 +13,47 @@ import weakref
 import torch
 from torch import Tensor
 
-from fptquant.format import block_hadamard, quantize_per_tensor
-from vllm_fptquant.kernels.base import CpuKernel, LinearWeights
+from fptquant.format import quantize_per_tensor
+from fptquant.format.steps import Arrangement
+from vllm_fptquant.kernels.base import CpuKernel, LinearWeights, run_outputs
 from vllm_fptquant.kernels.library import register
 
-# Rows that are rotated and quantized at a time: few enough for the cache, and for temporaries whose memory
-# the allocator reuses instead of returning it to the system (fresh pages cost more than the arithmetic).
+# Rows that go through input steps and the quantizer at a time: few enough for the cache, and for temporaries whose
+# memory the allocator reuses instead of returning it to the system (fresh pages cost more than the arithmetic).
 CHUNK = 128
 
 
 class PreparedLinear:
-    """All that one layer does to its input: rotate, quantize, multiply, add the bias."""
+    """All that one layer does to its input: its steps, looked up once."""
 
-    def __init__(self, kernel: CpuKernel, weights: LinearWeights, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """Takes the input quantizer from `weights` and, for T_d, the factors of `hadamard_factors`."""
+    def __init__(self, kernel: CpuKernel, weights: LinearWeights, steps: Arrangement, *, exact: bool = False) -> None:
+        """Takes the steps' tensors from `weights`; `exact` is for `InputStep.bind`."""
         self.kernel = kernel
-        self.rotation = rotation
+        device, tensors = weights.codes.device, weights.online
+        self.inputs = tuple(step.bind(tensors[0], device, exact) for step in steps.inputs)
+        self.outputs = [[step.bind(part, device, exact) for step in steps.outputs] for part in tensors]
+        self.rows, self.plain = weights.rows, not steps.outputs
+        self.undone = steps.undone
         self.input_scale = weights.input_scale
         self.low, self.high = (bound.item() for bound in weights.bounds)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None, *, undo: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
         """Computes (..., N) of the type of `x` (..., K), rounded to it once.
 
         Args:
             x: (..., K).
             bias: (N,) or None.
-            scale: (rows, 1), what `x` is multiplied by first.
-            undo: divide by `scale` again, before the bias is added.
+            scale: S (rows, 1) of RowScale and Undo, or of a norm before a layer that has neither. None where the caller
+                sees to S, by the rule of rows (`fptquant.format.steps`), or there is none.
         """
         if x.dim() > 2:
-            return self(x.flatten(0, -2), bias, scale, undo=undo).view(*x.shape[:-1], -1)
-        output = self.kernel.matmul(self.codes(x, scale))
-        if undo and scale is not None:
+            return self(x.flatten(0, -2), bias, scale).view(*x.shape[:-1], -1)
+        if self.plain:
+            output = self.kernel.matmul(self.codes(x, scale))
+        else:
+            online = self._online(x, scale)
+            output = run_outputs(self.outputs, self.rows, self.kernel.matmul(self._quantized(online)), online)
+        if self.undone and scale is not None:
             output.div_(scale)
         if bias is not None:
             output += bias
@@ -53,18 +62,21 @@ class PreparedLinear:
     def codes(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the kernel multiplies, for `x` (M, K): float32 (M, K)."""
         if len(x) <= CHUNK:
-            return self._codes(x, scale)
+            return self._quantized(self._online(x, scale))
         codes = torch.empty(x.shape)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
-            self._codes(x[rows], None if scale is None else scale[rows], codes[rows])
+            self._quantized(self._online(x[rows], None if scale is None else scale[rows]), codes[rows])
         return codes
 
-    def _codes(self, x: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def _online(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if scale is not None:
-            x = x * scale
-        if self.rotation is not None:
-            x = block_hadamard(x, *self.rotation)
+            x = x * scale  # float32
+        for step in self.inputs:
+            x = step(x)
+        return x
+
+    def _quantized(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self.input_scale is None:
             return x.float() if out is None else out.copy_(x)
         return quantize_per_tensor(x, self.input_scale, self.low, self.high, out)

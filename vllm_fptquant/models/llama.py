@@ -48,16 +48,13 @@ class SinkMasks(NamedTuple):
     at_token: Tensor  # those that the constants were made for
 
 
-def project(
-    projection: LinearBase, x: Tensor, scale: Tensor | None, *, undo: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`projection(scale * x)`, for `x` (T, K) and S (T, 1), or `projection(x)` without S.
+def project(projection: LinearBase, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`projection(scale * x)`, divided by `scale` again where the layer's steps say so; or `projection(x)` without S.
 
     Args:
         projection: any of vLLM's linear layers.
         x: (T, K).
         scale: float32 (T, 1) or None.
-        undo: divide the product by `scale` again.
 
     Returns:
         (T, N) of the type of `x`, and the bias where the projection was built to skip it.
@@ -67,17 +64,18 @@ def project(
     elif not isinstance(projection.quant_method, FPTQuantLinearMethod):
         output, bias = projection((x * scale).to(x.dtype))
     elif projection.fptquant_takes_scale:
-        scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale, undo))
+        scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale))
         return scaled
     elif projection.fptquant_plain and not torch.compiler.is_compiling():
-        return FPTQuantLinearMethod.apply_scaled(projection, x, scale, undo=undo), None
-    else:
-        output, bias = projection(x * scale)  # float32, which the quantizer gets and ranks sum
-    return (output.div_(scale) if undo else output).to(x.dtype), bias
+        return FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
+    else:  # around the layer, by the rule of rows (`fptquant.format.steps`): ranks sum before S is undone
+        output, bias = projection(x * scale)  # float32
+        output = output.div_(scale) if projection.fptquant_undone else output
+    return output.to(x.dtype), bias
 
 
 def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
-    """`projection(scale * x) / scale`, with the bias added after the division; or `projection(x)` without S.
+    """A projection with its steps, of which RowScale and Undo take S, and its bias.
 
     Args:
         projection: built with `skip_bias_add`.
@@ -87,10 +85,8 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | 
     Returns:
         (T, N) of the type of `x`.
     """
-    if scale is None or not isinstance(projection.quant_method, FPTQuantLinearMethod):
-        output, bias = projection(x)  # in floating point the scale would cancel
-    else:
-        output, bias = project(projection, x, scale, undo=True)
+    scaled = getattr(projection, "fptquant_scaled", False)  # not in floating point, where S would cancel
+    output, bias = project(projection, x, scale if scaled else None)
     if bias is not None:
         output = output + bias
     result: Tensor = output.to(x.dtype)

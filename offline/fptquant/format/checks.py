@@ -102,8 +102,11 @@ def require_shared(tensor: str, layers: Sequence[str], values: Tensor) -> None:
     """Refuses input quantizers that differ between layers that read the same input, one value (or row) for each.
 
     Raises:
-        FPTQuantError: names the layers and their values.
+        FPTQuantError: names the layers and their values, of rows the first that differ.
     """
-    if bool((values != values[0]).any()):
+    rows = values.reshape(len(values), -1)
+    different = (rows != rows[0]).any(0)
+    if bool(different.any()):
+        values = rows[:, int(different.nonzero()[0])]
         listed = ", ".join(f"{name} {value:g}" for name, value in zip(layers, values.tolist(), strict=True))
         raise FPTQuantError(f"{tensor} must be equal in layers that share an input, got {listed}: {DAMAGED}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORD = 32  # bits
+
 
 def packed_words(in_features: int, bits: int) -> int:
     """Number of int32 words in a packed row: 8 codes of 4 bits in each, 4 of 7 or 8 bits."""
-    return -(-in_features // (32 // bits))
+    return -(-in_features // (WORD // bits))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -17,7 +19,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Code j of a word is stored in offset binary, code + 2^(bits-1), at bits [j * bits, (j + 1) * bits), lowest first. No
     code is split between words: 7-bit ones leave a word's upper four bits zero. Rows are padded with zero bits.
     """
-    offset, per_word = 1 << (bits - 1), 32 // bits
+    offset, per_word = 1 << (bits - 1), WORD // bits
     unsigned = codes.to(torch.int32) + offset
     rows, columns = codes.shape
     words = packed_words(columns, bits)
@@ -30,7 +32,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """Inverse of `pack_codes`: int8 codes of the given `shape` (N, K)."""
-    offset, per_word = 1 << (bits - 1), 32 // bits
+    offset, per_word = 1 << (bits - 1), WORD // bits
     codes = torch.empty(*packed.shape, per_word, dtype=torch.int8, device=packed.device)
     for j in range(per_word):
         codes[..., j] = ((packed >> (j * bits)) & (2 * offset - 1)) - offset

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from fptquant.errors import FPTQuantError
+from fptquant.format.steps import Step, linear_steps, online_steps
 
 QUANT_METHOD = "fptquant"
 FORMAT_VERSION = 2  # 1 had no binding (`fptquant.format.binding`), and the original's model_type
@@ -184,6 +185,10 @@ class CheckpointConfig(Strict):
                 weights = override.weights or weights
                 activations = override.activations or activations
         return LinearScheme(weights=weights, activations=activations)
+
+    def steps_for(self, module: str) -> tuple[Step, ...]:
+        """Steps of the linear layer `module` (a Hugging Face name), see `fptquant.format.steps`."""
+        return linear_steps(self.scheme_for(module), online_steps(self.transforms, module))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as written into config.json."""

@@ -19,7 +19,6 @@ from fptquant.files import read_json
 from fptquant.format import (
     ActivationScheme,
     CheckpointConfig,
-    DownHadamard,
     Override,
     Sink,
     TransformRecord,
@@ -28,6 +27,7 @@ from fptquant.format import (
     packed_words,
 )
 from fptquant.format.schema import EXTRAS
+from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
@@ -106,24 +106,24 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     if source.quantized:
         raise FPTQuantError(f"'{source.path}' is quantized already: give the original model")
     shape = source.architecture.shape(source.config)
-    if {"T_s", "S_n"} <= recipe.transforms.keys():
-        raise FPTQuantError("transforms: T_s is in the norms' gains, which S_n does away with; switch one of them off")
     for name, obstacle in transform_obstacles(source, recipe).items():
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
     transforms = TransformSet(recipe.transforms, shape, recipe.seed)
+    record = transforms.record()
+    in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)
+    if in_gains and record.residual_scale:
+        raise FPTQuantError(
+            f"transforms: {in_gains} is in the norms' gains, which S_n does away with; switch one of them off"
+        )
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
         activations=recipe.precision.activations,
         kv_cache=recipe.precision.kv_cache,
-        transforms=TransformRecord(
-            merged=tuple(name for name in transforms.names if name != "S_n"),
-            down_hadamard=DownHadamard(block=transforms.hadamard_block) if transforms.hadamard_block else None,
-            residual_scale=transforms.residual_scale,
-        ),
+        transforms=record,
         sink=_sink(source, recipe),
         overrides=(*head_override, *recipe.overrides),
         ignore=(*recipe.ignore, *head_ignore),
@@ -136,6 +136,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     )
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
+    _check_online(source, config, transforms)
     size = estimate_bytes(source, config, dtype)
     return Job(source, recipe, config, windows, training_windows, transforms, dtype, size)
 
@@ -228,11 +229,18 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
                     f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
                     "so they need the same scheme; name them all"
                 )
-        down = architecture.projection_name(layer, architecture.projection_of(Role.DOWN))
-        if config.transforms.down_hadamard and config.scheme_for(down) is None:
-            raise FPTQuantError(
-                f"ignore: {down} can't stay in floating point while T_d rotates its input; switch T_d off"
-            )
+
+
+def _check_online(source: Source, config: CheckpointConfig, transforms: TransformSet) -> None:
+    """Only quantized layers run steps online; the plugin leaves others to vLLM."""
+    for layer in linear_sizes(source):
+        for transform in transforms:
+            steps = linear_steps(None, online_steps(TransformRecord(**transform.online()), layer))
+            if config.scheme_for(layer) is None and arrange(steps, layer).online:
+                name = transform.name
+                raise FPTQuantError(
+                    f"ignore: {layer} can't stay in floating point while {name} is on; switch {name} off"
+                )
 
 
 def with_recipe(job: Job, recipe: Recipe) -> Job:

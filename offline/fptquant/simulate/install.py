@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import CheckpointConfig, LinearScheme
+from fptquant.format import CheckpointConfig
 from fptquant.format.checks import require_shared
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulate.families import CLASSES
 from fptquant.simulate.linear import SimulatedLinear
-from fptquant.simulate.sink import KEY, OUTPUT, VALUE, finish_loading_sink, install_sink
-from fptquant.wiring import Architecture, Projection, Role
+from fptquant.simulate.sink import finish_loading_sink, install_sink
+from fptquant.wiring import Architecture
 
 
 def install_simulation(model: PreTrainedModel, architecture: Architecture, config: CheckpointConfig) -> None:
@@ -27,22 +27,20 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
     """
     shape = architecture.shape(model.config)
-    hadamard, residual_scaled = config.transforms.down_hadamard, config.transforms.residual_scale
-    become_simulation(model, architecture, residual_scaled)
+    become_simulation(model, architecture, config.transforms.residual_scale)
     for index, layer in enumerate(architecture.layer_modules(model)):
         for projection in architecture.projections:
-            scheme = config.scheme_for(architecture.projection_name(index, projection))
-            block = hadamard.block if hadamard and projection.role is Role.DOWN else None
-            scaled = residual_scaled and projection.role in (Role.OUTPUT, Role.DOWN)
-            layer.set_submodule(projection.path, simulated_projection(layer, projection, scheme, block, scaled))
+            linear = layer.get_submodule(projection.path)
+            assert isinstance(linear, nn.Linear)
+            steps = config.steps_for(architecture.projection_name(index, projection))
+            layer.set_submodule(projection.path, SimulatedLinear.from_linear(linear, steps))
         if config.kv_cache.bits < 16:
             attention = layer.get_submodule(architecture.attention)
             attention.kv_quantizer = KVQuantizer(attention, config.kv_cache, shape.kv_heads)  # type: ignore[assignment]
-    head_scheme = config.scheme_for(architecture.head)
-    if head_scheme is not None:
+    if config.scheme_for(architecture.head) is not None:
         head = model.get_submodule(architecture.head)
         assert isinstance(head, nn.Linear)
-        model.set_submodule(architecture.head, SimulatedLinear.from_linear(head, head_scheme))
+        model.set_submodule(architecture.head, SimulatedLinear.from_linear(head, config.steps_for(architecture.head)))
     if config.kv_cache.bits < 16:
         model.config._attn_implementation = ATTENTION_NAME
     if config.sink is not None:
@@ -66,27 +64,6 @@ def become_simulation(model: PreTrainedModel, architecture: Architecture, residu
     if residual_scaled:
         for layer in architecture.layer_modules(model):
             layer.residual_eps = model.config.rms_norm_eps
-
-
-def simulated_projection(
-    layer: nn.Module,
-    projection: Projection,
-    scheme: LinearScheme | None,
-    hadamard_block: int | None,
-    residual_scaled: bool,
-) -> SimulatedLinear:
-    """The projection with its online steps; the caller puts it in place.
-
-    Args:
-        layer: decoder layer that holds the float projection.
-        projection: which.
-        scheme: what is quantized.
-        hadamard_block: of T_d, None without.
-        residual_scaled: whether it is given S.
-    """
-    linear = layer.get_submodule(projection.path)
-    assert isinstance(linear, nn.Linear)
-    return SimulatedLinear.from_linear(linear, scheme, hadamard_block=hadamard_block, residual_scaled=residual_scaled)
 
 
 def drop_quantized_weights(model: PreTrainedModel) -> None:
@@ -126,15 +103,16 @@ def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) ->
         for group in architecture.groups:
             names = architecture.group_names(index, group)
             linears = [layer.get_submodule(projection.path) for projection in group.members]
-            for tensor in ("input_scale", "input_zero_point"):
-                if hasattr(linears[0], tensor):
-                    require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
+            first = linears[0]
+            assert isinstance(first, SimulatedLinear)
+            for tensor in first.arrangement.shared_tensors(first.in_features, first.out_features):
+                require_shared(tensor, names, torch.stack([linear.get_buffer(tensor) for linear in linears]))
 
 
 def set_exact(model: PreTrainedModel) -> None:
     """Makes the simulation independent of the order of float32 sums, as the plugin's option `exact` does.
 
-    Attention and the online Hadamard are computed in float64 and rounded once (`checkpoint.exact_attention`).
+    Attention and what runs online are computed in float64 and rounded once (`checkpoint.exact_attention`).
     """
     for owner, name, value in _exact_settings(model):
         setattr(owner, name, value)
@@ -156,7 +134,7 @@ def _exact_settings(model: PreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
     """Owner, attribute and value of what exact mode sets."""
     for module in model.modules():
         if isinstance(module, SimulatedLinear):
-            yield module, "hadamard_dtype", torch.float64
+            yield module, "exact", True
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             yield module.kv_quantizer, "exact", True
 
@@ -182,7 +160,7 @@ def round_floats(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def checkpoint_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a finished simulation, or a part of it, by checkpoint name; scales and constants stay float32."""
+    """Tensors of a finished simulation, or a part of it, by checkpoint name; what is quantization's keeps its type."""
+    ours = {name for name, _ in model.named_buffers()}
     for name, tensor in model.state_dict().items():
-        keep = name.endswith(("_scale", KEY, VALUE, OUTPUT)) or not tensor.is_floating_point()
-        yield name, tensor if keep else tensor.to(dtype)
+        yield name, tensor if name in ours else tensor.to(dtype)

@@ -1,9 +1,11 @@
-"""A linear layer that is float first, and has a static input range and integer weights once quantized."""
+"""A linear layer that is float first, and has a static input range and integer weights once quantized.
+
+It is built from the layer's steps (`fptquant.format.steps`) and runs them in their order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,51 +13,41 @@ from torch import Tensor, nn
 from fptquant.errors import FPTQuantError
 from fptquant.format import (
     LinearScheme,
-    block_hadamard,
     code_bounds,
-    hadamard_factors,
     pack_codes,
-    packed_words,
     quantize,
     quantized_linear,
     unpack_codes,
 )
 from fptquant.format.checks import require_positive, require_zero_point
+from fptquant.format.steps import InputStep, OutputStep, RowScale, Step, Undo, arrange, in_floating_point
 from fptquant.simulate.buffers import FixedBuffers
 
 
 class SimulatedLinear(FixedBuffers):
-    """y = Q(H(S x)) W^T / S + b, with every part optional, computed exactly as the serving kernels do.
+    """y = Q(S x) W^T / S + b and other steps around them, computed exactly as the serving kernels do.
 
     Tensors with the names of the checkpoint format are buffers; `weight` exists until the layer is rounded, `codes`
     (the integer weights, held in float32 for the matrix product) after that.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        scheme: LinearScheme | None,
-        hadamard_block: int | None = None,
-        residual_scaled: bool = False,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, steps: Iterable[Step]) -> None:
         """Makes a layer without weights; `from_linear` and `finish_loading` fill it.
 
         Args:
             in_features: K.
             out_features: N.
             bias: whether there is one.
-            scheme: what is quantized; None leaves the layer in floating point.
-            hadamard_block: block size of T_d at the input, None without.
-            residual_scaled: whether `forward` is given S.
+            steps: from `CheckpointConfig.steps_for`.
+
+        Raises:
+            FPTQuantError: a step that the simulation doesn't know.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.scheme = scheme
-        self.hadamard_block = hadamard_block
-        self.hadamard_dtype = torch.float32
-        self.residual_scaled = residual_scaled
+        self.steps = tuple(steps)
+        self.arrangement = arrange(self.steps)
+        self.exact = False  # sums of online steps in float64
         self.observer: Callable[[Tensor], None] | None = None  # sees the input as the quantizer does
         self.weight: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
@@ -63,15 +55,10 @@ class SimulatedLinear(FixedBuffers):
         self.codes: Tensor | None = None
         self.low: Tensor | None = None
         self.high: Tensor | None = None
-        if scheme is not None:
-            words = packed_words(in_features, scheme.weights.bits)
-            self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32))
-            self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32))
-            self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
-            if scheme.activations.bits < 16:
-                self.register_buffer("input_scale", torch.empty((), dtype=torch.float32))
-                if not scheme.activations.symmetric:
-                    self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
+        for step in self.arrangement.steps:
+            make = torch.zeros if isinstance(step, InputStep | OutputStep) else torch.empty  # the others are set later
+            for tensor in step.tensors(in_features, out_features):
+                self.register_buffer(tensor.name, make(tensor.shape, dtype=tensor.dtype))
         self.weight_packed: Tensor
         self.weight_scale: Tensor
         self.weight_shape: Tensor
@@ -79,12 +66,24 @@ class SimulatedLinear(FixedBuffers):
         self.input_zero_point: Tensor
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: LinearScheme | None, **online: Any) -> SimulatedLinear:
+    def from_linear(cls, linear: nn.Linear, steps: Iterable[Step]) -> SimulatedLinear:
         """Takes over weight and bias of a float layer, without copying."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, **online)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, steps)
         layer.weight = nn.Parameter(linear.weight, linear.weight.requires_grad)
         layer.bias = linear.bias
         return layer
+
+    def around(self, linear: nn.Linear) -> SimulatedLinear:
+        """A layer that runs these online steps, with their tensors, around a float layer's product."""
+        layer = self.from_linear(linear, in_floating_point(self.steps))
+        for name in layer.arrangement.tensors(self.in_features, self.out_features):
+            setattr(layer, name, self.get_buffer(name))
+        return layer
+
+    @property
+    def scheme(self) -> LinearScheme | None:
+        """What is quantized; None for a layer in floating point."""
+        return self.arrangement.product.scheme
 
     def set_input_quantizer(self, scale: Tensor, zero_point: Tensor) -> None:
         """Fixes the static input range; from now on the input is quantized."""
@@ -126,14 +125,29 @@ class SimulatedLinear(FixedBuffers):
         self._derive("codes", unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float())
 
     def online(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The input after residual scale S (..., 1) and Hadamard: what is quantized."""
-        assert (scale is not None) is self.residual_scaled, "a layer gets S if, and only if, it is residual-scaled"
+        """The input after residual scale S (..., 1) and all other input steps: what is quantized."""
+        assert (scale is not None) is self.arrangement.scaled, "a layer gets S if, and only if, it scales by it"
         if scale is not None:
-            x = x.float() * scale
-        if self.hadamard_block is not None:
-            factors = hadamard_factors(self.hadamard_block, self.hadamard_dtype)
-            x = block_hadamard(x, *(factor.to(x.device) for factor in factors))
+            x = RowScale.apply(x, scale)
+        for step in self.arrangement.inputs:
+            x = step.bind(self._tensors(step), x.device, self.exact)(x)
         return x
+
+    def finished(self, y: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The product `y` (..., N) after all steps behind it.
+
+        Args:
+            y: (..., N).
+            x: (..., K), as `online` made it.
+            scale: S (..., 1) where the layer scales by it.
+            bias: (N,) or None.
+        """
+        for step in self.arrangement.outputs:
+            y = step.bind(self._tensors(step), x.device, self.exact)(y, x)
+        if self.arrangement.undone:
+            assert scale is not None
+            y = Undo.apply(y, scale)
+        return y if bias is None else y + bias
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the layer makes of its (online-transformed) input: x^ = s (q - z)."""
@@ -155,22 +169,25 @@ class SimulatedLinear(FixedBuffers):
         dtype, x = x.dtype, self.online(x, scale)
         if self.observer is not None:
             self.observer(x)
+        return self.finished(self._product(x), x, scale, self.bias).to(dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Quantize and Product, as far as they are known by now."""
         if self.codes is not None:
             output_scale = self.weight_scale.flatten()
             if self.low is not None:
                 x, input_scale = self.quantize_input(x)
                 output_scale = input_scale * output_scale
-            y = quantized_linear(x.float(), self.codes, output_scale)
-        else:
-            assert self.weight is not None, "the layer has neither weights nor codes"
-            if self.low is not None:
-                x = self.quantized_input(x)
-            y = nn.functional.linear(x.to(self.weight.dtype), self.weight)
-        if scale is not None:
-            y = y / scale
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(dtype)
+            return quantized_linear(x.float(), self.codes, output_scale)
+        assert self.weight is not None, "the layer has neither weights nor codes"
+        if self.low is not None:
+            x = self.quantized_input(x)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight)
+
+    def _tensors(self, step: Step) -> dict[str, Tensor]:
+        """What `step` finds in the checkpoint, by name."""
+        names = (tensor.name for tensor in step.tensors(self.in_features, self.out_features))
+        return {name: self.get_buffer(name) for name in names}
 
     def _set_bounds(self) -> None:
         assert self.scheme is not None

@@ -73,7 +73,7 @@ def train_local(
                         merged, _ = transforms.merge(projection.at(index), weight, None)
                         loss = loss + weight_norm(merged, options.p)
                     total += _backward(loss, optimization.step, architecture.layer_name(index))
-            if "T_r" in transforms.names and options.rotation_rate > 0:
+            if options.rotation_rate > 0 and any(transform.shared for transform in transforms):
                 for place, path in ((EMBEDDING, architecture.embedding), (HEAD, architecture.head)):
                     with entered(model.get_submodule(path)) as module:
                         weight = module.get_parameter("weight")

@@ -121,6 +121,6 @@ def transform_groups(
     found: dict[str, dict[str, nn.Parameter]] = {"transform": {}, "rotation": {}}
     for transform in transforms:
         if transform.in_weights or not in_weights:
-            group = found["rotation" if transform.name == "T_r" else "transform"]
+            group = found["rotation" if transform.shared else "transform"]
             group.update({f"transforms.{transform.name}.{key}": p for key, p in transform.named_parameters()})
     return {"transform": (rate, found["transform"]), "rotation": (rotation_rate, found["rotation"])}

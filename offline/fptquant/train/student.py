@@ -26,7 +26,7 @@ from fptquant.layers.residency import (
     small_tensors,
 )
 from fptquant.simulate import KVQuantizer, SimulatedLinear
-from fptquant.simulate.install import become_simulation, finish_loading, simulated_projection
+from fptquant.simulate.install import become_simulation, finish_loading
 from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
 from fptquant.train.fake_quant import Estimator, StaticQuantizer
 from fptquant.train.student_weights import (
@@ -81,7 +81,7 @@ class GroupInput:
 
 
 class TrainedLinear(nn.Module):
-    """Stands in for a `SimulatedLinear` while it is trained, with the same online steps."""
+    """Stands in for a `SimulatedLinear` while it is trained: its steps, with another quantizer and product."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class TrainedLinear(nn.Module):
         group: GroupInput,
         sink: SinkInput | None = None,
     ) -> None:
-        """Args: linear is kept for its online steps; the group is shared with the layers that read the same input."""
+        """Args: linear is kept for its steps; the group is shared with the layers that read the same input."""
         super().__init__()
         self.linear = [linear]
         self.group, self.quantizer = group, group.quantizer
@@ -98,13 +98,13 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Args: x (..., K), and S (..., 1) where the layer is scaled. Returns: (..., N)."""
-        y, bias = self.weight.product(self.group(self.linear[0].online(x, scale), self.weight))
+        linear = self.linear[0]
+        x = linear.online(x, scale)
+        y, bias = self.weight.product(self.group(x, self.weight))
         if self.sink is not None:
             assert isinstance(self.weight, FloatWeight)
             self.sink.update(self.weight)
-        if scale is not None:
-            y = y / scale
-        return y if bias is None else y + bias
+        return linear.finished(y, x, scale, bias)
 
 
 class TrainedKV(KVQuantizer):
@@ -269,7 +269,7 @@ def transform_student(
     """
     token = sink_token(calibrated)
     sink_inputs = {} if token is None else _sink_inputs(model, architecture, token)
-    become_simulation(model, architecture, transforms.residual_scale)
+    become_simulation(model, architecture, transforms.record().residual_scale)
     rotate_ends(model, architecture, transforms)
     scale_norms(model, architecture, transforms)
     if token is not None:
@@ -290,9 +290,6 @@ def transform_student(
                     path, role = projection.path, projection.role
                     linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                     assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                    online = simulated_projection(
-                        layer, projection, None, example.hadamard_block, example.residual_scaled
-                    )
                     group = group or GroupInput(len(members.members), _input_quantizer(example, estimator))
                     weight: FloatWeight
                     if float_weights or example.scheme is None:
@@ -308,7 +305,8 @@ def transform_student(
                         sink = SinkInput(attention, KEY, sink_inputs[index], norm)
                     elif sink_inputs and role is Role.VALUE:
                         sink = SinkInput(attention, VALUE, sink_inputs[index])
-                    online.weight = None
+                    online = example.around(linear)
+                    online.weight = None  # it's the student's to hold and to let go of
                     layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
         _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
         if twin is not None:

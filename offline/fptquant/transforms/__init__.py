@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fptquant.format import TransformRecord
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.down_hadamard import DownHadamard
 from fptquant.transforms.norm_scale import NormScale
@@ -99,15 +100,10 @@ class TransformSet(nn.Module):
         """Names of the transforms that are on."""
         return tuple(self.transforms)
 
-    @property
-    def hadamard_block(self) -> int | None:
-        """Block size of T_d, None when it is off."""
-        return self.transforms["T_d"].block if "T_d" in self.transforms else None  # type: ignore[return-value]
-
-    @property
-    def residual_scale(self) -> bool:
-        """Whether S_n is on."""
-        return "S_n" in self.transforms
+    def record(self) -> TransformRecord:
+        """What a checkpoint says of them."""
+        online = {field: value for transform in self for field, value in transform.online().items()}
+        return TransformRecord(merged=tuple(transform.name for transform in self if transform.merged), **online)
 
     def metrics(self) -> dict[str, float]:
         """What to watch while training, by name."""

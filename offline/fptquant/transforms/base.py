@@ -34,6 +34,9 @@ class Transform(nn.Module):
     name: ClassVar[str]
     Options: ClassVar[type[TransformOptions]] = TransformOptions
     in_weights: ClassVar[bool] = True  # both halves are, so that an objective on weights alone sees all of it
+    merged: ClassVar[bool] = True  # something of it goes into weights or norms
+    in_gains: ClassVar[bool] = False  # of the layers' norms
+    shared: ClassVar[bool] = False  # by all layers, embedding and head; it is trained at a rate of its own
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
         """Takes the sizes of the model, the transform's options and a generator for random starting values."""
@@ -72,6 +75,10 @@ class Transform(nn.Module):
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """Gain (hidden,) that the norm gets whose output is read at `place`; None for one."""
         return None
+
+    def online(self) -> dict[str, Any]:
+        """Fields of the format's `TransformRecord` for what runs online: the layers' steps come from them."""
+        return {}
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
@@ -54,6 +54,10 @@ class DownHadamard(Transform):
                 f"T_d: block {self.block} does not divide the intermediate size {shape.intermediate}; "
                 f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
             )
+
+    def online(self) -> dict[str, Any]:
+        """The block size at down_proj."""
+        return {"down_hadamard": {"block": self.block}}
 
     def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Multiplies each block of columns of down_proj by the (symmetric, orthonormal) Hadamard matrix."""

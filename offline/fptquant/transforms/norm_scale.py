@@ -33,6 +33,7 @@ class NormScale(Transform):
     name = "T_s"
     Options = NormScaleOptions
     in_weights = False
+    in_gains = True
 
     def __init__(self, shape: Shape, options: NormScaleOptions, generator: torch.Generator) -> None:
         """Starts at the identity; `start` is for those who have seen activations."""

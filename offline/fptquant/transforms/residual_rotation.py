@@ -30,6 +30,7 @@ class ResidualRotation(Transform):
 
     name = "T_r"
     Options = RotationOptions
+    shared = True
 
     def __init__(self, shape: Shape, options: RotationOptions, generator: torch.Generator) -> None:
         """Starts at the identity or at a Hadamard matrix with random signs."""

@@ -1,5 +1,7 @@
 """S_n: per-token scaling by the RMS of the residual, run online."""
 
+from typing import Any
+
 from fptquant.transforms.base import Transform
 
 
@@ -11,3 +13,8 @@ class ResidualScale(Transform):
     """
 
     name = "S_n"
+    merged = False
+
+    def online(self) -> dict[str, Any]:
+        """On."""
+        return {"residual_scale": True}
