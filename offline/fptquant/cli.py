@@ -113,6 +113,9 @@ def quantize(
     residency: Annotated[
         Memory, typer.Option(help="what is in memory: resident (all of the model), streamed (a layer at a time), auto")
     ] = Memory.auto,
+    max_memory: Annotated[
+        str | None, typer.Option(help="what the run may take, e.g. 8GB (default: what is free); decides auto")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
@@ -120,6 +123,7 @@ def quantize(
     from fptquant.evaluation.vllm_backend import on_gpu
     from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
+    from fptquant.run.memory import choose_residency, parse_size
     from fptquant.run.publication import Publication
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
@@ -148,21 +152,23 @@ def quantize(
         kept["kv_cache"]["strategy"] = kv_strategy
         chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
 
+    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     parallel.start()
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
     with err.status("checking model, recipe and calibration text"):
         job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
+        wanted: Any = None if residency is Memory.auto else residency.value
+        policy = choose_residency(job, wanted, limit)
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
-        out.print(plan_table(job, output))
+        out.print(plan_table(job, output, policy))
         show_notes(job.source)
     if dry_run:
         out.print("dry run: nothing was written")
         return
     stages = RichStages() if parallel.is_main() else Stages()
-    policy: Any = "streamed" if residency is Memory.streamed else "resident"
     summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages, residency=policy)
     if not parallel.is_main():
         return

@@ -1,0 +1,126 @@
+"""How much memory a run takes, estimated before it starts; and whether the whole model fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from fptquant.errors import FPTQuantError
+from fptquant.layers.residency import Residency
+from fptquant.run.job import Job, linear_sizes
+from fptquant.run.shards import LARGEST
+
+_PROCESS = 450_000_000  # bytes of Python, torch and transformers
+_FLOAT32, _FLOAT64 = 4, 8
+_HESSIANS = 3  # matrices (K, K) in float64 that rounding holds at once
+_RESIDENT = 1.25  # of the float32 weights: packed integers beside them
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, in numbers of values."""
+
+    layer: int  # a decoder layer's matrices
+    ends: int  # of embedding and head, the larger one
+    total: int
+    widest: int  # largest number of inputs of a linear layer
+    matrix: int  # largest matrix of a decoder layer
+
+    @classmethod
+    def of(cls, job: Job) -> Sizes:
+        """Of a job's model."""
+        shape = job.source.architecture.shape(job.source.config)
+        sizes = [rows * columns for rows, columns in linear_sizes(job.source).values()]
+        vocabulary: int = job.source.config.vocab_size * shape.hidden
+        return cls(
+            layer=sum(sizes) // shape.layers,
+            ends=vocabulary,
+            total=sum(sizes) + 2 * vocabulary,
+            widest=max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim),
+            matrix=max(sizes),
+        )
+
+
+def expected_memory(job: Job, residency: Residency) -> int:
+    """Largest resident size of a run, in bytes: the largest of its stages.
+
+    With P the matrices of a layer, E those of embedding or head, M the largest matrix, K the widest input and T
+    calibration tokens, in bytes of float32:
+
+        process + hidden states + max of
+            rounding a layer:  2 P + inputs (T, K) + 3 (K, K) in float64 + 3 M
+            rounding the head: 4 E
+            writing:           2 E + one weight file
+            training:          activations, and two heads' E + a layer's P (streamed) or all weights (resident)
+
+    and, where the model is resident, all weights as floats and as packed integers.
+    """
+    sizes, recipe = Sizes.of(job), job.recipe
+    shape = job.source.architecture.shape(job.source.config)
+    tokens = job.windows.numel()
+    hidden = _FLOAT32 * tokens * shape.hidden * 2
+    hessians = 0 if recipe.rounding.method == "nearest" else _HESSIANS * _FLOAT64 * sizes.widest**2
+    layer = _FLOAT32 * (2 * sizes.layer + tokens * sizes.widest + 3 * sizes.matrix) + hessians
+    head = _FLOAT32 * 4 * sizes.ends
+    written = _FLOAT32 * 2 * sizes.ends + min(LARGEST, job.output_bytes)
+    weights = int(_RESIDENT * _FLOAT32 * sizes.total) if residency == "resident" else 0
+    stages = [layer, head, written]
+    if recipe.end_to_end.steps or recipe.scales.steps:
+        length = recipe.training.length
+        kept = 1 if residency == "streamed" else shape.layers
+        activations = _FLOAT32 * length * (12 * shape.hidden + 6 * shape.intermediate + shape.heads * length) * kept
+        stages.append(activations + _FLOAT32 * (2 * sizes.ends + 2 * sizes.layer))
+    return _PROCESS + hidden + weights + max(stages)
+
+
+def free_memory() -> int:
+    """What this machine has left, in bytes."""
+    return int(psutil.virtual_memory().available)
+
+
+def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> Residency:
+    """What of the model stays in memory.
+
+    Args:
+        job: to be done.
+        wanted: by the user; None for the whole model where it fits.
+        limit: bytes that the run may take; None for what is free.
+
+    Raises:
+        FPTQuantError: not even a layer at a time fits into the user's limit.
+    """
+    room = free_memory() if limit is None else limit
+    residency: Residency = wanted or ("resident" if expected_memory(job, "resident") <= room else "streamed")
+    needed = expected_memory(job, residency)
+    if needed > room and limit is not None:
+        remedy = "lower calibration.sequences or calibration.length, or raise --max-memory"
+        if residency == "resident":
+            remedy = f"streamed needs about {expected_memory(job, 'streamed') / 1e9:.1f} GB; or {remedy}"
+        raise FPTQuantError(
+            f"--max-memory: {limit / 1e9:.1f} GB are less than the {needed / 1e9:.1f} GB that {residency} takes: {remedy}"
+        )
+    return residency
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of a size like 8GB or 500MB.
+
+    Args:
+        option: of the command line, for the message.
+        text: what the user gave.
+
+    Raises:
+        FPTQuantError: no size.
+    """
+    units = {"GB": 10**9, "MB": 10**6, "GIB": 2**30, "MIB": 2**20}
+    number = text.strip().upper()
+    for unit, factor in units.items():
+        if number.endswith(unit):
+            try:
+                size = float(number.removesuffix(unit)) * factor
+            except ValueError:
+                break
+            if 0 < size < 1e18:
+                return int(size)
+    raise FPTQuantError(f"{option}: '{text}' is no size: give one like 8GB or 500MB")
