@@ -60,9 +60,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             FPTQuantError: a step that the plugin doesn't know.
         """
         self.shards = shards
-        self.steps = arrange(steps, " / ".join(shards))
-        assert self.steps.product.scheme is not None
-        self.scheme = self.steps.product.scheme
+        self.arrangement = arrange(steps, " / ".join(shards))
+        assert self.arrangement.product.scheme is not None
+        self.scheme = self.arrangement.product.scheme
         self.kernel = kernel
         self.exact = exact
         self.fast_hadamard = fast_hadamard
@@ -102,17 +102,17 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"w{weights.bits}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
-        for step in self.steps.inputs:
+        for step in self.arrangement.inputs:
             if self.fast_hadamard and isinstance(step, Hadamard):
                 require_hadacore(self.shards[0], step.block, capability)
 
         layer.params_dtype = params_dtype
         layer.fptquant_out_features = out_features
         layer.fptquant_takes_scale = issubclass(self.kernel_class, GpuKernel)
-        layer.fptquant_scaled, layer.fptquant_undone = self.steps.scaled, self.steps.undone
+        layer.fptquant_scaled, layer.fptquant_undone = self.arrangement.scaled, self.arrangement.undone
         self.dummy = has_dummy_weights()
 
-        for name, tensor in self.steps.tensors(in_features, out_features).items():
+        for name, tensor in self.arrangement.tensors(in_features, out_features).items():
             recorded = recording(extra_weight_attrs["weight_loader"], layer, name, self.shards, self.loaded)
             layer.register_parameter(name, make_parameter(tensor, shards, recorded))
 
@@ -147,13 +147,13 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scales = layer.weight_scale.data.split(self.output_partition_sizes)
         for name, scale in zip(self.shards, scales, strict=True):
             require_positive(f"{name}.weight_scale", scale)
-        if self.steps.quantize is not None:
+        if self.arrangement.quantize is not None:
             for name, scale in zip(self.shards, layer.input_scale.data, strict=True):
                 require_positive(f"{name}.input_scale", scale)
         rows, columns = layer.fptquant_out_features, layer.input_size_per_partition
         shared = {
             name: self._shared(name, layer.get_parameter(name).data)
-            for name in self.steps.shared_tensors(columns, rows)
+            for name in self.arrangement.shared_tensors(columns, rows)
         }
         zero_point = shared.get("input_zero_point")
         if zero_point is not None:
@@ -173,7 +173,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Tensors of a shard's steps other than quantizer and product, by name."""
         found = {}
         rows = self.output_partition_sizes
-        for step in self.steps.online:
+        for step in self.arrangement.online:
             for tensor in step.tensors(layer.input_size_per_partition, rows[index]):
                 data = layer.get_parameter(tensor.name).data
                 found[tensor.name] = (data if tensor.outputs is None else data.split(rows, tensor.outputs))[index]
@@ -183,7 +183,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Builds the kernel; where there is one already, graphs go on with the new weights."""
         if issubclass(self.kernel_class, GpuKernel):
             kernel = self.kernel_class(weights, layer.params_dtype)
-            prepared_on_gpu = GpuLinear(kernel, weights, self.steps, fast_hadamard=self.fast_hadamard)
+            prepared_on_gpu = GpuLinear(kernel, weights, self.arrangement, fast_hadamard=self.fast_hadamard)
             buffers = dict(prepared_on_gpu.named_buffers())
             if self.on_gpu is None:
                 self.on_gpu = buffers
@@ -193,7 +193,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     buffer.copy_(buffers[name])
             return
         assert issubclass(self.kernel_class, CpuKernel)
-        prepared = PreparedLinear(self.kernel_class(weights), weights, self.steps, exact=self.exact)
+        prepared = PreparedLinear(self.kernel_class(weights), weights, self.arrangement, exact=self.exact)
         layer.fptquant_prepared = prepared
         layer.fptquant_plain = getattr(layer, "tp_size", 1) == 1 and getattr(layer, "bias", None) is None
         if self.handle is None:
@@ -225,7 +225,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _check_partition(self, in_features: int, total: int) -> None:
         """Refuses tensor-parallel sizes that cut through what a step needs in one piece."""
         parts = total // in_features
-        for step in reversed(self.steps.steps):  # weights, which any smaller size may suit, last
+        for step in reversed(self.arrangement.steps):  # weights, which any smaller size may suit, last
             refusal = step.split_refusal(in_features, parts)
             if refusal is not None:
                 raise FPTQuantError(
@@ -249,7 +249,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     f"{name}.weight_shape: {columns} input features, but the model has {self.in_features}"
                 )
             self._require_rows(layer, index, rows)
-            for tensor in self.steps.tensors(columns, rows).values():
+            for tensor in self.arrangement.tensors(columns, rows).values():
                 found, shape = list(self.loaded[tensor.name][index]), list(tensor.shape)
                 if shape and found != shape:  # scalars may have a dimension
                     raise FPTQuantError(

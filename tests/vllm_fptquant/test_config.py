@@ -172,9 +172,9 @@ def test_override_of_a_whole_fused_layer() -> None:
 
 def test_hadamard_is_for_down_proj_only() -> None:
     config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
-    assert build_linear("down", config).quant_method.steps.inputs == (Hadamard(32),)
-    assert build_linear("o", config).quant_method.steps.inputs == ()
-    assert build_linear("gate_up", config).quant_method.steps.inputs == ()
+    assert build_linear("down", config).quant_method.arrangement.inputs == (Hadamard(32),)
+    assert build_linear("o", config).quant_method.arrangement.inputs == ()
+    assert build_linear("gate_up", config).quant_method.arrangement.inputs == ()
 
 
 def test_ignored_layer_with_online_steps_is_refused() -> None:
