@@ -98,7 +98,7 @@ def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> R
         if residency == "resident":
             remedy = f"streamed needs about {expected_memory(job, 'streamed') / 1e9:.1f} GB; or {remedy}"
         raise FPTQuantError(
-            f"--max-memory: {limit / 1e9:.1f} GB are less than the {needed / 1e9:.1f} GB that {residency} takes: {remedy}"
+            f"--max-memory: {limit / 1e9:.1f} GB are less than {needed / 1e9:.1f} GB, which {residency} takes: {remedy}"
         )
     return residency
 
