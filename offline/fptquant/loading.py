@@ -76,10 +76,10 @@ class Source:
             FPTQuantError: a file is gone, or holds values that aren't finite.
         """
         wanted = {name: self.names[name] for name in names}
-        stored = self.weights.read(dict.fromkeys(wanted.values()))
-        for name, tensor in stored.items():
+        stored: dict[str, Tensor] = {}
+        for name, tensor in self.weights.read(dict.fromkeys(wanted.values())):
             stored[name] = tensor.float()
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool(torch.stack(torch.aminmax(stored[name])).isfinite().all()):  # NaN is both
                 raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
         return {name: stored[found] for name, found in wanted.items()}
 
@@ -211,7 +211,7 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         watch = Watch(binding)
-        return {name: t.float() if t.is_floating_point() else t for name, t in watch(stored.read(names).items())}
+        return {name: t.float() if t.is_floating_point() else t for name, t in watch(stored.read(names))}
 
     found = parts(model, source.architecture)
     for name, module in found.items():

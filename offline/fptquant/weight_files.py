@@ -104,13 +104,12 @@ class WeightFiles:
                     if tensor.file == file:
                         yield name, opened.get_tensor(name)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Content of some tensors, copied, so that no file stays mapped.
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and content of some tensors, each copied when it is asked for, so that no file stays mapped.
 
         Raises:
             FPTQuantError: a file has gone, or isn't what it was.
         """
-        found: dict[str, Tensor] = {}
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self.tensors[name].file, []).append(name)
@@ -121,12 +120,11 @@ class WeightFiles:
                         tensor = opened.get_tensor(name)
                         if tuple(tensor.shape) != self.tensors[name].shape:
                             raise FPTQuantError(f"'{file}' was changed while it was in use: start again")
-                        found[name] = tensor.clone()
+                        yield name, tensor.clone()
             except (SafetensorError, OSError) as error:
                 raise FPTQuantError(
                     f"'{file}' can't be read any more ({first_line(error)}): put it back, and run again to continue"
                 ) from None
-        return found
 
     def require_alone(self) -> None:
         """Refuses other safetensors files beside these.

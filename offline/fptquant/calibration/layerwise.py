@@ -201,7 +201,8 @@ def rounded_weights(
         recipe: ranges and rounding.
         log_clip: (sum of N, 1), learned clipping in place of the search for scales.
     """
-    stacked = torch.cat([linear.float_weight() for linear in linears]).float()
+    weights = [linear.float_weight() for linear in linears]
+    stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).float()
     if log_clip is None:
         scales = weight_scales(stacked, bits, recipe.weight_range, None if hessian is None else hessian.diagonal())
     else:

@@ -199,7 +199,7 @@ def _take_quantized_tensors(job: Job, model: PreTrainedModel, checkpoint: Path) 
     def take(module: nn.Module, prefix: str) -> None:
         round_floats(module, job.dtype)
         found = stored.read(f"{prefix}{name}" for name, _ in module.named_buffers() if f"{prefix}{name}" in stored)
-        set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
+        set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in found})
         finish_loading(module)
 
     found = parts(model, job.source.architecture)

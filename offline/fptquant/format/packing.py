@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 WORD = 32  # bits
+_AT_ONCE = 1 << 22  # codes that are 32-bit integers at a time
 
 
 def packed_words(in_features: int, bits: int) -> int:
@@ -20,13 +21,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     code is split between words: 7-bit ones leave a word's upper four bits zero. Rows are padded with zero bits.
     """
     offset, per_word = 1 << (bits - 1), WORD // bits
-    unsigned = codes.to(torch.int32) + offset
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     words = packed_words(columns, bits)
-    unsigned = torch.nn.functional.pad(unsigned, (0, words * per_word - columns)).view(rows, words, per_word)
-    packed = torch.zeros(rows, words, dtype=torch.int32, device=codes.device)
-    for j in range(per_word):
-        packed |= unsigned[..., j] << (j * bits)
+    packed = torch.zeros(codes.shape[0], words, dtype=torch.int32, device=codes.device)
+    rows = max(1, _AT_ONCE // max(1, columns))
+    for part, into in zip(torch.split(codes, rows), torch.split(packed, rows), strict=True):
+        unsigned = torch.nn.functional.pad(part.to(torch.int32) + offset, (0, words * per_word - columns))
+        for j in range(per_word):
+            into |= unsigned[:, j::per_word] << (j * bits)
     return packed
 
 

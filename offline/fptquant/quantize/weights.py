@@ -67,7 +67,7 @@ def _search_scales(weight: Tensor, bits: int, options: WeightRangeOptions, impor
 
 def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer codes (in float) of weights, half to even, clamped to the symmetric code range."""
-    return torch.clamp(torch.round(weight / scale), -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+    return torch.div(weight, scale).round_().clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
 
 
 def channel_scale(weight: Tensor, log_clip: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
-_ROWS = 1 << 14  # of an embedding or a head that are in float64 at a time
+_VALUES = 1 << 23  # of an embedding or a head that are in float64 at a time
 
 
 @torch.no_grad()
@@ -85,7 +85,8 @@ def _merge_weight(module: nn.Module, transforms: TransformSet, place: Place, gai
 @torch.no_grad()
 def _merge_rows(module: nn.Module, transforms: TransformSet, place: Place, gain: Tensor | None) -> None:
     """As `_merge_weight` where nothing acts on the outputs, of which there may be many: some rows at a time."""
-    for rows in torch.split(module.get_parameter("weight"), _ROWS):
+    weight = module.get_parameter("weight")
+    for rows in torch.split(weight, max(1, _VALUES // weight.shape[1])):
         merged = rows.double() if gain is None else rows.double() * gain
         rows.copy_(transforms.inputs(place, merged))
 
