@@ -162,7 +162,7 @@ class Architecture:
 
     def projection_of(self, role: Role) -> Projection:
         """The first linear layer of this role."""
-        return next(projection for projection in self.projections if projection.role is role)
+        return next(member for group in self.groups for member in group.members if member.role is role)
 
     def path_within(self, module: str, role: Role) -> str:
         """Path of `projection_of(role)` relative to `module` (`attention` or `mlp`), which computes with it."""
@@ -175,7 +175,7 @@ class Architecture:
 
     def norm_before(self, role: Role) -> str | None:
         """Path of the norm whose output `projection_of(role)` reads; None where that isn't a norm's."""
-        return next(group.norm for group in self.groups if self.projection_of(role) in group.members)
+        return next(group.norm for group in self.groups for member in group.members if member.role is role)
 
     def normed_groups(self) -> Iterator[tuple[InputGroup, str]]:
         """Groups that read a norm's output, and the norm's path."""
