@@ -1,0 +1,55 @@
+"""What stays in memory is chosen before a run, by what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fptquant.console import plan_table
+from fptquant.errors import FPTQuantError
+from fptquant.run import memory
+from fptquant.run.memory import choose_residency, expected_memory, parse_size
+from tests.fptquant.train.test_training import make_job
+
+
+@pytest.mark.parametrize(
+    "text, size", [("8GB", 8 * 10**9), ("1.5 gb", 1_500_000_000), ("500MB", 500_000_000), ("2GiB", 2**31)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0MB", "nanGB", "infGB", "8TB", ""])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(FPTQuantError, match=f"--max-memory: '{text}' is no size: give one like 8GB"):
+        parse_size("--max-memory", text)
+
+
+def test_auto_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("gqa", tmp_path)
+    whole, layer = expected_memory(job, "resident"), expected_memory(job, "streamed")
+    assert layer < whole
+    assert choose_residency(job, None, whole) == "resident"
+    assert choose_residency(job, None, whole - 1) == "streamed"
+    for free, chosen in ((whole, "resident"), (whole - 1, "streamed"), (1, "streamed")):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        assert choose_residency(job, None, None) == chosen
+        assert choose_residency(job, "resident", None) == "resident"
+
+
+def test_too_little_is_said_before_any_work(tmp_path: Path) -> None:
+    job = make_job("gqa", tmp_path)
+    with pytest.raises(FPTQuantError, match="--max-memory: .* which streamed takes: lower calibration.sequences"):
+        choose_residency(job, None, 1000)
+    with pytest.raises(FPTQuantError, match="which resident takes: streamed needs about 0.. GB; or lower"):
+        choose_residency(job, "resident", 1000)
+
+
+def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("gqa", tmp_path)
+    for free, warned in ((10**12, False), (1, True)):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        cells = [str(cell) for column in plan_table(job, tmp_path, "streamed").columns for cell in column.cells]
+        assert any("a layer at a time (streamed)" in cell for cell in cells)
+        assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned
