@@ -41,9 +41,7 @@ from fptquant.run.training import (
 )
 from fptquant.run.writer import write_checkpoint
 from fptquant.sensitivity import spend
-from fptquant.simulate import install_simulation
 from fptquant.simulate.sink import record_sink
-from fptquant.transforms.merging import merge_transforms
 from fptquant.weight_files import WeightFiles
 
 # The same command again would only repeat the end.
@@ -199,14 +197,6 @@ def _bought(spending: dict[str, Any]) -> str:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def transform(job: Job, model: PreTrainedModel, stages: Stages | None = None) -> None:
-    """Merges the transforms and installs the online ones; the model computes what it did before."""
-    merging = merge_transforms(model, job.source.architecture, job.transforms)
-    for _ in (stages or Stages()).track(merging, job.layers):
-        pass
-    install_simulation(model, job.source.architecture, job.config)
 
 
 def started(job: Job, stages: Stages, residency: Residency = "resident") -> PreTrainedModel:

@@ -65,7 +65,7 @@ def test_rope_that_leaves_the_first_key_alone(case: str, make_plan: MakePlan) ->
     job = make_plan({"transforms": []}, **UNSCALED[case])
     assert job.config.sink is not None and sink_obstacle(job.source, job.recipe) is None
     _, cached = first_keys(job)
-    attention = pipeline.transformed(job).get_submodule("model.layers.1.self_attn")
+    attention = pipeline.with_constants(job).get_submodule("model.layers.1.self_attn")
     assert torch.allclose(attention.k_sink, cached, atol=1e-5)  # type: ignore[arg-type]
 
 

@@ -61,7 +61,7 @@ def test_before_is_what_the_original_sees(make_job: Callable[..., Job]) -> None:
 def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callable[..., Job]) -> None:
     """Behind S_n and T_d, and without position 0, which no range has to hold."""
     job = make_job(precision="w4a8kv8")
-    model = pipeline.transformed(job)
+    model = pipeline.with_constants(job)
     found = observe(job, model)
     for site, spread in found.items():
         if site.is_input:

@@ -37,7 +37,7 @@ def make_probe(make_job: Callable[..., Job]) -> MakeProbe:
     def make(kinds: tuple[str, ...] = KINDS, tokens: Tensor | None = None, **fields: Any) -> Probe:
         job = make_job(**fields)
         tokens = job.windows[:3, :24] if tokens is None else tokens
-        probe = Probe(job, pipeline.transformed(job), tokens)
+        probe = Probe(job, pipeline.with_constants(job), tokens)
         assert list(probe.calibrate(sites_of(job, kinds))) == [0, 1]
         return probe
 

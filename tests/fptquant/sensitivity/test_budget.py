@@ -14,15 +14,14 @@ from fptquant.format import CheckpointConfig, WeightScheme
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, job_of
+from fptquant.run.models import transformed
 from fptquant.sensitivity import KINDS, Probe, Site, sites_of, spend
 
 MakeProbe = Callable[..., Probe]
 
 
 def spent(job: Job) -> Any:
-    model = load_model(job.source)
-    pipeline.transform(job, model)
-    return spend(job, model)
+    return spend(job, transformed(job, "resident"))
 
 
 MEASURE = {"windows": 3, "length": 24}

@@ -17,6 +17,7 @@ from fptquant.loading import load_model, open_source
 from fptquant.quantize import WeightRangeOptions, channel_scale, weight_scales
 from fptquant.run import training as stages
 from fptquant.run.job import Job, job_of
+from fptquant.run.models import transformed
 from fptquant.train.block_wise import BlockWiseOptions, train_block_wise
 from fptquant.train.student import Student, transform_student
 from fptquant.transforms import TransformSet
@@ -89,13 +90,12 @@ def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | N
         patch.setattr(stages, "layer_clipping", lambda found: learned.update(original(found)) or original(found))
         pipeline.quantize(job, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    transformed = load_model(job.source)
     written = job_of(tmp_path / "out", job.source.path)
-    pipeline.transform(written, transformed)
+    model = transformed(written, "resident")
     assert len(learned) == 2 * 7
     widened = 0
     for name, log_clip in learned.items():
-        weight = transformed.get_submodule(name).float_weight()
+        weight = model.get_submodule(name).float_weight()
         expected = round_scale(channel_scale(weight, log_clip, 4))
         scheme = written.config.scheme_for(name)
         if scheme is not None and scheme.weights.bits == 7:
@@ -104,7 +104,7 @@ def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | N
     assert bool(widened) is bool(budget)
     tokens = torch.arange(5, 29)[None]
     logits = load_model(job.source)(tokens).logits
-    assert (transformed(tokens).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (model(tokens).logits - logits).abs().max() < 1e-4 * logits.abs().max()
     assert bool((tensors["model.layers.0.input_layernorm.weight"] != 1).all())
     load_model(open_source(tmp_path / "out"))
 

@@ -16,11 +16,11 @@ from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import LayerInputs
-from fptquant.loading import load_model
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.run import training as stages
 from fptquant.run.job import Job, open_job
+from fptquant.run.models import transformed
 from fptquant.run.state import RunState
 from fptquant.simulate.sink import KEY, VALUE, record_sink, sink_token
 from fptquant.train import end_to_end, local
@@ -67,8 +67,7 @@ def make_job(kind: str, path: Path, sizes: dict[str, Any] | None = None, /, **fi
 
 def quantized(job: Job) -> Any:
     """The job's simulation, in memory; its second layer is steady."""
-    simulation = load_model(job.source)
-    pipeline.transform(job, simulation)
+    simulation = transformed(job, "resident")
     record_sink(simulation, LLAMA, job.first_tokens)
     if sink_token(simulation) is not None:
         simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
@@ -208,10 +207,9 @@ def test_stage_one_lowers_its_objective_and_keeps_the_function(tmp_path: Path) -
     assert losses[-1] < 0.97 * losses[0]
     rotation = transforms.transforms["T_r"].rotation(torch.float64)
     assert (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-10
-    model = build_model("gqa")
     job = make_job("gqa", tmp_path)
     job.transforms.load_state_dict(transforms.state_dict())
-    pipeline.transform(job, model)
+    model = transformed(job, "resident")
     assert (model(TOKENS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
