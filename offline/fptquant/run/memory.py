@@ -50,7 +50,7 @@ def expected_memory(job: Job, residency: Residency) -> int:
 
         process + hidden states + max of
             rounding a layer:  2 P + inputs (T, K) + 3 (K, K) in float64 + 3 M
-            rounding the head: 4 E
+            rounding the head: 2.5 E
             writing:           2 E + one weight file
             training:          activations, and two heads' E + a layer's P (streamed) or all weights (resident)
 
@@ -62,7 +62,7 @@ def expected_memory(job: Job, residency: Residency) -> int:
     hidden = _FLOAT32 * tokens * shape.hidden * 2
     hessians = 0 if recipe.rounding.method == "nearest" else _HESSIANS * _FLOAT64 * sizes.widest**2
     layer = _FLOAT32 * (2 * sizes.layer + tokens * sizes.widest + 3 * sizes.matrix) + hessians
-    head = _FLOAT32 * 4 * sizes.ends
+    head = int(_FLOAT32 * 2.5 * sizes.ends)
     written = _FLOAT32 * 2 * sizes.ends + min(LARGEST, job.output_bytes)
     weights = int(_RESIDENT * _FLOAT32 * sizes.total) if residency == "resident" else 0
     stages = [layer, head, written]
