@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -159,17 +159,17 @@ def quantize(
     with err.status("checking model, recipe and calibration text"):
         job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
         wanted: Any = None if residency is Memory.auto else residency.value
-        policy = choose_residency(job, wanted, limit)
+        job = replace(job, residency=choose_residency(job, wanted, limit))
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
-        out.print(plan_table(job, output, policy))
+        out.print(plan_table(job, output))
         show_notes(job.source)
     if dry_run:
         out.print("dry run: nothing was written")
         return
     stages = RichStages() if parallel.is_main() else Stages()
-    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages, residency=policy)
+    summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages)
     if not parallel.is_main():
         return
     table = Table(title=f"{output}", show_header=False)

@@ -21,7 +21,6 @@ from rich.table import Table
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
-    from fptquant.layers.residency import Residency
     from fptquant.loading import Source
     from fptquant.run.job import Job
 
@@ -59,7 +58,7 @@ class RichStages(Stages):
         self._bar.stop()
 
 
-def plan_table(job: Job, output: Path, residency: Residency) -> Table:
+def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
     from fptquant.run.job import sink_obstacle
     from fptquant.run.memory import expected_memory, free_memory
@@ -104,10 +103,10 @@ def plan_table(job: Job, output: Path, residency: Residency) -> Table:
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
-    needed, free = expected_memory(job, residency), free_memory()
-    how = "the whole model" if residency == "resident" else "a layer at a time"
+    needed, free = expected_memory(job, job.residency), free_memory()
+    how = "the whole model" if job.residency == "resident" else "a layer at a time"
     warning = f", more than the {free / 1e9:.1f} GB that are free" if needed > free else ""
-    table.add_row("memory", f"about {needed / 1e9:.1f} GB, {how} ({residency}){warning}")
+    table.add_row("memory", f"about {needed / 1e9:.1f} GB, {how} ({job.residency}){warning}")
     return table
 
 

@@ -62,13 +62,7 @@ class Summary:
 
 
 def quantize(
-    job: Job,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    fresh: bool = False,
-    stages: Stages | None = None,
-    residency: Residency = "resident",
+    job: Job, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
@@ -78,7 +72,6 @@ def quantize(
         overwrite: replace an existing checkpoint.
         fresh: throw the state of an unfinished run away.
         stages: shows progress.
-        residency: whether the whole model is in memory, or a layer at a time; the checkpoint is the same.
 
     Raises:
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
@@ -93,14 +86,14 @@ def quantize(
                 rehearse(job, staging / "rehearsal")
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", SHORTER):
-                teacher = make_teacher(job, state, stages, residency)
-        clipping = train_transforms(job, teacher, state, stages, metrics, residency)
+                teacher = make_teacher(job, state, stages)
+        clipping = train_transforms(job, teacher, state, stages, metrics)
         if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
             return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
         spending = None
         if recipe.budget is not None:
             narrow = {name: job.config.scheme_for(name) for name in clipping}
-            job, spending = spend_budget(job, state, stages, residency)
+            job, spending = spend_budget(job, state, stages)
             for name, scheme in narrow.items():
                 widened = job.config.scheme_for(name)
                 if scheme and widened and scheme.weights != widened.weights:
@@ -108,7 +101,7 @@ def quantize(
             require_space(job, publication, state)
         with stages.stage("observe", "lower calibration.length and pass --fresh"):
             before = observe(job, load_model(job.source, residency="streamed"))
-            model = transformed(job, residency)
+            model = transformed(job)
             record_sink(model, job.source.architecture, job.first_tokens)
             after = observe(job, model)
             to_be_rounded(job, model, state)
@@ -130,7 +123,7 @@ def quantize(
             expected = logits(model, probe)
             del model
         with stages.stage("read back"):
-            require_read_back(expected, staging, probe, residency)
+            require_read_back(expected, staging, probe, job.residency)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=publication.target.name,
@@ -170,7 +163,7 @@ def require_space(job: Job, publication: Publication, state: RunState) -> None:
     publication.require_space(job.output_bytes + max(0, state_bytes(job) - there))
 
 
-def spend_budget(job: Job, state: RunState, stages: Stages, residency: Residency) -> tuple[Job, dict[str, Any]]:
+def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:
     """The job with overrides in place of its budget, and the record of how they were chosen."""
     stored = state.load("budget")
     if stored is not None:
@@ -179,7 +172,7 @@ def spend_budget(job: Job, state: RunState, stages: Stages, residency: Residency
             recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
             return with_recipe(job, recipe), facts["record"]
     with stages.stage("load for the budget"):
-        model = with_constants(job, residency)
+        model = with_constants(job)
     changed, spending = spend(job, model, stages)
     facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
     state.save("budget", {}, facts)
@@ -199,17 +192,17 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def started(job: Job, stages: Stages, residency: Residency = "resident") -> PreTrainedModel:
+def started(job: Job, stages: Stages) -> PreTrainedModel:
     """The source with its transforms at their start and merged; in stages of its own."""
     if start_is_measured(job.transforms):
-        start_transforms(job, stages, residency)
+        start_transforms(job, stages)
     with stages.stage("load and transform"):
-        return with_constants(job, residency)
+        return with_constants(job)
 
 
-def with_constants(job: Job, residency: Residency = "resident") -> PreTrainedModel:
+def with_constants(job: Job) -> PreTrainedModel:
     """The source with its transforms merged and a constant first token computed, nothing quantized."""
-    model = transformed(job, residency)
+    model = transformed(job)
     record_sink(model, job.source.architecture, job.first_tokens)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,10 @@ def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
     job = make_job("gqa", tmp_path)
     for free, warned in ((10**12, False), (1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
-        cells = [str(cell) for column in plan_table(job, tmp_path, "streamed").columns for cell in column.cells]
+        cells = [
+            str(cell)
+            for column in plan_table(replace(job, residency="streamed"), tmp_path).columns
+            for cell in column.cells
+        ]
         assert any("a layer at a time (streamed)" in cell for cell in cells)
         assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class Counter:
 
 
 def quantized(job: Any, out: Path, kind: residency.Residency) -> dict[str, Tensor]:
-    pipeline.quantize(job, out, residency=kind)
+    pipeline.quantize(replace(job, residency=kind), out)
     return {
         f"{file.name}: {name}": tensor
         for file in sorted(out.rglob("*.safetensors"))
@@ -217,14 +218,14 @@ def test_a_killed_streamed_run_goes_on(last: int, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.RunState, "save", killed)
         with pytest.raises(Killed):
-            pipeline.quantize(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "out", residency="streamed")
+            quantized(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "out", "streamed")
     require_same(quantized(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "out", "streamed"), expected)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("streamed")
-    pipeline.quantize(make_job("bias", path, precision="w4a4kv4"), path / "out", residency="streamed")
+    quantized(make_job("bias", path, precision="w4a4kv4"), path / "out", "streamed")
     return path / "out"
 
 

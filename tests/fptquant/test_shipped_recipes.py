@@ -39,7 +39,7 @@ def test_recipe_keeps_the_function(name: str, precision: str, tmp_path: Path) ->
     job = make_job("gqa", tmp_path, **{**short(name), "precision": precision})
     pipeline.quantize(job, tmp_path / "out")
     expected = load_model(job.source)(TOKENS).logits
-    model = transformed(job_of(tmp_path / "out", job.source.path), "resident")
+    model = transformed(job_of(tmp_path / "out", job.source.path))
     assert (model(TOKENS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
     quantized = load_model(open_source(tmp_path / "out"))(TOKENS).logits
     assert bool(torch.isfinite(quantized).all()) and not torch.allclose(quantized, expected, atol=1e-3)

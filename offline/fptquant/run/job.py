@@ -28,6 +28,7 @@ from fptquant.format import (
 )
 from fptquant.format.schema import EXTRAS
 from fptquant.format.steps import arrange, linear_steps, online_steps
+from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
@@ -46,6 +47,7 @@ class Job:
     transforms: TransformSet
     dtype: torch.dtype
     output_bytes: int
+    residency: Residency = "resident"  # of the model while it is worked on; the checkpoint is the same
     left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
 
     @property
@@ -246,7 +248,7 @@ def _check_online(source: Source, config: CheckpointConfig, transforms: Transfor
 def with_recipe(job: Job, recipe: Recipe) -> Job:
     """The same job with another recipe; calibration text and transforms stay as they are."""
     changed = _job(job.source, recipe, job.windows, job.training_windows)
-    return replace(changed, transforms=job.transforms, left_out=job.left_out)
+    return replace(changed, transforms=job.transforms, residency=job.residency, left_out=job.left_out)
 
 
 def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:

@@ -15,19 +15,24 @@ from fptquant.transforms import TransformSet
 from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer, norm_gain, set_norm_gain
 
 
-def folded(job: Job, residency: Residency) -> PreTrainedModel:
+def folded(job: Job) -> PreTrainedModel:
     """The source in transformers' classes, with the norms' gains in the weights behind them and a head of its own."""
-    return _merged(job, residency, [nothing(job)], simulated=False)
+    return _merged(job, job.residency, [nothing(job)], simulated=False)
 
 
-def transformed(job: Job, residency: Residency) -> PreTrainedModel:
-    """The source as a simulation, with its transforms merged and the online ones installed; nothing is quantized."""
-    return _merged(job, residency, [job.transforms], simulated=True)
+def transformed(job: Job, residency: Residency | None = None) -> PreTrainedModel:
+    """The source as a simulation, with its transforms merged and the online ones installed; nothing is quantized.
+
+    Args:
+        job: at its transforms' present values.
+        residency: another than the job's.
+    """
+    return _merged(job, residency or job.residency, [job.transforms], simulated=True)
 
 
-def folded_and_transformed(job: Job, residency: Residency) -> PreTrainedModel:
-    """As `transformed`, with weights that are those of `folded`, merged: what a student's weights are."""
-    return _merged(job, residency, [nothing(job), job.transforms], simulated=True)
+def folded_and_transformed(job: Job) -> PreTrainedModel:
+    """As `transformed`, with weights that are those of `folded`, merged: what a student's weights are. Streamed."""
+    return _merged(job, "streamed", [nothing(job), job.transforms], simulated=True)
 
 
 def nothing(job: Job) -> TransformSet:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from fptquant import parallel
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.smoothing import start_from_activations, start_is_measured
-from fptquant.layers.residency import Residency
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model
 from fptquant.progress import Stages
@@ -76,12 +75,12 @@ class MetricsFile:
         return list(found.values())
 
 
-def make_teacher(job: Job, state: RunState, stages: Stages, residency: Residency) -> Teacher:
+def make_teacher(job: Job, state: RunState, stages: Stages) -> Teacher:
     """The original model's final hidden states on the sequences that will be trained on."""
     trained = (job.recipe.end_to_end, job.recipe.scales)
     options = job.recipe.end_to_end if job.recipe.end_to_end.steps else job.recipe.scales
     cache = state.directory / "teacher" if options.teacher == "cached" else None
-    model = load_model(job.source, residency=residency)
+    model = load_model(job.source, residency=job.residency)
     teacher = Teacher(model, job.source.architecture, job.training_windows, cache)
     if cache is not None:
         seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
@@ -92,7 +91,7 @@ def make_teacher(job: Job, state: RunState, stages: Stages, residency: Residency
 
 
 def train_transforms(
-    job: Job, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics, residency: Residency
+    job: Job, teacher: Teacher | None, state: RunState, stages: Stages, metrics: Metrics
 ) -> dict[str, Tensor]:
     """Everything that happens to transforms before they are merged: leaves `job.transforms` trained.
 
@@ -115,7 +114,7 @@ def train_transforms(
         with restoring(stages_on[-1]):
             _restore_transforms(transforms, finished[0])
         return layer_clipping(_part(finished[0], _CLIPPING))
-    model = start_transforms(job, stages, residency)
+    model = start_transforms(job, stages)
     if recipe.local.steps:
         with stages.stage("train transforms on weights"):
             local = recipe.local
@@ -126,7 +125,7 @@ def train_transforms(
     if not (recipe.block_wise.steps or recipe.end_to_end.steps):
         return {}
     with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
-        calibrated = folded_and_transformed(job, "streamed")
+        calibrated = folded_and_transformed(job)
         record_sink(calibrated, architecture, job.first_tokens)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         windows = job.windows[:_FIRST_SEQUENCES]
@@ -159,9 +158,9 @@ def train_transforms(
     return layer_clipping(student.weight_parameters())
 
 
-def start_transforms(job: Job, stages: Stages, residency: Residency) -> PreTrainedModel:
+def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
     """Gives transforms whose start depends on activations theirs, and returns the source with its norms folded."""
-    model, architecture = folded(job, residency), job.source.architecture
+    model, architecture = folded(job), job.source.architecture
     job.transforms.requires_grad_(False)
     if start_is_measured(job.transforms):
         with stages.stage("measure activations", "lower calibration.length and pass --fresh"):

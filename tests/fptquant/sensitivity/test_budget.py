@@ -21,7 +21,7 @@ MakeProbe = Callable[..., Probe]
 
 
 def spent(job: Job) -> Any:
-    return spend(job, transformed(job, "resident"))
+    return spend(job, transformed(job))
 
 
 MEASURE = {"windows": 3, "length": 24}

@@ -91,7 +91,7 @@ def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | N
         pipeline.quantize(job, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     written = job_of(tmp_path / "out", job.source.path)
-    model = transformed(written, "resident")
+    model = transformed(written)
     assert len(learned) == 2 * 7
     widened = 0
     for name, log_clip in learned.items():

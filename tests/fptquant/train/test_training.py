@@ -67,7 +67,7 @@ def make_job(kind: str, path: Path, sizes: dict[str, Any] | None = None, /, **fi
 
 def quantized(job: Job) -> Any:
     """The job's simulation, in memory; its second layer is steady."""
-    simulation = transformed(job, "resident")
+    simulation = transformed(job)
     record_sink(simulation, LLAMA, job.first_tokens)
     if sink_token(simulation) is not None:
         simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
@@ -209,7 +209,7 @@ def test_stage_one_lowers_its_objective_and_keeps_the_function(tmp_path: Path) -
     assert (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-10
     job = make_job("gqa", tmp_path)
     job.transforms.load_state_dict(transforms.state_dict())
-    model = transformed(job, "resident")
+    model = transformed(job)
     assert (model(TOKENS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -239,7 +239,7 @@ def test_teacher_computes_only_what_is_trained_on(objective: str, tmp_path: Path
     whole, scales = {"steps": 1, "batch": 2, "objective": objective}, {"steps": 3, "objective": objective}
     job = make_job("gqa", tmp_path, end_to_end=whole, scales=scales)
     state = RunState(tmp_path / "state", {})
-    stages.make_teacher(job, state, Stages(), "resident")
+    stages.make_teacher(job, state, Stages())
     expected = {*batch(0, 2, 6, 0), *(sequence for step in range(3) for sequence in batch(step, 1, 6, 0))}
     found = {int(file.stem) for file in (state.directory / "teacher").glob("*")}
     assert len(job.training_windows) == 6 > len(expected)
