@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fptquant.recipe import Recipe
 from memory_page import plot, stage_table, table
 from random_model import shape_of, write
 from watch import forget, watch
-
-from fptquant.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("rtn", "gptq", "fptquant-light", "fptquant")

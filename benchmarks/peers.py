@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from watch import Usage, watch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ def measure(name: str, source: Path, tokens: Path, arguments: argparse.Namespace
         return {"perplexity": perplexity(source, arguments.windows)}
     output = arguments.work / name.replace(",", "").replace(" ", "-")
     shutil.rmtree(output, ignore_errors=True)
-    log = output.with_suffix(".log")
+    log = output.with_name(f"{output.name}.log")
     if name in OURS:
         command = [sys.executable, "-m", "fptquant.cli", "quantize", source, "-o", output, "--precision", PRECISION]
         usage = finished(watch([*command, *OURS[name]], log, {"OMP_NUM_THREADS": "1"}), log)
