@@ -80,7 +80,7 @@ def measure(name: str, recipe: str, arguments: argparse.Namespace) -> dict[str, 
     command = [sys.executable, "-m", "fptquant.cli", "quantize", source, "-o", output, "--fresh"]
     command += ["--recipe", recipe_file(recipe, arguments)]
     command += ["--sequences", str(arguments.sequences), "--length", str(arguments.length), *arguments.options]
-    threads = str(arguments.threads)
+    code, threads = commit(), str(arguments.threads)
     usage = watch(command, log, {"OMP_NUM_THREADS": threads, "COLUMNS": "120"}, int(arguments.stop_above * 1e9))
     row = asdict(usage) | {
         "layers": shape.layers,
@@ -88,7 +88,7 @@ def measure(name: str, recipe: str, arguments: argparse.Namespace) -> dict[str, 
         "parameters": shape.parameters,
         "source": sum(file.stat().st_size for file in source.glob("*.safetensors")),
         "threads": arguments.threads,
-        "commit": commit(),
+        "commit": code,
     }
     if usage.status == 0:
         summary = json.loads((output / "fptquant" / "summary.json").read_text())

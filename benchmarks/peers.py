@@ -119,7 +119,7 @@ def make_environment() -> None:
         return
     shutil.rmtree(VENV, ignore_errors=True)
     venv.create(VENV, with_pip=True)
-    pip = [PYTHON, "-m", "pip", "install", "--quiet"]
+    pip: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     peer, torch_build = wanted.split()
     options = ["--extra-index-url", TORCH_INDEX_URL, *WITHOUT_WAITING]

@@ -145,7 +145,9 @@ def test_tables_and_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_memory_measures_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["memory.py", "--work", str(tmp_path), "--shapes", "1x64", "--recipes", "fptquant", "--length", "32"]
     monkeypatch.setattr(sys, "argv", [*command, "--", "--precision", "w4a4kv4"])
     memory.main()
