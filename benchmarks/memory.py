@@ -99,8 +99,11 @@ def measure(name: str, recipe: str, arguments: argparse.Namespace) -> dict[str, 
         kept = arguments.work / f"{name}-{recipe}-{'-'.join(label(arguments).split())}"
         shutil.rmtree(kept, ignore_errors=True)
         output.rename(kept)
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.rmtree(output.with_name(f".{output.name}.state"), ignore_errors=True)
+    for left in (
+        output,
+        *arguments.work.glob(f".{output.name}.*"),
+    ):  # a killed run leaves its state and half a checkpoint
+        shutil.rmtree(left, ignore_errors=True)
     return row
 
 

@@ -31,10 +31,18 @@ def table(rows: Rows) -> str:
             cells += [f"{row['peak'] / 1e9:.2f}", f"{row['peak'] / row['source']:.2f}x"]
             cells += [f"{row[name] / 1e9:.2f}" for name in ("anonymous", "mapped", "read", "written")]
         else:
-            why = f"stopped at {row['anonymous'] / 1e9:.1f} GB" if row["stopped"] else f"failed: {row['last_line']}"
+            why = _failure(row)
             cells += [why, *["-"] * 5]
         lines.append(f"| {' | '.join([*cells, str(row['threads']), row['commit']])} |")
     return "\n".join(lines)
+
+
+def _failure(row: dict[str, Any]) -> str:
+    if row["stopped"]:
+        return f"stopped at {row['anonymous'] / 1e9:.1f} GB"
+    if row["status"] < 0:
+        return f"killed by signal {-row['status']} at {row['anonymous'] / 1e9:.1f} GB or more"
+    return f"failed: {row['last_line']}"
 
 
 def stage_table(rows: Rows) -> str:

@@ -81,8 +81,9 @@ def measure(name: str, source: Path, tokens: Path, arguments: argparse.Namespace
     shutil.rmtree(output, ignore_errors=True)
     log = output.with_name(f"{output.name}.log")
     if name in OURS:
-        command = [sys.executable, "-m", "fptquant.cli", "quantize", source, "-o", output, "--precision", PRECISION]
-        usage = finished(watch([*command, *OURS[name]], log, {"OMP_NUM_THREADS": "1"}), log)
+        command = [sys.executable, "-m", "fptquant.cli", "quantize", source, "-o", output, "--fresh"]
+        command += ["--precision", PRECISION, *OURS[name]]
+        usage = finished(watch(command, log, {"OMP_NUM_THREADS": "1"}), log)
         scored = output
     else:
         make_environment()
