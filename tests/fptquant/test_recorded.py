@@ -15,6 +15,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
+from fptquant.run.rehearsal import rehearse
 from fptquant.simulate import linear
 from fptquant.simulate.recorded import deviation
 
@@ -64,6 +65,18 @@ def test_an_installation_that_can_not_write_is_found_before_any_work(
     with pytest.raises(FPTQuantError, match="a rehearsal with one layer was read back wrongly"):
         pipeline.quantize(job, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_in_floating_point_is_rehearsed(
+    save_model: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Embedding and head are one tensor in the source and two in a checkpoint."""
+    calibration = {"source": str(text_file), "sequences": 4, "length": 32}
+    job = open_job(
+        save_model(tmp_path / "tied", "tied"), Recipe.parse({"precision": "w4a16", "calibration": calibration})
+    )
+    rehearse(job, tmp_path / "rehearsal")
+    assert not (tmp_path / "rehearsal").exists()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
