@@ -155,7 +155,7 @@ def perplexity(checkpoint: Path, count: int) -> float:
 
     source = open_source(checkpoint)
     windows = evaluation_windows(source.tokenizer, ROOT / "tests" / "data" / "wiki.test.txt", count, 512)
-    return measure(transformers_scorer(load_model(source)), windows, 512).perplexity
+    return measure(map(transformers_scorer(load_model(source)), windows), 512).perplexity
 
 
 def table(rows: dict[str, dict[str, Any]], windows: int, calibration: tuple[int, ...]) -> str:
