@@ -101,6 +101,8 @@ def test_a_part_that_cant_be_filled_is_not_entered() -> None:
     for _ in range(2):
         with pytest.raises(FPTQuantError, match="gone"), entered(part):
             pass
+        with pytest.raises(FPTQuantError, match="gone"):
+            part(X)
     refill(part, Weighed.fill)
     assert torch.equal(part(X), torch.full((1, 2), 3.0)) and part.linear.weight.is_meta
 

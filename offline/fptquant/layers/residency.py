@@ -185,7 +185,7 @@ def _fill(part: _Part, module: nn.Module) -> None:
 
 def _leave(module: nn.Module) -> None:
     part = _part(module)
-    if part is None:
+    if part is None or part.entered == 0:  # the call that ends here failed to enter it
         return
     part.entered -= 1
     if part.entered == 0 and part.residency == "streamed":
