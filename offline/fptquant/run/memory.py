@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.residency import Residency
 from fptquant.run.job import Job, linear_sizes
@@ -85,12 +86,12 @@ def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> R
     Args:
         job: to be done.
         wanted: by the user; None for the whole model where it fits.
-        limit: bytes that the run may take; None for what is free.
+        limit: bytes that a process may take; None for its share of what is free.
 
     Raises:
         FPTQuantError: not even a layer at a time fits into the user's limit.
     """
-    room = free_memory() if limit is None else limit
+    room = free_memory() // parallel.ranks()[1] if limit is None else limit  # processes share the machine
     residency: Residency = wanted or ("resident" if expected_memory(job, "resident") <= room else "streamed")
     needed = expected_memory(job, residency)
     if needed > room and limit is not None:
