@@ -281,7 +281,10 @@ def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torc
         Dtype of the weights (float32 where they have several), the stored name of each of the model's, and notes for
         the user.
     """
-    path = weights.directory
+    path, named = weights.directory, getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype) and named not in _FLOATS.values():
+        known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _FLOATS.values()))
+        raise FPTQuantError(f"{path / 'config.json'}: no model is computed in dtype {named}; known: {known}")
     try:
         model = skeleton(config)
     except FPTQuantError as error:

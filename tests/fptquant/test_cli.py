@@ -449,7 +449,7 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
     "unknown RoPE": (edit_config(rope_parameters={"rope_type": "round", "rope_theta": 1e4}), "config.json"),
     "an adapter": (write("adapter_config.json", b"{}"), "adapter_config.json' is of an adapter: merge it into its mod"),
     "a shard beside it": (write("model-00001-of-00002.safetensors", b""), "has both model.safetensors and model-"),
-    "unknown type": (edit_config(dtype="float8_e4m3fn"), "config.json describes no model: TypeError"),
+    "unknown type": (edit_config(dtype="float8_e4m3fn"), "no model is computed in dtype torch.float8_e4m3fn"),
 }  # fmt: skip
 
 

@@ -291,24 +291,23 @@ def test_verifying_needs_no_calibration_text(model_dir: Path, tmp_path: Path) ->
 def test_a_checkpoint_that_reads_back_differently_is_not_published(
     model_dir: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = writer.checkpoint_tensors
+    original = writer._tensors
 
-    def damaged(model: Any, dtype: torch.dtype) -> Any:
-        for name, tensor in original(model, dtype):
+    def damaged(*arguments: Any) -> Any:
+        for name, tensor in original(*arguments):
             yield name, tensor * 1.001 if name == "model.layers.1.mlp.down_proj.input_scale" else tensor
 
-    monkeypatch.setattr(writer, "checkpoint_tensors", damaged)
+    monkeypatch.setattr(writer, "_tensors", damaged)
     for _ in range(2):  # the state is kept, and what it ends in doesn't change
         with pytest.raises(FPTQuantError, match="does not equal the model in memory .*--fresh to start over") as caught:
             quantize(model_dir)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists() and (tmp_path / ".out.state" / "model.layers.1.safetensors").is_file()
-    monkeypatch.setattr(
-        writer, "checkpoint_tensors", lambda *a: ((n, t) for n, t in original(*a) if "1.self_attn.v_scale" not in n)
-    )
+    without = lambda *arguments: (item for item in original(*arguments) if "1.self_attn.v_scale" not in item[0])  # noqa: E731
+    monkeypatch.setattr(writer, "_tensors", without)
     with pytest.raises(FPTQuantError, match="can't be read back .*v_scale.*--fresh to start over"):
         quantize(model_dir)
-    monkeypatch.setattr(writer, "checkpoint_tensors", original)
+    monkeypatch.setattr(writer, "_tensors", original)
     assert quantize(model_dir).is_dir()
 
 

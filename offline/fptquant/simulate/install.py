@@ -79,8 +79,9 @@ def finish_loading(model: nn.Module) -> None:
     Raises:
         FPTQuantError: a scale is missing, zero, negative or not finite; the layer is named. Or a tensor was offloaded.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
+    stored = model.state_dict().keys()  # what is derived of it may have been let go of
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name in stored:
             raise FPTQuantError(
                 f"{name} was offloaded before its integers were unpacked: load the model without a device_map that "
                 "offloads, then offload it with accelerate.cpu_offload or accelerate.disk_offload"

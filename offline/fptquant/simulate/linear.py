@@ -97,8 +97,8 @@ class SimulatedLinear(FixedBuffers):
         """Replaces the float weight by integer codes (N, K) and channel scales (N, 1)."""
         assert self.scheme is not None
         limit = 2 ** (self.scheme.weights.bits - 1)
-        low, high = torch.aminmax(codes)
-        assert -limit <= low and high < limit, "codes that don't fit into their bits"
+        outside = bool((codes < -limit).any()) or bool((codes >= limit).any())
+        assert not outside, "codes that don't fit into their bits"
         self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
         self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
