@@ -69,6 +69,11 @@ class Source:
         """Whether this is quantized, by us or by another tool."""
         return getattr(self.config, "quantization_config", None) is not None
 
+    @property
+    def ours(self) -> bool:
+        """Whether this is a checkpoint in our format."""
+        return quantized_by_us(self.config)
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Weights of an unquantized model by the model's names, float32.
 
@@ -117,6 +122,12 @@ class Source:
             )
 
 
+def quantized_by_us(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of a checkpoint in our format."""
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
 def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Checks a model directory (or fetches it from the hub) without loading its weights.
 
@@ -146,7 +157,7 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
     stored, names, notes = torch.float32, dict[str, str](), list[str]()
     if quantization is None:
         stored, names, notes = _check_tensors(config, weights)
-    elif isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+    elif quantized_by_us(config):
         weights.require_alone()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -165,7 +176,8 @@ def load_model(source: Source, *, residency: Residency = "resident", recorded: b
 
     Args:
         source: what to load.
-        residency: whether all of it is in memory, or its layers are read when they are entered.
+        residency: whether all of it is in memory, or its layers are read when they are entered; what another tool
+            quantized always is in memory.
         recorded: compare the logits of a quantized checkpoint with those that were recorded when it was written.
 
     Raises:
@@ -173,7 +185,7 @@ def load_model(source: Source, *, residency: Residency = "resident", recorded: b
     """
     if not source.quantized:
         return _original(source, residency)
-    loaded = _quantized(source) if residency == "resident" else _streamed_checkpoint(source)
+    loaded = _streamed_checkpoint(source) if source.ours and residency == "streamed" else _quantized(source)
     file = source.path / EXTRAS / RECORDED_LOGITS
     if recorded and file.is_file():
         require_recorded(loaded, file)
@@ -237,7 +249,7 @@ def parts(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Mo
 
 
 def _quantized(source: Source) -> PreTrainedModel:
-    """A quantized checkpoint as transformers loads it."""
+    """A quantized checkpoint, ours or another tool's, as transformers loads it."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
     except FPTQuantError:
@@ -251,6 +263,10 @@ def _quantized(source: Source) -> PreTrainedModel:
         raise FPTQuantError(
             f"'{source.path}' lacks {len(missing)} weights, the first is {missing[0]}: fetch the model again"
         )
+    if not source.ours:  # ours were looked through on their way in
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.perplexity import layer_by_layer, transformers_scorer
+from fptquant.format import pack_codes
 from fptquant.layers import residency
 from fptquant.layers.residency import entered, extend, make_part, recomputed, refill
 from fptquant.loading import load_model, open_source
 from fptquant.wiring.llama import LLAMA
+from tests.conftest import build_model, build_tokenizer
 from tests.fptquant.test_shipped_recipes import short
 from tests.fptquant.train.test_training import TOKENS, Killed, make_job
 
@@ -243,10 +247,6 @@ def test_a_checkpoint_is_read_layer_by_layer(checkpoint: Path) -> None:
     "name", ["model.layers.1.mlp.up_proj.weight_packed", "model.norm.weight", "lm_head.weight_scale"]
 )
 def test_altered_tensors_are_refused_when_they_are_read(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     out = tmp_path / "altered"
     shutil.copytree(checkpoint, out)
     tensors = load_file(out / "model.safetensors")
@@ -272,3 +272,34 @@ def test_recomputed_layers_leave_a_model_as_it_was(tmp_path: Path) -> None:
     with recomputed(model, layers, always=False):
         assert all(layer.training for layer in layers) and not model.training
     assert not any(layer.training or layer.gradient_checkpointing for layer in layers)
+
+
+def test_what_another_tool_quantized_is_in_memory(tmp_path: Path) -> None:
+    """`evaluate` asks for a streamed model, whatever it is given."""
+    model = build_model("gqa")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors[f"{name}_packed"] = pack_codes((tensor / scale).round(), 8)
+            tensors |= {f"{name}_scale": scale, f"{name}_shape": torch.tensor(tensor.shape)}
+        else:
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    config = {
+        **model.config.to_dict(),
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    build_tokenizer(bos=True).save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    expected = load_model(source)(TOKENS).logits
+    assert torch.equal(load_model(source, residency="streamed")(TOKENS).logits, expected)
+    assert (expected - model(TOKENS).logits).abs().max() < 0.1 * expected.abs().max()
