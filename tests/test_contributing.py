@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fptquant.transforms import TransformSet
 from fptquant.transforms.base import TransformOptions
-from fptquant.transforms.merging import merge_transforms
 from fptquant.wiring.lookup import architecture_of
+from tests.merging import merge_transforms
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 

@@ -94,11 +94,6 @@ class Source:
         found = self.read(name for name in self.names if name.startswith(prefix))
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
-    def names_outside(self, parts: Iterable[str]) -> list[str]:
-        """The model's tensors that belong to none of its parts, as those of the final norm."""
-        prefixes = tuple(f"{part}." for part in parts)
-        return [name for name in self.names if not name.startswith(prefixes)]
-
     def fingerprint(self) -> str:
         """Short hash by which a model is known again: its configuration and its weights."""
         found = hashlib.sha256((self.path / "config.json").read_bytes())
@@ -194,7 +189,8 @@ def load_model(source: Source, *, residency: Residency = "resident", recorded: b
 
 def _original(source: Source, residency: Residency) -> PreTrainedModel:
     model = skeleton(source.config)
-    for name, module in parts(model, source.architecture).items():
+    found = parts(model, source.architecture)
+    for name, module in found.items():
 
         def fill(module: nn.Module, name: str = name) -> None:
             set_tensors(module, source.read_part(name))
@@ -203,7 +199,7 @@ def _original(source: Source, residency: Residency) -> PreTrainedModel:
             make_part(module, fill, residency)
         else:
             fill(module)
-    set_tensors(model, source.read(source.names_outside(parts(model, source.architecture))))
+    set_tensors(model, source.read(outside(found, source.names)))
     if residency == "resident":
         model.tie_weights()
     return model
@@ -234,8 +230,7 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
             finish_loading(module)
 
         make_part(module, fill, "streamed")
-    prefixes = tuple(f"{part}." for part in found)
-    set_tensors(model, read(name for name in stored.tensors if not name.startswith(prefixes) and name != BINDING))
+    set_tensors(model, read(outside(found, stored.tensors.keys() - {BINDING})))
     if config.sink is not None:
         use_sink(model)
     return model
@@ -243,9 +238,14 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
 
 def parts(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Module]:
     """What is read and let go of as one, by name, in the order of a forward pass: embedding, decoder layers, head."""
-    layers = {architecture.layer_name(i): layer for i, layer in enumerate(architecture.layer_modules(model))}
-    ends = {name: model.get_submodule(name) for name in (architecture.embedding, architecture.head)}
-    return {architecture.embedding: ends[architecture.embedding], **layers, architecture.head: ends[architecture.head]}
+    layers = (architecture.layer_name(index) for index in range(len(architecture.layer_modules(model))))
+    return {name: model.get_submodule(name) for name in (architecture.embedding, *layers, architecture.head)}
+
+
+def outside(parts: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the tensors' `names` that belong to none of the parts, as the final norm's."""
+    prefixes = tuple(f"{part}." for part in parts)
+    return [name for name in names if not name.startswith(prefixes)]
 
 
 def _quantized(source: Source) -> PreTrainedModel:

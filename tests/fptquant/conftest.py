@@ -15,9 +15,9 @@ from fptquant.recipe import Recipe
 from fptquant.run.job import head_scheme
 from fptquant.simulate import install_simulation
 from fptquant.transforms import TransformSet
-from fptquant.transforms.merging import merge_transforms
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import VOCABULARY
+from tests.merging import merge_transforms
 
 
 @pytest.fixture(scope="session")

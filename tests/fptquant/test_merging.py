@@ -12,9 +12,9 @@ from fptquant.format import CheckpointConfig
 from fptquant.recipe import Recipe
 from fptquant.simulate.install import install_simulation, round_floats
 from fptquant.transforms import TRANSFORMS, TransformSet
-from fptquant.transforms.merging import merge_transforms
 from fptquant.wiring import Role
 from fptquant.wiring.llama import LLAMA
+from tests.merging import merge_transforms
 
 GAINS = {role: "input_layernorm" for role in (Role.QUERY, Role.KEY, Role.VALUE)} | {
     role: "post_attention_layernorm" for role in (Role.GATE, Role.UP)

@@ -12,9 +12,9 @@ from fptquant.errors import FPTQuantError
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.transforms import TransformSet
-from fptquant.transforms.merging import merge_transforms
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import build_model
+from tests.merging import merge_transforms
 
 WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(1))
 

@@ -21,11 +21,11 @@ from fptquant.format import hadamard_factors
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.down_hadamard import tensor_parallel_sizes
-from fptquant.transforms.merging import merge_transforms
 from fptquant.transforms.orthogonal import starting_rotation
 from fptquant.wiring import Place, Role, Shape
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import MODELS
+from tests.merging import merge_transforms
 
 NAMES = list(TRANSFORMS)
 SETS = [[name] for name in NAMES] + [NAMES]

@@ -14,7 +14,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
 from fptquant.layers.residency import entered, is_streamed
-from fptquant.layers.store import LayerStore, restored
+from fptquant.layers.store import LayerStore
 from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
@@ -44,7 +44,7 @@ def calibrate_and_round(
         architecture: its family.
         recipe: ranges and rounding.
         windows: (sequences, length) calibration tokens.
-        store: keeps finished layers; those it has are not computed again.
+        store: keeps finished layers; the model takes those it has from there, and they are not computed again.
         clipping: learned log clipping (N, 1) of weights by layer name, in place of the search for scales.
 
     Yields:
@@ -64,7 +64,7 @@ def calibrate_and_round(
     for index, layer in enumerate(layers):
         with entered(layer):
             name = architecture.layer_name(index)
-            finished = _is_finished(layer) or restored(layer, name, store)
+            finished = _is_finished(layer)
             if not finished:
                 catch_up()
             for group in () if finished else architecture.groups:
@@ -79,7 +79,7 @@ def calibrate_and_round(
     if not isinstance(head, SimulatedLinear):
         return
     with entered(head):
-        if _is_finished(head) or restored(head, architecture.head, store):
+        if _is_finished(head):
             return
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)

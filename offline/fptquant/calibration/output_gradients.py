@@ -31,14 +31,15 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     """
     groups = _groups(model, architecture)
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
-    for window in windows:
-        norms = {name: torch.zeros(len(window), device=window.device) for name in groups}
-        again = recomputed(model, architecture.layer_modules(model), always=False)
-        with torch.enable_grad(), _recorded(model, architecture, groups, norms), again:
-            logits = model(window[None], use_cache=False).logits[0, :-1].float()
-            nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
-        for name, values in norms.items():
-            seen[name].append(values)
+    with torch.enable_grad(), recomputed(model, architecture.layer_modules(model), always=False):
+        for window in windows:
+            norms = {name: torch.zeros(len(window), device=window.device) for name in groups}
+            with _recorded(model, architecture, groups, norms):
+                logits = model(window[None], use_cache=False).logits[0, :-1].float()
+                loss = nn.functional.cross_entropy(logits, window[1:], reduction="sum")
+                loss.backward()  # type: ignore[no-untyped-call]
+            for name, values in norms.items():
+                seen[name].append(values)
     found = {name: torch.stack(parts) for name, parts in seen.items()}
     return {name: values / values.mean().clamp_min(torch.finfo().tiny) for name, values in found.items()}
 

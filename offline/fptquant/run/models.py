@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from fptquant.layers.residency import Fill, Residency, extend, make_part, set_tensors
 from fptquant.layers.store import LayerStore, restored
-from fptquant.loading import parts, skeleton
+from fptquant.loading import outside, parts, skeleton
 from fptquant.run.job import Job
 from fptquant.simulate.install import install_simulation, round_floats
 from fptquant.transforms import TransformSet
@@ -46,7 +46,7 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     model.config.tie_word_embeddings = False
     if simulated:
         install_simulation(model, architecture, job.config)
-    set_tensors(model, job.source.read(job.source.names_outside(parts(model, architecture))))
+    set_tensors(model, job.source.read(outside(parts(model, architecture), job.source.names)))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
     set_norm_gain(final_norm, architecture, None)

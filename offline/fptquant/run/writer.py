@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fptquant.format.binding import BINDING, bind, checksum
 from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.layers.residency import entered
-from fptquant.loading import parts
+from fptquant.loading import outside, parts
 from fptquant.run.job import Job
 from fptquant.run.shards import ShardWriter
 from fptquant.simulate.install import checkpoint_tensors
@@ -71,9 +71,7 @@ def _tensors(job: Job, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         with entered(module):
             for name, tensor in checkpoint_tensors(module, job.dtype):
                 yield f"{part}.{name}", tensor
-    for name, tensor in checkpoint_tensors(model, job.dtype):
-        if not name.startswith(tuple(f"{part}." for part in found)):
-            yield name, tensor
+    yield from checkpoint_tensors(model, job.dtype, outside(found, model.state_dict()))
 
 
 def digest(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,8 +160,17 @@ def round_floats(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def checkpoint_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a finished simulation, or a part of it, by checkpoint name; what is quantization's keeps its type."""
+def checkpoint_tensors(
+    model: nn.Module, dtype: torch.dtype, names: Container[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a finished simulation, or a part of it, by checkpoint name; what is quantization's keeps its type.
+
+    Args:
+        model: or part of one.
+        dtype: of all others.
+        names: of the tensors that are wanted; None for all.
+    """
     ours = {name for name, _ in model.named_buffers()}
     for name, tensor in model.state_dict().items():
-        yield name, tensor if name in ours else tensor.to(dtype)
+        if names is None or name in names:
+            yield name, tensor if name in ours else tensor.to(dtype)

@@ -101,13 +101,13 @@ def train_end_to_end(
         parameter.requires_grad_(True)
     head, layers = model.get_submodule(student.architecture.head), student.architecture.layer_modules(model)
     share = 1 / options.batch
-    while optimization.step < optimization.steps:
-        start, total = time.perf_counter(), 0.0
-        with nullcontext() if transforms is None else transforms.reused(torch.float32):
-            for sequence in parallel.share(batch(optimization.step, options.batch, len(teacher.windows), seed)):
-                tokens = teacher.windows[sequence]
-                target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
-                with recomputed(model, layers, always=options.gradient_checkpointing):
+    with recomputed(model, layers, always=options.gradient_checkpointing):
+        while optimization.step < optimization.steps:
+            start, total = time.perf_counter(), 0.0
+            with nullcontext() if transforms is None else transforms.reused(torch.float32):
+                for sequence in parallel.share(batch(optimization.step, options.batch, len(teacher.windows), seed)):
+                    tokens = teacher.windows[sequence]
+                    target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
                     hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
                     labels = torch.cat((tokens[1:], torch.tensor([-100])))
                     with entered(head), teacher.with_head():
@@ -121,14 +121,14 @@ def train_end_to_end(
                         )
                     if hidden.requires_grad:  # not where only the head is quantized
                         hidden.backward(gradient)
-                total += loss
-        total = parallel.sum_gradients(optimization.parameters.values(), total)
-        norms = optimization.update()
-        yield {
-            "loss": total,
-            **{f"gradient/{name}": norm for name, norm in norms.items()},
-            "seconds": round(time.perf_counter() - start, 2),
-        }
+                    total += loss
+            total = parallel.sum_gradients(optimization.parameters.values(), total)
+            norms = optimization.update()
+            yield {
+                "loss": total,
+                **{f"gradient/{name}": norm for name, norm in norms.items()},
+                "seconds": round(time.perf_counter() - start, 2),
+            }
 
 
 def asked_for(options: EndToEndOptions, sequences: int, seed: int) -> set[int]:

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
 _VALUES = 1 << 23  # of an embedding or a head that are in float64 at a time
-
-
-@torch.no_grad()
-def merge_transforms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> Iterator[int]:
-    """Folds norm gains, unties the head and merges `transforms`, in place; the model computes the same function.
-
-    The online parts (T_d, S_n) are not installed here, see `fptquant.simulate`.
-
-    Args:
-        model: loaded in float32.
-        architecture: family of the model.
-        transforms: at any values.
-
-    Yields:
-        The index of each finished layer (for progress), so that the caller may stop in between.
-    """
-    _untie_head(model, architecture)
-    for index, layer in enumerate(architecture.layer_modules(model)):
-        merge_layer(layer, index, architecture, transforms)
-        yield index
-    final_norm = model.get_submodule(architecture.final_norm)
-    merge_head(model.get_submodule(architecture.head), norm_gain(final_norm, architecture), transforms)
-    merge_embedding(model.get_submodule(architecture.embedding), transforms)
-    set_norm_gain(final_norm, architecture, None)
 
 
 @torch.no_grad()
@@ -89,12 +62,3 @@ def _merge_rows(module: nn.Module, transforms: TransformSet, place: Place, gain:
     for rows in torch.split(weight, max(1, _VALUES // weight.shape[1])):
         merged = rows.double() if gain is None else rows.double() * gain
         rows.copy_(transforms.inputs(place, merged))
-
-
-def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Gives the head its own weight: the final norm's gain goes into the head only."""
-    head = model.get_submodule(architecture.head)
-    embedding = model.get_submodule(architecture.embedding)
-    if head.get_parameter("weight") is embedding.get_parameter("weight"):
-        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False

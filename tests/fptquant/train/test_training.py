@@ -30,10 +30,10 @@ from fptquant.train.student import integer_student, transform_student
 from fptquant.train.student_weights import TransformedWeight
 from fptquant.train.teacher import Teacher
 from fptquant.transforms import TRANSFORMS, TransformSet
-from fptquant.transforms.merging import merge_transforms
 from fptquant.wiring import Projection
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import TEXT, build_model, build_tokenizer
+from tests.merging import merge_transforms
 
 TOKENS = torch.arange(5, 29)[None]
 NAMES = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
