@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fptquant import pipeline
 from fptquant.format import code_bounds
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
-from fptquant.report.ranges import Spread, observe
+from fptquant.report.ranges import RangeObserver, Spread
 from fptquant.run.job import Job, open_job
 from fptquant.sensitivity import Site
 from fptquant.simulate import SimulatedLinear
@@ -36,6 +37,14 @@ def make_job(model_dir: Path) -> Callable[..., Job]:
         return open_job(model_dir, Recipe.parse({"calibration": calibration, **fields}))
 
     return make
+
+
+def observe(job: Job, model: PreTrainedModel) -> dict[Site, Spread]:
+    """Of all layers of a model that is in memory."""
+    observer = RangeObserver(job, model)
+    for index, layer in enumerate(job.source.architecture.layer_modules(model)):
+        observer.layer(index, layer)
+    return observer.found
 
 
 def test_before_is_what_the_original_sees(make_job: Callable[..., Job]) -> None:
@@ -110,7 +119,7 @@ def test_reporting_changes_no_result(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.quantize(make_job(precision="w4a4kv4"), tmp_path / "with")
-    monkeypatch.setattr(pipeline, "observe", lambda job, model: {})
+    monkeypatch.setattr(RangeObserver, "observes", False)
     pipeline.quantize(make_job(precision="w4a4kv4"), tmp_path / "without")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

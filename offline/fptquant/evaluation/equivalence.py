@@ -17,7 +17,6 @@ from fptquant.format.schema import EXTRAS
 from fptquant.layers.inputs import window_logits
 from fptquant.layers.residency import Fill, extend, set_tensors
 from fptquant.loading import load_model, open_source, parts
-from fptquant.pipeline import logits
 from fptquant.run.job import Job
 from fptquant.run.models import transformed
 from fptquant.run.writer import digest
@@ -81,7 +80,7 @@ def check_read_back(
     _take_quantized_tensors(job, unquantized, checkpoint)
     simulated = list(window_logits(unquantized, job.source.architecture, windows))
     loaded = load_model(open_source(checkpoint), recorded=False)
-    read_back = [logits(loaded, window[None]) for window in windows]
+    read_back = [loaded(window[None], use_cache=False).logits for window in windows]
     difference = _largest_difference(simulated, read_back)
     check = Check(
         "checkpoint read back = simulated",

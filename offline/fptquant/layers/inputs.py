@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from fptquant.layers.residency import entered
 from fptquant.simulate.sink import SinkMasks, put_output, sink_token
@@ -47,6 +47,10 @@ class LayerInputs:
         """Puts the outputs of `layer` in the place of its inputs."""
         for index, output in enumerate(self.run(layer)):
             self.hidden[index] = output
+
+    def cached(self, cache: Cache) -> LayerInputs:
+        """The same hidden states, with a cache that takes each layer's keys and values."""
+        return replace(self, arguments={**self.arguments, "past_key_values": cache})
 
     def sequence(self, index: int) -> LayerInputs:
         """What enters of one sequence: hidden states (1, length, hidden)."""

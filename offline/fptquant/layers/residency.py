@@ -77,6 +77,23 @@ def extend(module: nn.Module, extra: Callable[[nn.Module, Fill], None]) -> Fill:
     return before
 
 
+def ride_along(layers: Sequence[nn.Module], ride: Callable[[int, nn.Module], None]) -> None:
+    """Has `ride(index, layer)` called once with each layer, in order, when it is first filled.
+
+    Where a layer stays in memory, it is there already and `ride` is called at once.
+    """
+    waiting = set(range(len(layers)))
+    for index, layer in enumerate(layers):
+
+        def fill(layer: nn.Module, before: Fill, index: int = index) -> None:
+            before(layer)
+            if index in waiting:
+                ride(index, layer)
+                waiting.remove(index)
+
+        extend(layer, fill)
+
+
 def refill(module: nn.Module, fill: Fill) -> None:
     """Fills a streamed part by `fill` alone from now on."""
     part = _part(module)
@@ -172,15 +189,23 @@ def _enter(module: nn.Module) -> None:
     part = _part(module)
     if part is None:
         return
-    if not part.filled:
-        _fill(part, module)
     part.entered += 1
+    if not part.filled:
+        try:
+            _fill(part, module)
+        except BaseException:
+            part.entered -= 1
+            raise
 
 
 def _fill(part: _Part, module: nn.Module) -> None:
-    with torch.no_grad():
-        part.fill(module)
-    part.filled = True
+    part.filled = True  # what fills it may run it
+    try:
+        with torch.no_grad():
+            part.fill(module)
+    except BaseException:
+        part.filled = False
+        raise
 
 
 def _leave(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.files import first_line
 from fptquant.simulate import SimulatedLinear
 from fptquant.simulate.install import finish_loading
+from fptquant.simulate.sink import STEADY
 
 
 class LayerStore(Protocol):
@@ -42,14 +43,18 @@ def restoring(name: str) -> Iterator[None]:
 
 
 def restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
-    """Makes a layer of a simulation what it was when it was stored, if it was."""
+    """Makes a layer of a simulation what it was when it was stored, if it was.
+
+    Whether it is steady is only known behind the last layer, so the model knows it and not the store.
+    """
     stored = store.load(name) if store else None
     if stored is None:
         return False
+    tensors = stored[0] | {name: buffer for name, buffer in layer.named_buffers() if name.endswith(STEADY)}
     for module in layer.modules():
         if isinstance(module, SimulatedLinear) and module.scheme is not None:
             module.weight = None
     with restoring(name):
-        layer.load_state_dict(stored[0], assign=True)
+        layer.load_state_dict(tensors, assign=True)
         finish_loading(layer)
     return True

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from fptquant.format import code_bounds
+from fptquant.layers.constants import SinkRecorder
+from fptquant.layers.inputs import first_inputs
+from fptquant.layers.residency import entered
+from fptquant.loading import load_model
 from fptquant.run.job import Job
 from fptquant.sensitivity.sites import CACHES, INPUTS, Site, sites_of
 from fptquant.simulate import KVQuantizer, SimulatedLinear
@@ -41,31 +45,78 @@ class Spread:
         return max(-self.low, self.high)
 
 
-@torch.no_grad()
-def observe(job: Job, model: PreTrainedModel) -> dict[Site, Spread]:
-    """Runs a model, original or transformed but not quantized, on the first calibration sequences.
+class RangeObserver:
+    """What reaches the quantizers of a model that isn't quantized, on the first calibration sequences; by layer.
 
     Inputs are seen as the quantizer would see them, behind the online transforms, and keys behind RoPE. A constant
     first token doesn't count: no range has to hold it.
     """
-    sites = sites_of(job, (*INPUTS, *CACHES))
-    if not sites:
-        return {}
-    first = 0 if sink_token(model) is None else 1
-    found: dict[Site, Spread] = {}
-    undo: list[Callable[[], None]] = []
-    for site in sites:
-        if site.is_input:
-            undo.append(_watch(model.get_submodule(site.modules(job)[0]), site, first, found))
-    cache = model.base_model(job.windows[:_SEQUENCES], use_cache=True).past_key_values
-    for remove in undo:
-        remove()
-    for site in sites:
-        if site.kind in CACHES:
-            layer = cache.layers[site.layer]
-            states = layer.keys if CACHES[site.kind] == "k" else layer.values  # (batch, kv_heads, tokens, head_dim)
-            found[site] = Spread.of(states[:, :, first:])
-    return found
+
+    def __init__(self, job: Job, model: PreTrainedModel) -> None:
+        """Runs the model, original or transformed, up to its first layer.
+
+        Args:
+            job: says which quantizers there are.
+            model: with its first token's constants in use, if it has any.
+        """
+        self.found: dict[Site, Spread] = {}
+        self._job, self._model = job, model
+        self._first = 0 if sink_token(model) is None else 1
+        self._sites = sites_of(job, (*INPUTS, *CACHES))
+        if self.observes:
+            self._inputs = first_inputs(model, job.source.architecture, job.windows[:_SEQUENCES])
+
+    @property
+    def observes(self) -> bool:
+        """Whether there is anything to see: not where nothing but weights is quantized."""
+        return bool(self._sites)
+
+    @torch.no_grad()
+    def layer(self, index: int, layer: nn.Module) -> None:
+        """Runs a layer; layers come in order."""
+        here = [site for site in self._sites if site.layer == index]
+        undo = [
+            _watch(self._model.get_submodule(site.modules(self._job)[0]), site, self._first, self.found)
+            for site in here
+            if site.is_input
+        ]
+        cache = DynamicCache()
+        self._inputs.cached(cache).advance(layer)
+        for remove in undo:
+            remove()
+        for site in here:
+            if site.kind in CACHES:
+                states = cache.layers[index].keys if CACHES[site.kind] == "k" else cache.layers[index].values
+                self.found[site] = Spread.of(states[:, :, self._first :])  # (batch, kv_heads, tokens, head_dim)
+
+
+class FloatPasses:
+    """What has to be seen of each layer before it is quantized: ranges before and after the transforms, constants.
+
+    It rides along with a pass over the layers (`fptquant.run.models.to_be_rounded`).
+    """
+
+    def __init__(self, job: Job, model: PreTrainedModel) -> None:
+        """Takes a transformed model, and opens the original."""
+        architecture = job.source.architecture
+        self._constants = SinkRecorder(model, architecture, job.first_tokens)
+        self._after = RangeObserver(job, model)
+        original = load_model(job.source, residency="streamed")
+        self._before, self._original = RangeObserver(job, original), architecture.layer_modules(original)
+        self.needed = self._constants.records or self._after.observes
+
+    def ride(self, index: int, layer: nn.Module) -> None:
+        """Sees a layer of the transformed model, and the original's."""
+        self._constants.layer(index, layer)
+        if self._after.observes:
+            self._after.layer(index, layer)
+            with entered(self._original[index]) as original:
+                self._before.layer(index, original)
+
+    def finish(self) -> tuple[dict[Site, Spread], dict[Site, Spread]]:
+        """Behind the last layer: completes the constants; what reached each quantizer, before and after."""
+        self._constants.finish()
+        return self._before.found, self._after.found
 
 
 def _watch(linear: nn.Module, site: Site, first: int, found: dict[Site, Spread]) -> Callable[[], None]:
@@ -112,8 +163,8 @@ def write_ranges(
     Args:
         job: what was done.
         model: the finished simulation.
-        before: `observe` of the original.
-        after: `observe` of the transformed model.
+        before: of the original.
+        after: of the transformed model.
         directory: to write to.
     """
     if not before:

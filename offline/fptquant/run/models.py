@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fptquant.layers.residency import Fill, Residency, extend, make_part, set_tensors
+from fptquant.layers.residency import Fill, Residency, extend, make_part, ride_along, set_tensors
 from fptquant.layers.store import LayerStore, restored
 from fptquant.loading import outside, parts, skeleton
 from fptquant.run.job import Job
@@ -77,17 +79,35 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     return model
 
 
-def to_be_rounded(job: Job, model: PreTrainedModel, store: LayerStore) -> None:
+def to_be_rounded(
+    job: Job, model: PreTrainedModel, store: LayerStore, ride: Callable[[int, nn.Module], None] | None = None
+) -> None:
     """Makes a model of `transformed` one that `calibrate_and_round` takes.
 
     What stays in floating point is rounded, and what is in the store, finished, is taken from there.
+
+    Args:
+        job: what is done.
+        model: changed in place.
+        store: of finished layers.
+        ride: called with each layer once, in order, while it is in floating point; finished ones included.
     """
-    for name, module in parts(model, job.source.architecture).items():
+    found = parts(model, job.source.architecture)
+    if ride is not None:
+        ride_along(job.source.architecture.layer_modules(model), ride)
+    floats_first = set() if ride is None else set(found)
+    for name, module in found.items():
 
         def fill(module: nn.Module, before: Fill, name: str = name) -> None:
-            if not restored(module, name, store):
+            first = name in floats_first
+            floats_first.discard(name)
+            if first:
                 before(module)
-                round_floats(module, job.dtype)
+            if restored(module, name, store):
+                return
+            if not first:
+                before(module)
+            round_floats(module, job.dtype)
 
         extend(module, fill)
     round_floats(model.get_submodule(job.source.architecture.final_norm), job.dtype)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from fptquant import parallel
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.smoothing import start_from_activations, start_is_measured
+from fptquant.layers.constants import SinkRecorder
+from fptquant.layers.residency import ride_along
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model
 from fptquant.progress import Stages
@@ -20,7 +22,6 @@ from fptquant.quantize.rounding import RoundingOptions
 from fptquant.run.job import Job
 from fptquant.run.models import folded, folded_and_transformed
 from fptquant.run.state import RunState
-from fptquant.simulate.sink import record_sink
 from fptquant.train.block_wise import train_block_wise
 from fptquant.train.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
 from fptquant.train.local import train_local
@@ -126,11 +127,13 @@ def train_transforms(
         return {}
     with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
         calibrated = folded_and_transformed(job)
-        record_sink(calibrated, architecture, job.first_tokens)
+        constants = SinkRecorder(calibrated, architecture, job.first_tokens)
+        ride_along(architecture.layer_modules(calibrated), constants.layer)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         windows = job.windows[:_FIRST_SEQUENCES]
         for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, windows), job.layers):
             pass
+        constants.finish()
     options = recipe.end_to_end
     student = transform_student(
         model,

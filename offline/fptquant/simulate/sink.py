@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
 from fptquant.format.checks import DAMAGED, require_finite
-from fptquant.wiring import Architecture, Role
+from fptquant.wiring import Architecture
 
 KEY, VALUE, STEADY, OUTPUT = "k_sink", "v_sink", "sink_steady", "sink_output"  # names of the tensors in a checkpoint
-_STEADY_DEVIATION = 0.15  # median over first tokens of |x - x_sink| / |x_sink|, of keys and of values
 
 
 class SinkMasks(NamedTuple):
@@ -95,7 +94,7 @@ def put_output(norm: nn.Module, states: Tensor, masks: SinkMasks | None) -> Tens
 
 
 def install_sink(model: PreTrainedModel, architecture: Architecture, token: int) -> None:
-    """Adds empty constants to a simulation, to be filled by `record_sink` or a checkpoint."""
+    """Adds empty constants to a simulation, to be filled by a `SinkRecorder` or a checkpoint."""
     shape = architecture.shape(model.config)
     for layer in architecture.layer_modules(model):
         attention = layer.get_submodule(architecture.attention)
@@ -124,46 +123,6 @@ def _sink_model(model: PreTrainedModel) -> SinkModel:
     return base
 
 
-@torch.no_grad()
-def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tensor) -> None:
-    """Computes the constants with the model as it is, transformed but not quantized.
-
-    Args:
-        model: with `install_sink` done; left alone without.
-        architecture: its family.
-        others: (n,) other tokens that a text may start with, by which steady layers are found.
-    """
-    token = sink_token(model)
-    if token is None:
-        return
-    seen: dict[tuple[nn.Module, str], Tensor] = {}
-    handles = []
-
-    def keep(owner: nn.Module, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[owner, name] = output[:, 0].flatten(1)
-
-        return hook
-
-    attentions = [layer.get_submodule(architecture.attention) for layer in architecture.layer_modules(model)]
-    norm = model.get_submodule(architecture.final_norm)
-    for layer, attention in zip(architecture.layer_modules(model), attentions, strict=True):
-        for name, path in ((KEY, architecture.keys_before_rope), (VALUE, architecture.projection_of(Role.VALUE).path)):
-            handles.append(layer.get_submodule(path).register_forward_hook(keep(attention, name)))
-    handles.append(norm.register_forward_hook(keep(norm, OUTPUT)))
-    model(torch.cat((torch.tensor([token]), others.flatten()))[:, None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for (owner, name), states in seen.items():
-        buffer = owner.get_buffer(name)
-        buffer.copy_(states[0].view(buffer.shape))
-    for attention in reversed(attentions):  # steady from some layer on
-        if not others.numel() or max(_deviation(seen[attention, name]) for name in (KEY, VALUE)) > _STEADY_DEVIATION:
-            break
-        attention.get_buffer(STEADY).fill_(1)
-    use_sink(model)
-
-
 def finish_loading_sink(model: nn.Module) -> None:
     """Checks the constants read from a checkpoint and puts them to use.
 
@@ -178,8 +137,3 @@ def finish_loading_sink(model: nn.Module) -> None:
     for base in model.modules():
         if isinstance(base, SinkModel) and base.sink_token is not None:
             base.sink_ready = True
-
-
-def _deviation(states: Tensor) -> float:
-    """Median distance of rows 1.. of (n, channels) from row 0, relative to it."""
-    return float((states[1:] - states[0]).norm(dim=-1).median() / states[0].norm())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.errors import FPTQuantError
+from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import LayerInputs
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
@@ -22,7 +23,7 @@ from fptquant.run import training as stages
 from fptquant.run.job import Job, open_job
 from fptquant.run.models import transformed
 from fptquant.run.state import RunState
-from fptquant.simulate.sink import KEY, VALUE, record_sink, sink_token
+from fptquant.simulate.sink import KEY, VALUE, sink_token
 from fptquant.train import end_to_end, local
 from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
 from fptquant.train.optimization import Optimization, transform_groups
