@@ -123,7 +123,7 @@ def quantize(
     from fptquant.evaluation.vllm_backend import on_gpu
     from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
-    from fptquant.run.memory import choose_residency, parse_size
+    from fptquant.run.memory import choose_residency, parse_size, room_for
     from fptquant.run.publication import Publication
 
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
@@ -159,7 +159,7 @@ def quantize(
     with err.status("checking model, recipe and calibration text"):
         job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
         wanted: Any = None if residency is Memory.auto else residency.value
-        job = replace(job, residency=choose_residency(job, wanted, limit))
+        job = replace(job, residency=choose_residency(job, wanted, limit), room=room_for(limit))
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():

@@ -103,7 +103,7 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
-    needed, free = expected_memory(job, job.residency), free_memory()
+    needed, free = expected_memory(job, job.residency, job.room), free_memory()
     how = "the whole model" if job.residency == "resident" else "a layer at a time"
     warning = f", more than the {free / 1e9:.1f} GB that are free" if needed > free else ""
     table.add_row("memory", f"about {needed / 1e9:.1f} GB, {how} ({job.residency}){warning}")

@@ -18,12 +18,14 @@ from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.constants import record_sink
 from fptquant.layers.residency import Residency
+from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model, open_source
 from fptquant.progress import Stages, peak_memory
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
+from fptquant.run.memory import scratch_bytes, scratch_limit
 from fptquant.run.models import to_be_rounded, transformed
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
@@ -80,7 +82,8 @@ def quantize(
     publication, state = prepare(job, output, overwrite=overwrite, fresh=fresh)
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
-    with publication if parallel.is_main() else nullcontext(Path()) as staging, state:
+    scratch = scratch_in(state.directory, scratch_limit(job.room))
+    with publication if parallel.is_main() else nullcontext(Path()) as staging, state, scratch:
         if parallel.is_main():
             with stages.stage("rehearse"):
                 rehearse(job, staging / "rehearsal")
@@ -156,7 +159,7 @@ def prepare(job: Job, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Pu
 def require_space(job: Job, publication: Publication, state: RunState) -> None:
     """Raises FPTQuantError when checkpoint and state, which is kept until the end, don't fit on the disk."""
     there = folder_size(state.directory)  # continued from, or removed
-    publication.require_space(job.output_bytes + max(0, state_bytes(job) - there))
+    publication.require_space(job.output_bytes + max(0, state_bytes(job) - there) + scratch_bytes(job))
 
 
 def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:

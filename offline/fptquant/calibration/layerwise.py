@@ -14,6 +14,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
 from fptquant.layers.residency import entered, is_streamed
+from fptquant.layers.scratch import empty
 from fptquant.layers.store import LayerStore
 from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
 from fptquant.quantize.options import QuantizeOptions
@@ -216,7 +217,7 @@ def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Modul
     """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
     sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
     shape = (sum(sizes), linear.in_features)
-    seen = torch.empty(shape, dtype=torch.float32, device=inputs.hidden[0].device)
+    seen = empty(shape, inputs.hidden[0].device)
     parts = iter(torch.split(seen, sizes))
 
     def observe(x: Tensor) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.layers.residency import recomputed
+from fptquant.layers.inputs import first_inputs, last_states
+from fptquant.layers.residency import entered
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
+
+Norms = dict[str, list[Tensor]]
 
 
 def token_weights(model: PreTrainedModel, architecture: Architecture, windows: Tensor) -> dict[str, Tensor]:
@@ -19,7 +23,8 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
 
     With d_t the gradient of the next-token cross entropy with respect to the output W x_t of a group, sum_t |d_t|^2
     x_t x_t^T is the token-diagonal form of the output-adaptive Hessian (OAC, Edalati et al., arXiv 2405.15025).
-    One backward pass per sequence; only the norms are kept.
+    All sequences go forward through a layer before the next is read, and backward likewise; what entered each layer is
+    kept between.
 
     Args:
         model: with merged weights and the simulation installed, nothing quantized yet.
@@ -29,47 +34,57 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     Returns:
         By name of the group's first layer, float32 of the shape of `windows`, with mean 1.
     """
-    groups = _groups(model, architecture)
-    seen: dict[str, list[Tensor]] = {name: [] for name in groups}
-    with torch.enable_grad(), recomputed(model, architecture.layer_modules(model), always=False):
-        for window in windows:
-            norms = {name: torch.zeros(len(window), device=window.device) for name in groups}
-            with _recorded(model, architecture, groups, norms):
-                logits = model(window[None], use_cache=False).logits[0, :-1].float()
-                loss = nn.functional.cross_entropy(logits, window[1:], reduction="sum")
-                loss.backward()  # type: ignore[no-untyped-call]
-            for name, values in norms.items():
-                seen[name].append(values)
-    found = {name: torch.stack(parts) for name, parts in seen.items()}
-    return {name: values / values.mean().clamp_min(torch.finfo().tiny) for name, values in found.items()}
+    layers = architecture.layer_modules(model)
+    inputs = first_inputs(model, architecture, windows, batch=1, kept=len(layers) + 1)
+    entering: list[list[Tensor]] = []  # of each layer, by sequence
+    for layer in layers:
+        entering.append(list(inputs.hidden))
+        with entered(layer):
+            inputs.advance(layer)
+    found: Norms = {}
+    gradients = []  # of the loss, with respect to what leaves a layer
+    head = model.get_submodule(architecture.head)
+    head_group = {architecture.head: [head]} if isinstance(head, SimulatedLinear) else {}
+    with torch.enable_grad(), entered(head), _recorded(head_group, found, windows):
+        for index, window in enumerate(windows):
+            one = inputs.sequence(index)
+            (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]
+            logits = head(next(last_states(model, architecture, one)))[0, :-1].float()
+            nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert states.grad is not None
+            gradients.append(states.grad)
+    for number in reversed(range(len(layers))):
+        layer, hidden = layers[number], entering.pop()
+        with torch.enable_grad(), entered(layer), _recorded(_groups(layer, number, architecture), found, windows):
+            for index in range(len(windows)):
+                one = replace(inputs, hidden=hidden).sequence(index)
+                (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]
+                next(one.run(layer)).backward(gradients[index])  # type: ignore[no-untyped-call]
+                assert states.grad is not None
+                gradients[index] = states.grad
+    weights = {name: torch.stack(norms) for name, norms in found.items()}
+    return {name: values / values.mean().clamp_min(torch.finfo().tiny) for name, values in weights.items()}
 
 
-def _groups(model: PreTrainedModel, architecture: Architecture) -> dict[str, list[SimulatedLinear]]:
-    """Layers that share an input, by the name of the first; the head is a group of its own."""
-    names = [
-        architecture.group_names(layer, group)
-        for layer in range(len(architecture.layer_modules(model)))
+def _groups(layer: nn.Module, index: int, architecture: Architecture) -> dict[str, list[nn.Module]]:
+    """Linear layers of a decoder layer that share an input, by the full name of the first."""
+    return {
+        architecture.group_names(index, group)[0]: [
+            layer.get_submodule(projection.path) for projection in group.members
+        ]
         for group in architecture.groups
-    ]
-    groups = {}
-    for group in [*names, [architecture.head]]:
-        linears = [module for module in map(model.get_submodule, group) if isinstance(module, SimulatedLinear)]
-        if linears:
-            groups[group[0]] = linears
-    return groups
+    }
 
 
 @contextmanager
-def _recorded(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    groups: dict[str, list[SimulatedLinear]],
-    norms: dict[str, Tensor],
-) -> Iterator[None]:
-    """Adds |d_t|^2 of every layer to its group's `norms` during the backward pass of one sequence."""
+def _recorded(groups: dict[str, list[nn.Module]], found: Norms, windows: Tensor) -> Iterator[None]:
+    """Adds |d_t|^2 at the outputs of each group up, in the backward pass of each sequence, as an item of `found`."""
 
-    def track(total: Tensor) -> object:
+    def track(name: str, first: bool) -> object:
         def hook(linear: nn.Module, args: tuple[Tensor | None, ...], output: Tensor) -> None:
+            if first:
+                found.setdefault(name, []).append(torch.zeros(windows.shape[1], device=output.device))
+            total = found[name][-1]
             # The layer divides by S after its product (S_n), so the gradient there is the one here over S.
             scale = args[1] if len(args) > 1 else None
             scale = torch.ones(1, device=output.device) if scale is None else scale
@@ -82,11 +97,11 @@ def _recorded(
 
         return hook
 
-    # Parameters are frozen, so gradients start at the embedding's output.
-    embedding = model.get_submodule(architecture.embedding)
-    handles = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())]
+    handles = []
     for name, linears in groups.items():
-        handles += [linear.register_forward_hook(track(norms[name])) for linear in linears]  # type: ignore[arg-type]
+        linears = [linear for linear in linears if isinstance(linear, SimulatedLinear)]
+        for position, linear in enumerate(linears):
+            handles.append(linear.register_forward_hook(track(name, position == 0)))  # type: ignore[arg-type]
     try:
         yield
     finally:

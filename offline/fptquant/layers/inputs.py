@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from fptquant.layers.residency import entered
+from fptquant.layers.scratch import is_large, spilled
 from fptquant.simulate.sink import SinkMasks, put_output, sink_token
 from fptquant.wiring import Architecture
 
@@ -34,6 +35,7 @@ class LayerInputs:
     masks: list[SinkMasks] | None  # where constants belong, of each batch
     first: int  # tokens before this one are constants and do not count
     batch: int  # sequences in each but the last
+    spill: bool = False  # whether hidden states are in files
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
@@ -45,8 +47,13 @@ class LayerInputs:
     @torch.no_grad()
     def advance(self, layer: nn.Module) -> None:
         """Puts the outputs of `layer` in the place of its inputs."""
-        for index, output in enumerate(self.run(layer)):
+        for index, output in enumerate(self.outputs(layer)):
             self.hidden[index] = output
+
+    def outputs(self, layer: nn.Module) -> Iterator[Tensor]:
+        """Outputs of `layer`, batch by batch, in files where its inputs are."""
+        for output in self.run(layer):
+            yield spilled(output) if self.spill else output
 
     def cached(self, cache: Cache) -> LayerInputs:
         """The same hidden states, with a cache that takes each layer's keys and values."""
@@ -68,7 +75,7 @@ class LayerInputs:
 
 @torch.no_grad()
 def first_inputs(
-    model: PreTrainedModel, architecture: Architecture, windows: Tensor, batch: int | None = None
+    model: PreTrainedModel, architecture: Architecture, windows: Tensor, batch: int | None = None, kept: int = 1
 ) -> LayerInputs:
     """Runs the model up to its first layer.
 
@@ -77,11 +84,13 @@ def first_inputs(
         architecture: its family.
         windows: (sequences, length) tokens.
         batch: sequences that go through a layer together.
+        kept: how many layers' inputs there will be at once; what is too large for memory goes into files (`scratch`).
     """
     hidden: list[Tensor] = []
     masks: list[SinkMasks] = []
     arguments: dict[str, Any] = {}
     batch = batch or _BATCH
+    spill = False
 
     def catch(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0])
@@ -91,16 +100,21 @@ def first_inputs(
         raise Stop
 
     with entered(model.get_submodule(architecture.embedding)), _in_place_of_first_layer(model, architecture, catch):
-        for window in windows:
-            with suppress(Stop):
-                model(window[None], use_cache=False)
-    batches = [slice(start, start + batch) for start in range(0, len(hidden), batch)]
+        for start in range(0, len(windows), batch):
+            for window in windows[start : start + batch]:
+                with suppress(Stop):
+                    model(window[None], use_cache=False)
+            spill = spill or is_large(kept * len(windows) * hidden[-1].nbytes)
+            states = torch.cat(hidden[start // batch :])
+            hidden[start // batch :] = [spilled(states) if spill else states]
+    batches = [slice(start, start + batch) for start in range(0, len(windows), batch)]
     return LayerInputs(
-        [torch.cat(hidden[rows]) for rows in batches],
+        hidden,
         arguments,
         [SinkMasks(*map(torch.cat, zip(*masks[rows], strict=True))) for rows in batches] if masks else None,
         first=0 if sink_token(model) is None else 1,
         batch=batch,
+        spill=spill,
     )
 
 
@@ -164,7 +178,6 @@ def window_logits(
             yield head(states)
 
 
-@torch.no_grad()
 def last_states(model: PreTrainedModel, architecture: Architecture, inputs: LayerInputs) -> Iterator[Tensor]:
     """What the head reads, (batch, length, hidden), of each batch that has been through the layers."""
     norm = model.get_submodule(architecture.final_norm)

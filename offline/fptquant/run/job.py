@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class Job:
     dtype: torch.dtype
     output_bytes: int
     residency: Residency = "resident"  # of the model while it is worked on; the checkpoint is the same
+    room: int = sys.maxsize  # bytes that the run may take; what is too large a share of it goes into files
     left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
 
     @property
@@ -248,7 +250,7 @@ def _check_online(source: Source, config: CheckpointConfig, transforms: Transfor
 def with_recipe(job: Job, recipe: Recipe) -> Job:
     """The same job with another recipe; calibration text and transforms stay as they are."""
     changed = _job(job.source, recipe, job.windows, job.training_windows)
-    return replace(changed, transforms=job.transforms, residency=job.residency, left_out=job.left_out)
+    return replace(changed, transforms=job.transforms, residency=job.residency, room=job.room, left_out=job.left_out)
 
 
 def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:

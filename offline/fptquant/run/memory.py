@@ -15,6 +15,7 @@ from fptquant.run.shards import LARGEST
 _PROCESS = 450_000_000  # bytes of Python, torch and transformers
 _FLOAT32, _FLOAT64 = 4, 8
 _HESSIANS = 3  # matrices (K, K) in float64 that rounding holds at once
+_SCRATCH_SHARE = 8  # the part of a run's memory that hidden states may take
 _RESIDENT = 1.25  # of the float32 weights: packed integers beside them
 
 
@@ -43,8 +44,13 @@ class Sizes:
         )
 
 
-def expected_memory(job: Job, residency: Residency) -> int:
+def expected_memory(job: Job, residency: Residency, room: int) -> int:
     """Largest resident size of a run, in bytes: the largest of its stages.
+
+    Args:
+        job: to be done.
+        residency: of its model.
+        room: bytes that it may take; hidden states and inputs that are too large a share of it are in files.
 
     With P the matrices of a layer, E those of embedding or head, M the largest matrix, K the widest input and T
     calibration tokens, in bytes of float32:
@@ -60,9 +66,13 @@ def expected_memory(job: Job, residency: Residency) -> int:
     sizes, recipe = Sizes.of(job), job.recipe
     shape = job.source.architecture.shape(job.source.config)
     tokens = job.windows.numel()
-    hidden = _FLOAT32 * tokens * shape.hidden * 2
+
+    def in_memory(size: int) -> int:
+        return size if size <= scratch_limit(room) else 0
+
+    hidden = 2 * in_memory(_FLOAT32 * tokens * shape.hidden)
     hessians = 0 if recipe.rounding.method == "nearest" else _HESSIANS * _FLOAT64 * sizes.widest**2
-    layer = _FLOAT32 * (2 * sizes.layer + tokens * sizes.widest + 3 * sizes.matrix) + hessians
+    layer = _FLOAT32 * (2 * sizes.layer + 3 * sizes.matrix) + in_memory(_FLOAT32 * tokens * sizes.widest) + hessians
     head = int(_FLOAT32 * 2.5 * sizes.ends)
     written = _FLOAT32 * 2 * sizes.ends + min(LARGEST, job.output_bytes)
     weights = int(_RESIDENT * _FLOAT32 * sizes.total) if residency == "resident" else 0
@@ -73,6 +83,24 @@ def expected_memory(job: Job, residency: Residency) -> int:
         activations = _FLOAT32 * length * (12 * shape.hidden + 6 * shape.intermediate + shape.heads * length) * kept
         stages.append(activations + _FLOAT32 * (2 * sizes.ends + 2 * sizes.layer))
     return _PROCESS + hidden + weights + max(stages)
+
+
+def room_for(limit: int | None) -> int:
+    """Bytes that this process may take: the user's limit, or its share of what is free."""
+    return free_memory() // parallel.ranks()[1] if limit is None else limit
+
+
+def scratch_limit(room: int) -> int:
+    """Bytes above which a run that may take `room` puts hidden states into files (`fptquant.layers.scratch`)."""
+    return room // _SCRATCH_SHARE
+
+
+def scratch_bytes(job: Job) -> int:
+    """Expected size of those files, at most."""
+    shape = job.source.architecture.shape(job.source.config)
+    kept = shape.layers + 1 if job.recipe.rounding.hessian == "output" else 1
+    sizes = (job.windows.numel() * width * _FLOAT32 for width in (kept * shape.hidden, Sizes.of(job).widest))
+    return sum(size for size in sizes if size > scratch_limit(job.room))
 
 
 def free_memory() -> int:
@@ -91,13 +119,13 @@ def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> R
     Raises:
         FPTQuantError: not even a layer at a time fits into the user's limit.
     """
-    room = free_memory() // parallel.ranks()[1] if limit is None else limit  # processes share the machine
-    residency: Residency = wanted or ("resident" if expected_memory(job, "resident") <= room else "streamed")
-    needed = expected_memory(job, residency)
+    room = room_for(limit)
+    residency: Residency = wanted or ("resident" if expected_memory(job, "resident", room) <= room else "streamed")
+    needed = expected_memory(job, residency, room)
     if needed > room and limit is not None:
         remedy = "lower calibration.sequences or calibration.length, or raise --max-memory"
         if residency == "resident":
-            remedy = f"streamed needs about {expected_memory(job, 'streamed') / 1e9:.1f} GB; or {remedy}"
+            remedy = f"streamed needs about {expected_memory(job, 'streamed', room) / 1e9:.1f} GB; or {remedy}"
         raise FPTQuantError(
             f"--max-memory: {limit / 1e9:.1f} GB are less than {needed / 1e9:.1f} GB, which {residency} takes: {remedy}"
         )

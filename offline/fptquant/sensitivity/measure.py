@@ -144,10 +144,10 @@ class Probe:
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
-        self._inputs = first_inputs(self.model, self.job.source.architecture, self.tokens)
+        self._inputs = first_inputs(self.model, self.job.source.architecture, self.tokens, kept=len(self.layers) + 1)
         self._entries = [self._inputs.hidden]
         for layer in self.layers:
-            self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).run(layer)))
+            self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).outputs(layer)))
         self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
         for logits in self._logits(replace(self._inputs, hidden=self._entries.pop())):
             logs = torch.log_softmax(logits, -1)
