@@ -92,7 +92,7 @@ def measure(name: str, recipe: str, arguments: argparse.Namespace) -> dict[str, 
     }
     if usage.status == 0:
         summary = json.loads((output / "fptquant" / "summary.json").read_text())
-        row |= {"stages": summary["seconds"], "output": summary["output_bytes"]}
+        row |= {"stages": summary["seconds"], "peaks": summary["peak_bytes"], "output": summary["output_bytes"]}
     else:
         row["last_line"] = last_words(log)
     if arguments.keep and usage.status == 0:

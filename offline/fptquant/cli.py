@@ -174,7 +174,7 @@ def quantize(
         return
     table = Table(title=f"{output}", show_header=False)
     for name, seconds in summary.seconds.items():
-        table.add_row(name, f"{seconds:.1f} s")
+        table.add_row(name, f"{seconds:.1f} s, {megabytes(summary.peak_bytes[name])}")
     table.add_row("peak memory", megabytes(summary.peak_memory_bytes))
     table.add_row("weights before", megabytes(summary.source_bytes))
     table.add_row("weights after", megabytes(summary.output_bytes))

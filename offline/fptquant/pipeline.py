@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fptquant.layers.residency import Residency
 from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model, open_source
-from fptquant.progress import Stages, peak_memory
+from fptquant.progress import Stages
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
@@ -56,11 +56,12 @@ class Summary:
 
     output: str  # name of the directory; where on this machine is nobody else's business
     seconds: dict[str, float]
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # largest of the stages
     source_bytes: int
     output_bytes: int
     source_fingerprint: str = ""
     budget: str = ""
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # of each stage
 
 
 def quantize(
@@ -92,7 +93,7 @@ def quantize(
                 teacher = make_teacher(job, state, stages)
         clipping = train_transforms(job, teacher, state, stages, metrics)
         if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
-            return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
+            return Summary(publication.target.name, stages.seconds, max(stages.peaks.values(), default=0), 0, 0)
         spending = None
         if recipe.budget is not None:
             narrow = {name: job.config.scheme_for(name) for name in clipping}
@@ -116,7 +117,7 @@ def quantize(
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
         if not parallel.is_main():  # the others only helped to train
-            return Summary(publication.target.name, stages.seconds, peak_memory(), 0, 0)
+            return Summary(publication.target.name, stages.seconds, max(stages.peaks.values(), default=0), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
             write_ranges(job, model, before, after, staging / EXTRAS)
@@ -127,7 +128,8 @@ def quantize(
         summary = Summary(
             output=publication.target.name,
             seconds=stages.seconds,
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=max(stages.peaks.values()),
+            peak_bytes=stages.peaks,
             source_bytes=job.source.weights.size,
             output_bytes=WeightFiles.of(staging).size,
             source_fingerprint=state.signature["model"],

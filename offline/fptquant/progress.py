@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -21,6 +22,7 @@ class Stages:
     """Names, durations and progress of the stages of a run; silent unless subclassed (see `console`)."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)  # largest resident size during each, in bytes
 
     @contextmanager
     def stage(self, name: str, spare_memory: str = "", *, neutral: str = "") -> Iterator[None]:
@@ -35,6 +37,7 @@ class Stages:
             FPTQuantError: out of memory.
         """
         start = time.perf_counter()
+        _reset_peak()
         self.begin(name)
         try:
             yield
@@ -45,6 +48,7 @@ class Stages:
             remedy += ", and run again to continue" + (f"; or {spare_memory}" if spare_memory else "")
             raise FPTQuantError(f"out of memory in stage '{name}': {remedy}") from None
         finally:
+            self.peaks[name] = peak_memory()
             gc.collect()  # models and their hooks refer to each other, and are as large as the next stage's
             self.seconds[name] = round(time.perf_counter() - start, 2)
             self.end(name)
@@ -71,8 +75,14 @@ class Stages:
         """A stage is over."""
 
 
+def _reset_peak() -> None:
+    """Has `peak_memory` start over, where the system can (Linux, with /proc)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process, in bytes: since the last stage began, or since its start."""
     info = psutil.Process().memory_info()
     try:
         import resource

@@ -106,6 +106,8 @@ def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
     assert summary["output_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert list(summary["seconds"])[:2] == ["rehearse", "calibrate and round"] and summary["peak_memory_bytes"] > 1e8
+    assert summary["peak_bytes"].keys() == summary["seconds"].keys()
+    assert summary["peak_memory_bytes"] == max(summary["peak_bytes"].values())
     assert summary["output"] == "out"
     for file in out.rglob("*"):  # where it was made is nobody's business; a recipe names its text as the user did
         assert not file.is_file() or file.name == "recipe.yaml" or b"pytest-" not in file.read_bytes(), file
