@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -337,8 +338,10 @@ def sensitivity(
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.evaluation.perplexity import evaluation_windows
+    from fptquant.layers.scratch import scratch_in
     from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
+    from fptquant.run.memory import choose_residency, room_for, scratch_limit
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 
@@ -378,14 +381,17 @@ def sensitivity(
     stages, per_layer = RichStages(), by is Granularity.layer
     groups = missing(sites, results, per_layer=per_layer)
     if groups:
+        room = room_for(None)
+        job = replace(job, residency=choose_residency(job, None, None), room=room)
         network = pipeline.started(job, stages)
         probe = Probe(job, network, tokens)
-        with stages.stage("fit sites", "lower --sequences or calibration.length"):
-            for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
-                pass
-        with stages.stage("measure", "lower --windows or --length"):
-            for _ in stages.track(measure_all(probe, groups, results), len(groups)):
-                pass
+        with scratch_in(Path(gettempdir()), scratch_limit(room)):
+            with stages.stage("fit sites", "lower --sequences or calibration.length"):
+                for _ in stages.track(probe.calibrate(site for group in groups.values() for site in group), job.layers):
+                    pass
+            with stages.stage("measure", "lower --windows or --length"):
+                for _ in stages.track(measure_all(probe, groups, results), len(groups)):
+                    pass
     assert results.unquantized is not None
     reference = results.unquantized.perplexity
     table = Table("site", "layer", "KL (nats per token)", "perplexity", "change")

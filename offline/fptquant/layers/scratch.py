@@ -55,6 +55,11 @@ def empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
+def put_away(tensor: Tensor, total: int) -> Tensor:
+    """A tensor as it is, or in a file where all of its kind, `total` bytes, are large."""
+    return spilled(tensor) if is_large(total) else tensor
+
+
 def spilled(tensor: Tensor) -> Tensor:
     """A copy in a file.
 

@@ -16,6 +16,7 @@ from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.layers.residency import entered
+from fptquant.layers.scratch import put_away
 from fptquant.quantize import search_input_range, weight_scales
 from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
@@ -140,19 +141,22 @@ class Probe:
             hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
             del seen
             codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
-            self._codes[weights] = _Codes(codes.to(torch.int8), scale)
+            total = codes.numel() * sum(site.kind == weights.kind for site in wanted)
+            self._codes[weights] = _Codes(put_away(codes.to(torch.int8), total), scale)
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
         self._inputs = first_inputs(self.model, self.job.source.architecture, self.tokens, kept=len(self.layers) + 1)
         self._entries = [self._inputs.hidden]
         for layer in self.layers:
-            self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).outputs(layer)))
+            with entered(layer):
+                self._entries.append(list(replace(self._inputs, hidden=self._entries[-1]).outputs(layer)))
         self._reference = []  # of each window, probabilities (length, vocabulary) and their entropy (length,)
         for logits in self._logits(replace(self._inputs, hidden=self._entries.pop())):
             logs = torch.log_softmax(logits, -1)
             expected = logs.exp()
-            self._reference.append((expected, -(expected * logs).sum(-1)))
+            kept = put_away(expected, expected.nbytes * len(self.tokens))
+            self._reference.append((kept, -(expected * logs).sum(-1)))
         self.unquantized = self.measure({})
 
     def _logits(self, inputs: LayerInputs) -> Iterator[Tensor]:
