@@ -37,5 +37,5 @@ def register() -> None:
     register_quantization_config(QUANT_METHOD)(FPTQuantConfig)
     for family in FAMILIES.values():
         name = quantized_architecture(family.class_name)
-        ModelRegistry.register_model(name, f"vllm_fptquant.models.{family.model_type}:{name}")
+        ModelRegistry.register_model(name, "vllm_fptquant.models.decoder:FPTQuantForCausalLM")
     _registered = True

@@ -56,5 +56,20 @@ class ExactAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             blocks = attn_metadata.block_table[index, : -(-length // size)].long()
             states = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]  # (kv_heads, S, 2 * head_size)
             keys, values = states.chunk(2, -1)
-            output[start:end] = exact_attention(query[start:end].transpose(0, 1), keys, values, self.scale)
+            mask = window_mask(end - start, length, self.sliding_window)
+            output[start:end] = exact_attention(query[start:end].transpose(0, 1), keys, values, self.scale, mask)
         return output
+
+
+def window_mask(count: int, length: int, window: int) -> Tensor | None:
+    """Which of `length` positions each of the last `count` attends to: bool (count, length), None for all before it.
+
+    Args:
+        count: of queries.
+        length: of keys.
+        window: how many positions, its own among them; -1 is vLLM's word for all.
+    """
+    if window == -1:
+        return None
+    distance = torch.arange(length - count, length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < window)

@@ -429,6 +429,17 @@ def doctor() -> None:
 
 
 @app.command()
+def families() -> None:
+    """List the model families that can be quantized and served, and what holds for them."""
+    from fptquant.report.families import COLUMNS, rows
+
+    table = Table(*COLUMNS)
+    for row in rows():
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+@app.command()
 def recipes(
     name: Annotated[str, typer.Argument(help="print all settings of this recipe (a name, or a YAML file)")] = "",
     fields: Annotated[bool, typer.Option("--fields", help="list what a recipe may set, with the defaults")] = False,

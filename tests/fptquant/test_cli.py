@@ -425,6 +425,26 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
         edit_config(architectures=["LlamaForSequenceClassification"]),
         "LlamaForSequenceClassification with model_type 'llama' is not supported",
     ),
+    "architecture of another family": (
+        edit_config(architectures=["Qwen2ForCausalLM"]),
+        "Qwen2ForCausalLM with model_type 'llama' is not supported: of this model_type, only LlamaForCausalLM is",
+    ),
+    "multimodal": (
+        edit_config(
+            model_type="mistral3",
+            architectures=["Mistral3ForConditionalGeneration"],
+            text_config={"model_type": "mistral"},
+        ),
+        "is a multimodal model: only text models are supported; save its text part (model_type 'mistral') as a model",
+    ),
+    "windows in some layers of a family that has them in all": (
+        edit_config(
+            model_type="mistral",
+            architectures=["MistralForCausalLM"],
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        "has layer_types of several kinds, which transformers leaves out of account",
+    ),
     "impossible sizes": (edit_config(num_attention_heads=5), "config.json: "),
     "no weights": (remove("model.safetensors"), "has no model.safetensors"),
     "truncated weights": (truncate, "model.safetensors' is corrupt or truncated"),

@@ -97,7 +97,7 @@ def test_a_transform_that_the_family_can_not_have(
     model = save_model(tmp_path / "model", "gqa")
     fields = {"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}}
     recipe = Recipe.load("fptquant").changed(**fields)
-    why = "queries and keys are normed before RoPE, which undoes scales, with gains that rotations don't pass"
+    why = "of queries and keys, one is normed before RoPE and the other isn't"
     with pytest.raises(FPTQuantError, match=f"^transforms: a LlamaForCausalLM can't have T_k .{why}.: leave it out"):
         open_job(model, recipe)
     job = open_job(model, recipe, leave_out=True)

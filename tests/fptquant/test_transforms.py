@@ -22,7 +22,7 @@ from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.down_hadamard import tensor_parallel_sizes
 from fptquant.transforms.orthogonal import starting_rotation
-from fptquant.wiring import Place, Role, Shape
+from fptquant.wiring import Architecture, Place, Role, Shape
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import MODELS
 from tests.merging import merge_transforms
@@ -49,10 +49,10 @@ def transform_set(names: list[str], shape: Shape, seed: int = 0, **options: dict
     return TransformSet(recipe.transforms, shape, seed)
 
 
-def merge(model: LlamaForCausalLM, transforms: TransformSet) -> LlamaForCausalLM:
+def merge(model: Any, transforms: TransformSet, family: Architecture = LLAMA) -> Any:
     """A merged copy, with T_d run online by a dense float64 matrix built here."""
     model = copy.deepcopy(model)
-    for _ in merge_transforms(model, LLAMA, transforms):
+    for _ in merge_transforms(model, family, transforms):
         pass
     down_hadamard = transforms.record().down_hadamard
     if down_hadamard is not None:
@@ -62,8 +62,8 @@ def merge(model: LlamaForCausalLM, transforms: TransformSet) -> LlamaForCausalLM
             blocks = args[0].unflatten(-1, (-1, hadamard.shape[0]))
             return ((blocks @ hadamard.to(args[0].dtype)).flatten(-2),)
 
-        for layer in model.model.layers:
-            layer.mlp.down_proj.register_forward_pre_hook(rotate)
+        for layer in family.layer_modules(model):
+            layer.get_submodule(family.projection_of(Role.DOWN).path).register_forward_pre_hook(rotate)
     return model
 
 
@@ -402,7 +402,7 @@ def test_scales_stay_positive() -> None:
 
 
 def test_obstacles() -> None:
-    """Llama has none; norms of queries and keys forbid T_k, norms behind blocks T_r."""
+    """Llama has none; a norm of queries or keys alone forbids T_k, norms behind blocks T_r."""
     assert {transform.obstacle(LLAMA) for transform in TRANSFORMS.values()} == {None}
     for facts, forbidden in (
         ({"query_norm": "q_norm"}, "T_k"),

@@ -39,7 +39,7 @@ from tests.vllm_fptquant.layers import (
 from tests.vllm_fptquant.test_gpu_kernels import exact_tensors
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.kernels.select import KERNELS
-from vllm_fptquant.models.llama import FPTQuantLlamaModel, scaled_projection
+from vllm_fptquant.models.decoder import DecoderModel, scaled_projection
 
 pytestmark = pytest.mark.usefixtures("operators", "parallel_world", "pretend_gpu")
 
@@ -233,7 +233,7 @@ def test_kv_cache_on_fake_cuda(strategy: Literal["tensor", "head"], sink: Sink |
             torch.empty(5, heads * HEAD_DIM, dtype=dtype, device="cuda") for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
         first = torch.empty(5, dtype=torch.int64, device="cuda")
-        masks = FPTQuantLlamaModel._first_tokens(SimpleNamespace(sink_token=1), first, first, None)
+        masks = DecoderModel._first_tokens(SimpleNamespace(sink_token=1), first, first, None)
         assert masks is not None and masks.at_token.device.type == "cuda"
         where = masks.at_token | (masks.at_start & attention.fptquant_sink_steady) if sink else None
         output = attention(query, key, value, sink=where)

@@ -26,7 +26,7 @@ from fptquant.errors import FPTQuantError
 from tests.conftest import bound
 from tests.vllm_fptquant.loaders import attend
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
-from vllm_fptquant.models.llama import FPTQuantLlamaForCausalLM
+from vllm_fptquant.models.decoder import FPTQuantForCausalLM
 
 TOKEN, OTHER = 0, 7  # BOS, which has constants, and another
 
@@ -82,7 +82,7 @@ class Stage:
         self.config = config
         config.compilation_config.static_forward_context.clear()
         with self.active(), set_default_torch_dtype(config.model_config.dtype):
-            self.model = FPTQuantLlamaForCausalLM(vllm_config=config)
+            self.model = FPTQuantForCausalLM(vllm_config=config)
             if tensors is not None:
                 self.model.binding = None  # not those of the directory
             self.model.load_weights((tensors or load_file(checkpoint / "model.safetensors")).items())

@@ -1,4 +1,4 @@
-"""Model classes, one file per family, called after its `model_type`, with what vLLM has to do unlike for Llama.
+"""The model class of all families.
 
 Of format version 1, what needs neither S_n nor a sink uses vLLM's own.
 """

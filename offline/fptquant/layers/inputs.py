@@ -19,7 +19,7 @@ from fptquant.wiring import Architecture
 _BATCH = 4  # sequences per forward pass
 
 Track = Callable[[Iterator[int]], Iterator[int]]
-Catch = Callable[[tuple[Tensor, ...], dict[str, Any]], None]
+Catch = Callable[[nn.Module, Tensor, dict[str, Any]], None]
 
 
 class Stop(Exception):
@@ -28,10 +28,10 @@ class Stop(Exception):
 
 @dataclass
 class LayerInputs:
-    """Hidden states that enter a layer, and the other arguments of its forward."""
+    """Hidden states that enter a layer, and the other arguments of each layer's forward: masks, RoPE."""
 
     hidden: list[Tensor]  # each (batch, length, hidden)
-    arguments: dict[str, Any]
+    arguments: dict[nn.Module, dict[str, Any]]  # by layer: some may see a window, or have a RoPE of their own
     masks: list[SinkMasks] | None  # where constants belong, of each batch
     first: int  # tokens before this one are constants and do not count
     batch: int  # sequences in each but the last
@@ -40,8 +40,8 @@ class LayerInputs:
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
         for index, hidden in enumerate(self.hidden):
-            arguments = self.arguments if self.masks is None else {**self.arguments, "sink": self.masks[index]}
-            output = layer(hidden, **arguments)
+            sink = {} if self.masks is None else {"sink": self.masks[index]}
+            output = layer(hidden, **self.arguments[layer], **sink)
             yield output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -57,7 +57,8 @@ class LayerInputs:
 
     def cached(self, cache: Cache) -> LayerInputs:
         """The same hidden states, with a cache that takes each layer's keys and values."""
-        return replace(self, arguments={**self.arguments, "past_key_values": cache})
+        arguments = {layer: {**found, "past_key_values": cache} for layer, found in self.arguments.items()}
+        return replace(self, arguments=arguments)
 
     def sequence(self, index: int) -> LayerInputs:
         """What enters of one sequence: hidden states (1, length, hidden)."""
@@ -77,7 +78,7 @@ class LayerInputs:
 def first_inputs(
     model: PreTrainedModel, architecture: Architecture, windows: Tensor, batch: int | None = None, kept: int = 1
 ) -> LayerInputs:
-    """Runs the model up to its first layer.
+    """What enters the first layer, and what else the model calls each of its layers with.
 
     Args:
         model: of which only the embedding need be in memory.
@@ -88,18 +89,21 @@ def first_inputs(
     """
     hidden: list[Tensor] = []
     masks: list[SinkMasks] = []
-    arguments: dict[str, Any] = {}
+    arguments: dict[nn.Module, dict[str, Any]] = {}
     batch = batch or _BATCH
-    spill = False
+    layers, spill = architecture.layer_modules(model), False
 
-    def catch(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0])
-        arguments.update(kwargs)
-        if "sink" in arguments:
-            masks.append(arguments.pop("sink"))
-        raise Stop
+    def catch(layer: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> None:
+        sink = kwargs.pop("sink", None)
+        arguments[layer] = kwargs
+        if layer is layers[0]:
+            hidden.append(states)
+            if sink is not None:
+                masks.append(sink)
+        if layer is layers[-1]:
+            raise Stop
 
-    with entered(model.get_submodule(architecture.embedding)), _in_place_of_first_layer(model, architecture, catch):
+    with entered(model.get_submodule(architecture.embedding)), _in_place_of_layers(model, architecture, catch):
         for start in range(0, len(windows), batch):
             for window in windows[start : start + batch]:
                 with suppress(Stop):
@@ -119,7 +123,7 @@ def first_inputs(
 
 
 class _Catcher(nn.Module):
-    """Looks like a layer to the model, and hands on what it is called with."""
+    """Looks like a layer to the model, hands on what it is called with, and lets hidden states pass."""
 
     def __init__(self, layer: nn.Module, catch: Catch) -> None:
         super().__init__()
@@ -131,18 +135,20 @@ class _Catcher(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, *args: Tensor, **kwargs: Any) -> None:
-        self._catch(args, kwargs)
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self._catch(self._layer[0], hidden_states, kwargs)
+        return hidden_states
 
 
 @contextmanager
-def _in_place_of_first_layer(model: PreTrainedModel, architecture: Architecture, catch: Catch) -> Iterator[None]:
-    layers, layer = model.get_submodule(architecture.layers), architecture.layer_modules(model)[0]
-    layers._modules["0"] = _Catcher(layer, catch)
+def _in_place_of_layers(model: PreTrainedModel, architecture: Architecture, catch: Catch) -> Iterator[None]:
+    layers = model.get_submodule(architecture.layers)._modules
+    before = dict(layers)
+    layers.update({name: _Catcher(layer, catch) for name, layer in before.items() if layer is not None})
     try:
         yield
     finally:
-        layers._modules["0"] = layer
+        layers.update(before)
 
 
 @torch.no_grad()

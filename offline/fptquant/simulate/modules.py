@@ -112,8 +112,13 @@ class SimulatedAttention(FixedBuffers, QuantizedAttention, SimulatedModule):
             key, value = self.with_sink(key, value, where)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         query, key = getattr(self.modeling, family.rotary_function)(query, key, *position_embeddings)
-        settings = {name: getattr(self, name) for name in ("scaling", *family.attention_arguments)}
-        kwargs = {"dropout": self.attention_dropout if self.training else 0.0, **settings, **kwargs}
+        window = {} if family.windows == "none" else {"sliding_window": family.window(self.config, self.layer_idx)}
+        kwargs = {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            **window,
+            **kwargs,
+        }
         cache, weights = past_key_values if cache is None else cache, None
         if self.kv_quantizer is not None:
             output = self.attend(query, key, value, attention_mask, cache, where, **kwargs)

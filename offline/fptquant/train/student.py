@@ -351,16 +351,18 @@ def rotate_ends(model: PreTrainedModel, architecture: Architecture, transforms: 
 def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> None:
     """Multiplies the output of each layer's norms by the gain that the transforms give them, in place of merging it."""
 
-    def scale(place: Place) -> Callable[..., Tensor]:
+    def scale(place: Place, gain_at: Callable[[Place, torch.dtype], Tensor | None]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            gain = transforms.gain(place, output.dtype)
+            gain = gain_at(place, output.dtype)
             return output if gain is None else output * gain
 
         return hook
 
     for index, layer in enumerate(architecture.layer_modules(model)):
         for group, norm in architecture.normed_groups():
-            layer.get_submodule(norm).register_forward_hook(scale(group.first.at(index)))
+            layer.get_submodule(norm).register_forward_hook(scale(group.first.at(index), transforms.gain))
+        for place, norm in architecture.head_norm_places(index):
+            layer.get_submodule(norm).register_forward_hook(scale(place, transforms.head_gain))
 
 
 def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQuantizer | None:

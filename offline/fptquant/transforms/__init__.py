@@ -57,7 +57,7 @@ class TransformSet(nn.Module):
         for name, transform in TRANSFORMS.items():
             if name in options:  # a generator each, so that switching one off doesn't move the others
                 generator = torch.Generator().manual_seed(seed)
-                self.transforms[name] = transform(shape, options[name], generator)
+                self.transforms[name] = transform.form(shape)(shape, options[name], generator)
 
     def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """See `Transform.inputs`; all transforms together."""
@@ -80,8 +80,11 @@ class TransformSet(nn.Module):
 
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """See `Transform.gain`; all transforms together."""
-        found = [gain for transform in self if (gain := transform.gain(place, dtype)) is not None]
-        return math.prod(found[1:], start=found[0]) if found else None
+        return _product([transform.gain(place, dtype) for transform in self])
+
+    def head_gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
+        """See `Transform.head_gain`; all transforms together."""
+        return _product([transform.head_gain(place, dtype) for transform in self])
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:
@@ -113,3 +116,8 @@ class TransformSet(nn.Module):
         """Moves all parameters to random values (tests of function preservation)."""
         for transform in self:
             transform.randomize_(generator, strength)
+
+
+def _product(gains: list[Tensor | None]) -> Tensor | None:
+    found = [gain for gain in gains if gain is not None]
+    return math.prod(found[1:], start=found[0]) if found else None

@@ -36,6 +36,7 @@ class Transform(nn.Module):
     in_weights: ClassVar[bool] = True  # both halves are, so that an objective on weights alone sees all of it
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
+    restriction: ClassVar[str] = ""  # what a restricted form keeps of the transform, for users to read
     shared: ClassVar[bool] = False  # by all layers, embedding and head; it is trained at a rate of its own
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:
@@ -48,6 +49,11 @@ class Transform(nn.Module):
     def obstacle(cls, architecture: Architecture) -> str | None:
         """Why the models of a family can't have this transform; None where they can."""
         return None
+
+    @classmethod
+    def form(cls, shape: Shape) -> type[Transform]:
+        """What stands for this transform in a model of this shape: itself, or a restricted one where it isn't exact."""
+        return cls
 
     def _add(self, name: str, size: tuple[int, ...], *, trained: bool = True) -> None:
         """A parameter of zeros; a constant where it is not `trained`."""
@@ -74,6 +80,10 @@ class Transform(nn.Module):
 
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """Gain (hidden,) that the norm gets whose output is read at `place`; None for one."""
+        return None
+
+    def head_gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
+        """Factor (head_dim,) on the norm over each head of what is put out at `place`; None for one."""
         return None
 
     def online(self) -> dict[str, Any]:

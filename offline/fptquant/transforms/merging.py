@@ -21,6 +21,11 @@ def merge_layer(layer: nn.Module, index: int, architecture: Architecture, transf
     for group, norm in architecture.normed_groups():
         gain = transforms.gain(group.first.at(index), torch.float64)
         set_norm_gain(layer.get_submodule(norm), architecture, gain)
+    for place, path in architecture.head_norm_places(index):
+        gain = transforms.head_gain(place, torch.float64)
+        if gain is not None:
+            over_heads = layer.get_submodule(path)
+            set_norm_gain(over_heads, architecture, norm_gain(over_heads, architecture) * gain)
 
 
 def merge_embedding(embedding: nn.Module, transforms: TransformSet) -> None:

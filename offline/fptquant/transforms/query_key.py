@@ -11,6 +11,8 @@ from torch import Tensor
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.wiring import Architecture, Place, Role, Shape
 
+_ROLES = (Role.QUERY, Role.KEY)
+
 
 class QueryKeyOptions(TransformOptions):
     """What T_k may do."""
@@ -39,14 +41,19 @@ class QueryKeyTransform(Transform):
 
     @classmethod
     def obstacle(cls, architecture: Architecture) -> str | None:
-        """A norm between projection and RoPE divides the scale out, and its gains differ within a pair."""
-        if architecture.query_norm is None and architecture.key_norm is None:
+        """Where only one of the two is normed, the other has no gain to take the inverse."""
+        if (architecture.query_norm is None) == (architecture.key_norm is None):
             return None
-        return "queries and keys are normed before RoPE, which undoes scales, with gains that rotations don't pass"
+        return "of queries and keys, one is normed before RoPE and the other isn't"
+
+    @classmethod
+    def form(cls, shape: Shape) -> type[Transform]:
+        """In the norms' gains where there are norms."""
+        return NormedQueryKeyTransform if shape.head_norms else cls
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Rotates and scales queries and keys."""
-        if place.role not in (Role.QUERY, Role.KEY):
+        if place.role not in _ROLES:
             return values
         angle, log_scale = self.angle[place.layer].to(values.dtype), self.log_scale[place.layer].to(values.dtype)
         if place.role is Role.QUERY:
@@ -57,3 +64,29 @@ class QueryKeyTransform(Transform):
         cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, head_dim / 2)
         first, second = values.view(*values.shape[:-1], cos.shape[0], 2, cos.shape[1]).unbind(-2)
         return torch.stack((cos * first - sin * second, cos * second + sin * first), -2).flatten(-3)
+
+
+class NormedQueryKeyTransform(Transform):
+    """T_k where queries and keys are normed before RoPE: g_k' = g_k s and g_q' = g_q / s with one s > 0 per RoPE pair.
+
+    A norm divides scales of what it reads out again, and its gains differ within a pair, so that rotations don't pass:
+    what is left of T_k is in the gains, which all heads share.
+    """
+
+    name = "T_k"
+    Options = QueryKeyOptions
+    in_weights = False
+    restriction = "one scale per RoPE pair, in the gains of the query and key norms"
+
+    def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
+        """Starts at the identity."""
+        super().__init__(shape, options, generator)
+        self._add("log_scale", (shape.layers, shape.head_dim // 2))  # s = exp(.)
+        self.log_scale: Tensor
+
+    def head_gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
+        """The scale for keys, its inverse for queries."""
+        if place.role not in _ROLES:
+            return None
+        log_scale = self.log_scale[place.layer].to(dtype)
+        return (log_scale if place.role is Role.KEY else -log_scale).exp().repeat(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the facts are read where nothing heavy may be imported (`fptquant.hf_entries`)
     from torch import nn
@@ -65,7 +65,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes the transforms need."""
+    """Sizes the transforms need, and what holds for queries and keys."""
 
     hidden: int
     intermediate: int
@@ -73,6 +73,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     layers: int
+    head_norms: bool = False  # queries and keys are normed before RoPE, head by head
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Architecture:
     Attributes:
         model_type: in config.json.
         name: what its classes in transformers begin with, "Llama".
+        models: known ones, for users to read.
         embedding: module path, as those of `layers`, `final_norm` and `head`.
         groups: of a decoder layer, in the order its forward pass reaches them; keys and values come out of the first.
         attention: module path relative to a decoder layer, as that of `mlp`.
@@ -91,13 +93,17 @@ class Architecture:
         post_norms: whether blocks end in norms, before their outputs are added to the residual.
         activation: attribute of the MLP.
         rotary_function: what applies RoPE, in the module of the family's classes.
-        attention_arguments: attributes of the attention that it hands to its function, beside `scaling`.
+        windows: which layers attend to the last `sliding_window` tokens only, where the configuration names a number:
+            none of them; all; or those whose `layer_types` say so.
+        qkv_bias: whether queries, keys and values have biases; or the field of the configuration that says so.
+        output_bias: the same of the attention's output, as `mlp_bias` of all of the MLP's.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
             by that part.
     """
 
     model_type: str
     name: str
+    models: str
     embedding: str
     layers: str
     final_norm: str
@@ -111,7 +117,10 @@ class Architecture:
     post_norms: bool = False
     activation: str = "act_fn"
     rotary_function: str = "apply_rotary_pos_emb"
-    attention_arguments: tuple[str, ...] = ()
+    windows: Literal["none", "all", "by type"] = "none"
+    qkv_bias: bool | str = "attention_bias"
+    output_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = "mlp_bias"
     class_names: Mapping[str, str] = field(default_factory=dict)
 
     def class_of(self, part: str) -> str:
@@ -138,7 +147,20 @@ class Architecture:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             layers=config.num_hidden_layers,
+            head_norms=self.head_norms,
         )
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether queries and keys are normed before RoPE, head by head."""
+        return self.query_norm is not None or self.key_norm is not None
+
+    def window(self, config: PretrainedConfig, layer: int) -> int | None:
+        """How many tokens a layer attends to, its own among them; None for all."""
+        sliding = self.windows == "all" or (
+            self.windows == "by type" and config.layer_types[layer] == "sliding_attention"
+        )
+        return config.sliding_window if sliding else None
 
     def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers in order."""
@@ -176,6 +198,12 @@ class Architecture:
     def norm_before(self, role: Role) -> str | None:
         """Path of the norm whose output `projection_of(role)` reads; None where that isn't a norm's."""
         return next(group.norm for group in self.groups for member in group.members if member.role is role)
+
+    def head_norm_places(self, layer: int) -> Iterator[tuple[Place, str]]:
+        """Places whose outputs are normed, head by head, and the norm's path relative to the decoder layer."""
+        for role, norm in ((Role.QUERY, self.query_norm), (Role.KEY, self.key_norm)):
+            if norm is not None:
+                yield Place(role, layer), f"{self.attention}.{norm}"
 
     def normed_groups(self) -> Iterator[tuple[InputGroup, str]]:
         """Groups that read a norm's output, and the norm's path."""

@@ -1,10 +1,11 @@
-"""Llama: Llama 2 and 3, SmolLM2, TinyLlama and others of `model_type` llama."""
+"""Llama, whose structure most families have; theirs are this one with what differs."""
 
 from fptquant.wiring.base import Architecture, InputGroup, Projection, Role
 
 LLAMA = Architecture(
     model_type="llama",
     name="Llama",
+    models="Llama 2 and 3, SmolLM2, TinyLlama",
     embedding="model.embed_tokens",
     layers="model.layers",
     final_norm="model.norm",

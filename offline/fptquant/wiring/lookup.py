@@ -25,17 +25,28 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
     """Family that the content of a config.json names, checked before transformers looks at it.
 
     Raises:
-        FPTQuantError: the model type or class is not one we know.
+        FPTQuantError: the model type or class is not one we know, or they are of different families; or the model is
+            multimodal.
     """
     model_type, names = config.get("model_type"), config.get("architectures") or []
+    found = f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}'"
     family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
-    if family is None or not set(names) <= {
-        family.class_name,
-        quantized_architecture(family.class_name),
-    }:
-        known = ", ".join(sorted(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values()))
+    if isinstance(text := config.get("text_config"), Mapping):
         raise FPTQuantError(
-            f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}' is not supported; "
-            f"known: {known}"
+            f"{found} is a multimodal model: only text models are supported; save its text part "
+            f"(model_type '{text.get('model_type')}') as a model of its own and give that"
+        )
+    if family is None:
+        known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values())
+        raise FPTQuantError(f"{found} is not supported; known: {known}")
+    if not set(names) <= {family.class_name, quantized_architecture(family.class_name)}:
+        raise FPTQuantError(
+            f"{found} is not supported: of this model_type, only {family.class_name} is; where config.json is wrong, "
+            "correct it"
+        )
+    if family.windows == "all" and len(set(config.get("layer_types") or [])) > 1:
+        raise FPTQuantError(
+            f"{found} has layer_types of several kinds, which transformers leaves out of account and vLLM doesn't: "
+            "remove them from config.json where they are wrong; a model that needs them is not supported"
         )
     return family

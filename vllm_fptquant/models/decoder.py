@@ -1,4 +1,7 @@
-"""Llama with what a checkpoint needs beyond vLLM's layers: residual scaling S_n, and a constant first token.
+"""The decoder of all families: vLLM's Llama with what a checkpoint needs beyond, and with what a family does unlike it.
+
+What that is the family's facts say (`fptquant.wiring`). What a checkpoint needs beyond is residual scaling S_n, and a
+constant first token.
 
 Residual scaling (FPTQuant, arXiv 2506.04985, section 3.1.3) is used in its local form. The residual stream stays as
 it is. Each block's last projection gets its input multiplied by S, the inverse RMS of the token's residual, and its
@@ -12,12 +15,14 @@ the stages of a pipeline only the first is sure to get token ids; it passes on w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.llama import (
     LlamaAttention,
@@ -32,6 +37,8 @@ from vllm.sequence import IntermediateTensors
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, residual_scale
 from fptquant.format.binding import Watch
+from fptquant.format.schema import MODEL_TYPE_PREFIX
+from fptquant.wiring import FAMILIES, Architecture
 from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.dummy import keep_norms_plausible
 from vllm_fptquant.kernels.gpu import ScaledInput
@@ -93,13 +100,35 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | 
     return result
 
 
-class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
-    """Attention whose output projection is scaled."""
+def family_of(config: Any) -> Architecture:
+    """Family of a checkpoint's configuration, whose model type is ours or, in format version 1, the original's."""
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
+
+
+def as_llama(config: Any) -> Any:
+    """A copy of a checkpoint's configuration that names biases as vLLM's Llama looks for them."""
+    family, result = family_of(config), copy.copy(config)
+    for name, fact in (
+        ("qkv_bias", family.qkv_bias),
+        ("attention_bias", family.output_bias),
+        ("mlp_bias", family.mlp_bias),
+    ):
+        setattr(result, name, getattr(config, fact) if isinstance(fact, str) else fact)
+    return result
+
+
+class DecoderAttention(LlamaAttention):  # type: ignore[misc]
+    """Attention whose output projection is scaled; its queries and keys are normed where the family's are."""
 
     def __init__(self, **arguments: Any) -> None:
         """Takes `LlamaAttention`'s arguments."""
         super().__init__(**arguments)
         self.o_proj.skip_bias_add = True
+        config = arguments["config"]
+        family = family_of(config)
+        self.norms = (family.query_norm, family.key_norm)
+        for name in filter(None, self.norms):
+            self.add_module(name, RMSNorm(self.head_dim, eps=config.rms_norm_eps))
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
@@ -121,11 +150,17 @@ class ResidualScaledAttention(LlamaAttention):  # type: ignore[misc]
         return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
 
     def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (T, heads * head_dim), which families with norms of theirs put through these here."""
+        """Queries and keys (T, heads * head_dim) as RoPE gets them."""
+        q, k = (
+            states
+            if norm is None
+            else self.get_submodule(norm)(states.reshape(len(states), -1, self.head_dim)).flatten(-2)
+            for norm, states in zip(self.norms, (q, k), strict=True)
+        )
         return q, k
 
 
-class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
+class DecoderMLP(LlamaMLP):  # type: ignore[misc]
     """MLP whose down projection is scaled."""
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -139,22 +174,18 @@ class ResidualScaledMLP(LlamaMLP):  # type: ignore[misc]
         return scaled_projection(self.down_proj, x, scale)
 
 
-class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """Decoder layer whose norms are a product with S: their gains were folded into the weights.
 
-    A checkpoint that has a sink but no residual scale gets vLLM's own norms.
-
-    Attributes:
-        attention_type: the family's class of the attention.
+    A checkpoint without residual scale gets vLLM's own norms.
     """
-
-    attention_type: ClassVar[type[ResidualScaledAttention]] = ResidualScaledAttention
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
-        super().__init__(vllm_config, prefix, config, attn_layer_type=self.attention_type)
+        config = as_llama(config or vllm_config.model_config.hf_config)
+        super().__init__(vllm_config, prefix, config, attn_layer_type=DecoderAttention)
         # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
-        self.mlp.__class__ = ResidualScaledMLP
+        self.mlp.__class__ = DecoderMLP
         self.mlp.down_proj.skip_bias_add = True
         self.residual_scaled = vllm_config.quant_config.checkpoint.transforms.residual_scale
         eps = torch.tensor(self.input_layernorm.variance_epsilon, dtype=torch.float32)  # of both norms
@@ -181,7 +212,7 @@ class ResidualScaledDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         return self.mlp(residual, scale), residual
 
 
-class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
+class DecoderModel(LlamaModel):  # type: ignore[misc]
     """`LlamaModel` that tells its layers where the first token is."""
 
     make_empty_intermediate_tensors: Callable[[int, torch.dtype, torch.device], IntermediateTensors]
@@ -251,14 +282,8 @@ class FPTQuantLlamaModel(LlamaModel):  # type: ignore[misc]
         return SinkMasks(at_start, at_start & (input_ids == self.sink_token)[:, None])
 
 
-class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
-    """`LlamaForCausalLM` made of these layers.
-
-    Attributes:
-        layer_type: the family's class of the decoder layer.
-    """
-
-    layer_type: ClassVar[type[ResidualScaledDecoderLayer]] = ResidualScaledDecoderLayer
+class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
+    """`LlamaForCausalLM` made of these layers, which serves all families."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         """Builds `LlamaForCausalLM` with our layers.
@@ -272,12 +297,12 @@ class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[m
                 "quantize the model again"
             )
         self.binding = require_bound_config(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_type)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DecoderLayer)
         keep_norms_plausible(self)
         self.guard(vllm_config)
 
     def _init_model(self, vllm_config: Any, prefix: str, layer_type: type[torch.nn.Module]) -> Any:
-        return FPTQuantLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        return DecoderModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As `LlamaForCausalLM.load_weights`; into a running model, any part of a checkpoint in vLLM's reload.
@@ -309,7 +334,7 @@ class FPTQuantLlamaForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[m
     def _require_folded(self, loaded: set[str]) -> None:
         """Checks what of `loaded` no layer checks."""
         for name, module in self.named_modules():
-            if isinstance(module, ResidualScaledDecoderLayer) and module.residual_scaled:
+            if isinstance(module, DecoderLayer) and module.residual_scaled:
                 for norm in ("input_layernorm", "post_attention_layernorm"):
                     if f"{name}.{norm}.weight" not in loaded:
                         continue

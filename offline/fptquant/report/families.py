@@ -1,0 +1,73 @@
+"""Which model families there are and what holds for them, for users to read: `fptquant families`, docs/families.md.
+
+python -m fptquant.report.families > docs/families.md
+"""
+
+from __future__ import annotations
+
+import transformers
+
+from fptquant.transforms import TRANSFORMS
+from fptquant.wiring import FAMILIES, Architecture
+
+COLUMNS = ("model_type", "models", "transforms", "attention", "constant first token")
+_WINDOWS = {
+    "none": "to all tokens",
+    "all": "to a window, where `sliding_window` is set",
+    "by type": "to a window in the layers that `layer_types` names",
+}
+_PAGE = """# Model families
+
+Written by `python -m fptquant.report.families`; `fptquant families` prints the table.
+
+{table}
+
+All are served by the plugin's own class, S_n and a constant first token included: on CPUs as the simulation in
+transformers computes (`tests/vllm_fptquant/test_served_families.py`), on GPUs not run on hardware.
+
+What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
+than `model_type`, a multimodal model (give its text part as a model of its own), a sequence classifier. A transform
+that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
+says why.
+
+A first token can be constant where every layer attends to it for as long as a sequence goes on: not where
+`sliding_window` is smaller than `max_position_embeddings`, nor where RoPE scales keys (yarn, longrope with a factor).
+
+To add a family see [CONTRIBUTING](../CONTRIBUTING.md).
+"""
+
+
+def rows() -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` for each family."""
+    return [
+        (
+            family.model_type,
+            family.models,
+            _transforms(family),
+            _WINDOWS[family.windows],
+            "yes" if family.windows == "none" else "yes, without windows",
+        )
+        for family in FAMILIES.values()
+    ]
+
+
+def page() -> str:
+    """The content of docs/families.md."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
+    return _PAGE.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _transforms(family: Architecture) -> str:
+    shape = family.shape(getattr(transformers, family.class_of("Config"))())
+    limits = []
+    for name, transform in TRANSFORMS.items():
+        obstacle, restriction = transform.obstacle(family), transform.form(shape).restriction
+        if obstacle is not None:
+            limits.append(f"no {name} ({obstacle})")
+        elif restriction:
+            limits.append(f"{name}: {restriction}")
+    return "; ".join(limits) or "all"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

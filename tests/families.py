@@ -1,0 +1,79 @@
+"""Tiny random models of every family, in the variants that compute differently; what is in `FAMILIES` must be here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from fptquant.recipe import Recipe
+from fptquant.run.job import Job, open_job
+from fptquant.wiring import FAMILIES, Architecture
+from tests.conftest import TEXT, VOCABULARY, build_tokenizer
+
+WINDOW = 12
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+_SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+
+# name: model type, what its configuration says beside the sizes
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with windows": ("qwen2", _SLIDING),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "qwen3 with windows": ("qwen3", {**_SLIDING, "attention_bias": True, "head_dim": 32}),
+    "mistral": ("mistral", {"head_dim": 64, "sliding_window": None}),
+    "mistral with windows": ("mistral", {"sliding_window": WINDOW}),
+    "seed_oss": ("seed_oss", {"head_dim": 32}),
+    "seed_oss with all biases": ("seed_oss", {"head_dim": 64, "attention_out_bias": True, "mlp_bias": True}),
+}
+
+
+def family_of(variant: str) -> Architecture:
+    return FAMILIES[VARIANTS[variant][0]]
+
+
+def build(variant: str, seed: int = 0) -> PreTrainedModel:
+    """In float32, with gains of mean 1 and deviation 0.4, and biases: ones and zeros would hide errors."""
+    family = family_of(variant)
+    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
+    config.architectures = [family.class_name]
+    return randomized(getattr(transformers, family.class_name)(config), seed)
+
+
+def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    model = model.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.4 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif "embed" in name:
+            parameter.copy_(noise)
+        else:
+            parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def make_job(variant: str, path: Path, **fields: Any) -> Job:
+    """A job on a model of `variant`, saved in `path`, with transforms at random values."""
+    model = path / "model"
+    if not model.is_dir():
+        build(variant).save_pretrained(model)
+        build_tokenizer(bos=True).save_pretrained(model)
+        (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
+    calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32}
+    job = open_job(
+        model, Recipe.parse({"calibration": calibration, "training": {"sequences": 6, "length": 24}, **fields})
+    )
+    job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
+    return job

@@ -1,0 +1,186 @@
+"""The battery that every family in the registry passes, in each of its variants (`tests/families.py`).
+
+What is served is in tests/vllm_fptquant/test_served_families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+
+from fptquant import pipeline
+from fptquant.layers.inputs import first_inputs
+from fptquant.loading import load_model, open_source
+from fptquant.report.families import page, rows
+from fptquant.run.models import transformed
+from fptquant.simulate.sink import record_sink
+from fptquant.transforms import TRANSFORMS, Transform
+from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
+from fptquant.wiring import FAMILIES, Architecture, Place
+from fptquant.wiring.llama import LLAMA
+from tests.conftest import ROOT, VOCABULARY
+from tests.families import SIZES, VARIANTS, WINDOW, build, family_of, make_job, randomized
+from tests.fptquant.test_transforms import NAMES, SET_IDS, SETS, merge, relative_error, transform_set
+
+TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
+NORMED = [variant for variant in VARIANTS if family_of(variant).head_norms]
+
+
+def test_every_family_is_here() -> None:
+    assert {model_type for model_type, _ in VARIANTS.values()} == FAMILIES.keys()
+    windowed = {model_type for model_type, fields in VARIANTS.values() if fields.get("sliding_window")}
+    assert windowed == {model_type for model_type, family in FAMILIES.items() if family.windows != "none"}
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    """Where this fails: python -m fptquant.report.families > docs/families.md."""
+    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == page()
+    for family, row in zip(FAMILIES.values(), rows(), strict=True):
+        assert ("one scale per RoPE pair" in row[2]) == family.head_norms and ("window" in row[3]) == (
+            "window" in row[4]
+        )
+
+
+# -- exactness --
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Norms compute in torch.float32, whatever they get; which is float64 here."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    yield
+
+
+def error_of(variant: str, names: list[str]) -> float:
+    """Of the merged model's logits, relative to the largest, with the transforms at random values."""
+    model, family = build(variant).double(), family_of(variant)
+    transforms = transform_set(names, family.shape(model.config))
+    transforms.randomize_(torch.Generator().manual_seed(0))
+    return relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("names", SETS, ids=SET_IDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_function_is_preserved(variant: str, names: list[str], float64: None) -> None:
+    assert not [name for name in names if TRANSFORMS[name].obstacle(family_of(variant))]
+    assert error_of(variant, names) < 1e-11
+
+
+def whole(shape: Any) -> type[Transform]:
+    """T_k in the weights in front of the norms."""
+    return QueryKeyTransform
+
+
+def unpaired(self: Transform, place: Place, dtype: torch.dtype) -> Tensor | None:
+    """Another scale for each dimension of a pair."""
+    gain = right(self, place, dtype)
+    return None if gain is None else torch.cat((gain[: len(gain) // 2], torch.ones(len(gain) // 2, dtype=dtype)))
+
+
+def neighbours(self: Transform, place: Place, dtype: torch.dtype) -> Tensor | None:
+    """Pairs (2j, 2j + 1)."""
+    gain = right(self, place, dtype)
+    return None if gain is None else gain[: len(gain) // 2].repeat_interleave(2)
+
+
+right = NormedQueryKeyTransform.head_gain
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "mistake"),
+    [
+        (QueryKeyTransform, "form", whole),
+        (NormedQueryKeyTransform, "head_gain", unpaired),
+        (NormedQueryKeyTransform, "head_gain", neighbours),
+    ],
+)
+@pytest.mark.parametrize("variant", NORMED)
+def test_a_mistake_under_head_norms_is_noticed(
+    variant: str, target: type, name: str, mistake: Any, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, name, mistake)
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
+# -- the run's own merge, and what it covers --
+
+
+def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
+    """Names of the tensors that the family's facts name."""
+    named = {f"{path}.weight" for path in (family.embedding, family.final_norm, family.head)}
+    for index, layer in enumerate(family.layer_modules(model)):
+        paths = [path for _, path in (*family.normed_groups(), *family.head_norm_places(index))]
+        paths += [projection.path for projection in family.projections]
+        tensors = [f"{path}.{kind}" for path in paths for kind in dict(layer.get_submodule(path).named_parameters())]
+        named |= {f"{family.layer_name(index)}.{tensor}" for tensor in tensors}
+    return named
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_has_a_role(variant: str) -> None:
+    model = build(variant)
+    assert roles(family_of(variant), model) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
+    """Through the run's own merge, in float32, S_n and the constant first token included."""
+    job = make_job(variant, tmp_path, precision="w4a8kv8", transforms=NAMES[:4] + ["T_d", "S_n"])
+    model = transformed(job)
+    record_sink(model, job.source.architecture, job.first_tokens)
+    assert (job.config.sink is None) == bool(VARIANTS[variant][1].get("sliding_window"))
+    for first in (0, 7):  # the constant token, and another, for which steady layers' constants don't stand here
+        tokens = torch.cat((torch.full((2, 1), first), TOKENS), 1)
+        for layer in job.source.architecture.layer_modules(model) if job.config.sink else ():
+            layer.get_submodule(job.source.architecture.attention).get_buffer("sink_steady").zero_()
+        assert relative_error(model(tokens).logits, load_model(job.source)(tokens).logits) < 1e-4
+
+
+# -- layer by layer --
+
+
+def require_replayed(model: PreTrainedModel, family: Architecture) -> None:
+    """What enters each layer, and leaves the last, is what the model itself computes."""
+    expected = model(TOKENS, use_cache=False, output_hidden_states=True).hidden_states
+    inputs = first_inputs(model, family, TOKENS)
+    for index, layer in enumerate(family.layer_modules(model)):
+        assert relative_error(inputs.hidden[0], expected[index]) < 1e-6, index
+        inputs.advance(layer)
+    assert relative_error(model.get_submodule(family.final_norm)(inputs.hidden[0]), expected[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_are_replayed(variant: str) -> None:
+    require_replayed(build(variant), family_of(variant))
+
+
+def test_layers_with_another_base_of_rope_are_replayed() -> None:
+    """No family of ours yet: windows and a RoPE of their own in some layers."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=32, layer_types=types, sliding_window=8)
+    require_replayed(randomized(Gemma3ForCausalLM(config)), replace(LLAMA, model_type="gemma3_text", name="Gemma3"))
+
+
+# -- whole runs --
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streamed_is_resident(variant: str, tmp_path: Path) -> None:
+    """And what is read back is nearer to the original than chance."""
+    fields = {"precision": "w4a8kv8", "transforms": NAMES[:4] + ["T_d", "S_n"], "head_bits": 16}
+    for residency in ("resident", "streamed"):
+        job = replace(make_job(variant, tmp_path, **fields), residency=residency)
+        pipeline.quantize(job, tmp_path / residency)
+    resident, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("resident", "streamed"))
+    assert resident.keys() == streamed.keys()
+    assert all(torch.equal(resident[name], streamed[name]) for name in resident)
+    original, found = load_model(job.source)(TOKENS), load_model(open_source(tmp_path / "streamed"))(TOKENS)
+    assert torch.corrcoef(torch.stack((original.logits.flatten(), found.logits.flatten())))[0, 1] > 0.8
