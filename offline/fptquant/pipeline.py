@@ -18,14 +18,13 @@ from fptquant.calibration.smoothing import start_is_measured
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS
-from fptquant.layers.residency import Residency
 from fptquant.layers.store import restoring
-from fptquant.loading import load_model, open_source
+from fptquant.loading import load_model
 from fptquant.progress import Stages, peak_memory
 from fptquant.report.ranges import observe, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
-from fptquant.run.models import to_be_rounded, transformed
+from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
 from fptquant.run.state import RunState
@@ -123,7 +122,7 @@ def quantize(
             expected = logits(model, probe)
             del model
         with stages.stage("read back"):
-            require_read_back(expected, staging, probe, job.residency)
+            require_read_back(job, expected, staging, probe)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=publication.target.name,
@@ -214,14 +213,14 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return result
 
 
-def require_read_back(expected: Tensor, directory: Path, tokens: Tensor, residency: Residency) -> None:
+def require_read_back(job: Job, expected: Tensor, directory: Path, tokens: Tensor) -> None:
     """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
 
     Raises:
         FPTQuantError: they differ; the checkpoint is not published.
     """
     try:
-        actual = logits(load_model(open_source(directory), residency=residency), tokens)
+        actual = logits(read_back(job, directory), tokens)
     except FPTQuantError as error:
         raise FPTQuantError(f"the written checkpoint can't be read back ({error}): {_START_OVER}") from None
     if not torch.equal(expected, actual):

@@ -131,7 +131,7 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
     Args:
         model: with `install_sink` done; left alone without.
         architecture: its family.
-        others: (n,) other tokens that a text may start with, by which steady layers are found.
+        others: (n,) other tokens that a text may start with, by which steady layers are found; on the model's device.
     """
     token = sink_token(model)
     if token is None:
@@ -151,7 +151,7 @@ def record_sink(model: PreTrainedModel, architecture: Architecture, others: Tens
         for name, path in ((KEY, architecture.keys_before_rope), (VALUE, architecture.projection_of(Role.VALUE).path)):
             handles.append(layer.get_submodule(path).register_forward_hook(keep(attention, name)))
     handles.append(norm.register_forward_hook(keep(norm, OUTPUT)))
-    model(torch.cat((torch.tensor([token]), others.flatten()))[:, None], use_cache=False)
+    model(torch.cat((torch.tensor([token], device=others.device), others.flatten()))[:, None], use_cache=False)
     for handle in handles:
         handle.remove()
     for (owner, name), states in seen.items():
