@@ -11,7 +11,7 @@ import fptquant
 ORDER = (
     ("errors",),
     ("files", "parallel"),
-    ("progress", "weight_files"),
+    ("devices", "progress", "weight_files"),
     ("format",),
     ("wiring",),
     ("hf_config", "transforms", "quantize", "simulate"),

@@ -18,8 +18,8 @@ from rich.table import Table
 
 import fptquant
 from fptquant.console import RichStages, err, megabytes, out, plan_table, show_notes
-from fptquant.errors import FPTQuantError, is_out_of_memory, unknown
-from fptquant.files import require_writable
+from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory, unknown
+from fptquant.files import first_line, require_writable
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ OPTIONS = {
     "calibration.length": "--length",
     "rounding.method": "--rounding",
     "budget": "--budget",
+    "training.compute_dtype": "--compute-dtype",
 }
 
 
@@ -72,6 +73,12 @@ class Memory(StrEnum):
     streamed = "streamed"
 
 
+Device = Annotated[
+    str,
+    typer.Option(
+        help="what computes: auto (torch's accelerator, else the CPU), cpu, cuda, cuda:1, ...; only run on CPUs so far"
+    ),
+]
 Rounding = Annotated[str | None, typer.Option(help="weight rounding: nearest, gptq, quantease")]
 
 
@@ -111,16 +118,26 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="start over, whatever an unfinished run has left to continue from")
     ] = False,
+    device: Device = "auto",
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="of products with weights in end-to-end training: float32, bfloat16, or auto, which is float32 "
+            "as long as bfloat16 wasn't measured on a GPU"
+        ),
+    ] = None,
     residency: Annotated[
         Memory, typer.Option(help="what is in memory: resident (all of the model), streamed (a layer at a time), auto")
     ] = Memory.auto,
     max_memory: Annotated[
-        str | None, typer.Option(help="what the run may take, e.g. 8GB (default: what is free); decides auto")
+        str | None,
+        typer.Option(help="of the device that the run may take, e.g. 8GB (default: what is free there); decides auto"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")] = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that vLLM serves."""
     from fptquant import parallel, pipeline
+    from fptquant.devices import choose_device
     from fptquant.evaluation.vllm_backend import on_gpu
     from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
@@ -140,6 +157,8 @@ def quantize(
     fields["calibration"] = {key: value for key, value in options.items() if value is not None}
     if rounding is not None:
         fields["rounding"] = {"method": rounding}
+    if compute_dtype is not None:
+        fields["training"] = {"compute_dtype": compute_dtype}
     if budget is not None:
         name, equals, value = budget.partition("=")
         if not equals:
@@ -154,13 +173,14 @@ def quantize(
         chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
 
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
+    place = choose_device(device)
     parallel.start()
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
     with err.status("checking model, recipe and calibration text"):
-        job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
+        job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
         wanted: Any = None if residency is Memory.auto else residency.value
-        job = replace(job, residency=choose_residency(job, wanted, limit), room=room_for(limit))
+        job = replace(job, residency=choose_residency(job, wanted, limit), room=room_for(place, limit))
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
     if parallel.is_main():
@@ -196,10 +216,12 @@ def verify(
     windows: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[int, typer.Option(min=8)] = 256,
     vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="compare through vLLM too, when installed")] = True,
+    device: Device = "auto",
 ) -> None:
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
     from importlib import resources
 
+    from fptquant.devices import CPU, choose_device
     from fptquant.evaluation.equivalence import (
         check_function_preserved,
         check_greedy,
@@ -218,10 +240,12 @@ def verify(
     _quiet_transformers()
     vllm = vllm and vllm_installed()
     open_source(checkpoint).require_length("--length", length, generated=int(vllm))
-    job = job_of(checkpoint, against)
+    # vLLM wants nearly all of a GPU's memory for itself
+    place = CPU if device == "auto" and vllm and on_gpu() else choose_device(device)
+    job = job_of(checkpoint, against, device=place)
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
-    tokens = evaluation_windows(job.source.tokenizer, text, windows, length)
+    tokens = evaluation_windows(job.source.tokenizer, text, windows, length).to(place)
     checks = [check_unaltered(checkpoint)]
     with err.status("original and transformed model"):
         check, transformed = check_function_preserved(job, tokens)
@@ -263,9 +287,11 @@ def evaluate(
         typer.Option("--special-tokens", help="start every window with the tokenizer's BOS, where it has one"),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the result to this file")] = None,
+    device: Device = "auto",
 ) -> None:
     """Measure perplexity."""
     from fptquant.calibration.text import require_known
+    from fptquant.devices import CPU, choose_device
     from fptquant.evaluation.perplexity import evaluation_windows, layer_by_layer, measure
     from fptquant.evaluation.vllm_backend import VLLMEngine
     from fptquant.loading import load_model, open_source
@@ -273,12 +299,13 @@ def evaluate(
     _quiet_transformers()
     if json_file:
         require_writable("--json", json_file)
-    source = open_source(model)
+    place = CPU if backend is Backend.vllm else choose_device(device)  # vLLM's own processes choose themselves
+    source = open_source(model, device=place)
     show_notes(source)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
     if backend is Backend.vllm:
         source.weights.require_alone()
-    tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
+    tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens).to(place)
     require_known(int(tokens.max()), source.config.vocab_size)
     stages = RichStages()
     with stages.stage("evaluate", "lower --windows or --length"):
@@ -330,6 +357,7 @@ def sensitivity(
         Path | None, typer.Option("--json", help="keep the results here as they come; run again to go on")
     ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="draw them (.png, .svg, .pdf)")] = None,
+    device: Device = "auto",
 ) -> None:
     """Measure which parts of MODEL quantization hurts most: one is quantized, all else stays in floating point.
 
@@ -337,6 +365,7 @@ def sensitivity(
     """
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
+    from fptquant.devices import choose_device
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.layers.scratch import scratch_in
     from fptquant.recipe import Recipe, shipped_recipes
@@ -355,7 +384,8 @@ def sensitivity(
         check_plot(plot_file)
     _quiet_transformers()
     chosen = Recipe.load(recipe).changed("options", OPTIONS, **fields)
-    job = open_job(model, chosen, leave_out=recipe in shipped_recipes())
+    place = choose_device(device)
+    job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
     show_notes(job.source)
     sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
     if not sites:
@@ -363,7 +393,9 @@ def sensitivity(
     if text:
         job.source.require_length("--length", length)
         special_tokens = job.recipe.calibration.special_tokens
-        tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens)
+        tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens).to(
+            place
+        )
     else:
         tokens = job.windows[:windows, :length]
         if tokens.shape != (windows, length):
@@ -381,7 +413,7 @@ def sensitivity(
     stages, per_layer = RichStages(), by is Granularity.layer
     groups = missing(sites, results, per_layer=per_layer)
     if groups:
-        room = room_for(None)
+        room = room_for(place, None)
         job = replace(job, residency=choose_residency(job, None, None), room=room)
         network = pipeline.started(job, stages)
         probe = Probe(job, network, tokens)
@@ -489,6 +521,8 @@ def main() -> None:
     except FPTQuantError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
+        if is_device_lost(error):
+            _fail(f"the device failed ({first_line(error)}): run again, on --device cpu if it fails there again")
         if not is_out_of_memory(error):
             raise
         _fail("out of memory: free some, or give shorter or fewer sequences")

@@ -60,8 +60,9 @@ class RichStages(Stages):
 
 def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
+    from fptquant.devices import CPU, free_memory
     from fptquant.run.job import sink_obstacle
-    from fptquant.run.memory import expected_memory, free_memory
+    from fptquant.run.memory import expected_host_memory, expected_memory
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
@@ -103,10 +104,17 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
-    needed, free = expected_memory(job, job.residency, job.room), free_memory()
+    table.add_row("device", str(job.device))
+
+    def memory(needed: int, free: int) -> str:
+        warning = f", more than the {free / 1e9:.1f} GB that are free" if needed > free else ""
+        return f"about {needed / 1e9:.1f} GB{warning}"
+
     how = "the whole model" if job.residency == "resident" else "a layer at a time"
-    warning = f", more than the {free / 1e9:.1f} GB that are free" if needed > free else ""
-    table.add_row("memory", f"about {needed / 1e9:.1f} GB, {how} ({job.residency}){warning}")
+    needed = memory(expected_memory(job, job.residency, job.room), free_memory(job.device))
+    if job.device != CPU:
+        table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
+    table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
     return table
 
 

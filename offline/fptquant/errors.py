@@ -19,8 +19,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(part in text for part in ("allocate memory", "not enough memory", "bad_alloc", "(os error 12)"))
+        or any(
+            part in text
+            for part in ("allocate memory", "alloc_failed", "not enough memory", "bad_alloc", "(os error 12)")
+        )
     )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an accelerator failed, other than for want of memory: this process can do nothing more there."""
+    lost = type(error).__name__ == "AcceleratorError" or str(error).startswith("CUDA error")
+    return lost and not is_out_of_memory(error)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> FPTQuantError:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
+from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.files import first_line, read_json
 from fptquant.format import QUANT_METHOD, CheckpointConfig
@@ -25,7 +26,7 @@ from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
 from fptquant.format.schema import EXTRAS
 from fptquant.hf_quantizer import require_tensors
-from fptquant.layers.residency import Residency, make_part, set_tensors
+from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
 from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
@@ -56,6 +57,7 @@ class Source:
     weights: WeightFiles
     stored_dtype: torch.dtype  # of the weights; float32 where they have several
     names: Mapping[str, str]  # the model's names of its tensors -> those in the files; empty where it is quantized
+    device: torch.device  # where its models are
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
 
     @property
@@ -75,7 +77,7 @@ class Source:
         return quantized_by_us(self.config)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights of an unquantized model by the model's names, float32.
+        """Weights of an unquantized model by the model's names, float32, on the device.
 
         Raises:
             FPTQuantError: a file is gone, or holds values that aren't finite.
@@ -83,7 +85,7 @@ class Source:
         wanted = {name: self.names[name] for name in names}
         stored: dict[str, Tensor] = {}
         for name, tensor in self.weights.read(dict.fromkeys(wanted.values())):
-            stored[name] = tensor.float()
+            stored[name] = tensor.to(self.device).float()
             if not bool(torch.stack(torch.aminmax(stored[name])).isfinite().all()):  # NaN is both
                 raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
         return {name: stored[found] for name, found in wanted.items()}
@@ -123,8 +125,13 @@ def quantized_by_us(config: PretrainedConfig) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
+def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_code: bool = False) -> Source:
     """Checks a model directory (or fetches it from the hub) without loading its weights.
+
+    Args:
+        name: directory, or name on the hub.
+        device: for its models.
+        trust_remote_code: as transformers takes it.
 
     Raises:
         FPTQuantError: not a model, unknown architecture, damaged weight file, missing tokenizer.
@@ -163,11 +170,11 @@ def open_source(name: str | Path, *, trust_remote_code: bool = False) -> Source:
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    return Source(path, config, architecture, tokenizer, weights, stored, names, tuple(notes))
+    return Source(path, config, architecture, tokenizer, weights, stored, names, device, tuple(notes))
 
 
 def load_model(source: Source, *, residency: Residency = "resident", recorded: bool = True) -> PreTrainedModel:
-    """A model in float32, ready for evaluation (a quantized checkpoint becomes its simulation).
+    """A model in float32 on its device, ready for evaluation (a quantized checkpoint becomes its simulation).
 
     Args:
         source: what to load.
@@ -189,6 +196,7 @@ def load_model(source: Source, *, residency: Residency = "resident", recorded: b
 
 def _original(source: Source, residency: Residency) -> PreTrainedModel:
     model = skeleton(source.config)
+    put_buffers(model, source.device)
     found = parts(model, source.architecture)
     for name, module in found.items():
 
@@ -215,11 +223,13 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
     require_consistent(config, model.config)
     install_simulation(model, source.architecture, config)
     drop_quantized_weights(model)
+    put_buffers(model, source.device)
     require_tensors(model, stored)
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         watch = Watch(binding)
-        return {name: t.float() if t.is_floating_point() else t for name, t in watch(stored.read(names))}
+        tensors = ((name, tensor.to(source.device)) for name, tensor in watch(stored.read(names)))
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
 
     found = parts(model, source.architecture)
     for name, module in found.items():
@@ -268,7 +278,7 @@ def _quantized(source: Source) -> PreTrainedModel:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
-    return loaded
+    return loaded if source.device == CPU else loaded.to(source.device)
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:

@@ -17,16 +17,14 @@ from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.constants import record_sink
-from fptquant.layers.residency import Residency
 from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
-from fptquant.loading import load_model, open_source
 from fptquant.progress import Stages
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.memory import scratch_bytes, scratch_limit
-from fptquant.run.models import to_be_rounded, transformed
+from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
 from fptquant.run.state import RunState
@@ -123,7 +121,7 @@ def quantize(
             write_ranges(job, model, before, after, staging / EXTRAS)
             del model
         with stages.stage("read back"):
-            require_read_back(staging, job.residency)
+            require_read_back(job, staging)
         write_metrics(metrics.rows(), staging / EXTRAS)
         summary = Summary(
             output=publication.target.name,
@@ -208,15 +206,14 @@ def with_constants(job: Job) -> PreTrainedModel:
     return model
 
 
-def require_read_back(directory: Path, residency: Residency) -> None:
+def require_read_back(job: Job, directory: Path) -> None:
     """Loads the written checkpoint and compares its logits with those of the model in memory, bit for bit.
 
     Raises:
         FPTQuantError: they differ; the checkpoint is not published.
     """
     try:
-        model = load_model(open_source(directory), residency=residency, recorded=False)
-        difference = deviation(model, directory / EXTRAS / RECORDED_LOGITS).found
+        difference = deviation(read_back(job, directory), directory / EXTRAS / RECORDED_LOGITS).found
     except FPTQuantError as error:
         raise FPTQuantError(f"the written checkpoint can't be read back ({error}): {_START_OVER}") from None
     if difference != 0:  # or NaN

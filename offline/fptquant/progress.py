@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import psutil
 
-from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory
+from fptquant.files import first_line
 
 Item = TypeVar("Item")
 
@@ -34,7 +35,7 @@ class Stages:
             neutral: what does and leaves the result as it is.
 
         Raises:
-            FPTQuantError: out of memory.
+            FPTQuantError: out of memory, or a device failed.
         """
         start = time.perf_counter()
         _reset_peak()
@@ -42,9 +43,17 @@ class Stages:
         try:
             yield
         except Exception as error:
+            if is_device_lost(error):
+                raise FPTQuantError(
+                    f"the device failed in stage '{name}' ({first_line(error)}): run again to continue, "
+                    "on --device cpu if it fails there again"
+                ) from None
             if not is_out_of_memory(error):
                 raise
-            remedy = f"{neutral} or free some memory" if neutral else "free some memory"
+            free = "free some memory"
+            if type(error).__name__ == "OutOfMemoryError":  # an accelerator's
+                free += " on the device, or take --residency streamed or --device cpu"
+            remedy = f"{neutral} or {free}" if neutral else free
             remedy += ", and run again to continue" + (f"; or {spare_memory}" if spare_memory else "")
             raise FPTQuantError(f"out of memory in stage '{name}': {remedy}") from None
         finally:

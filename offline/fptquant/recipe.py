@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -77,6 +78,16 @@ class TrainingData(BaseModel):
     sequences: PositiveInt = Field(128, description="at most; fewer where the text is shorter")
     length: int = Field(512, ge=8)
     save_every: PositiveInt = Field(10, description="steps")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products with weights in end_to_end and scales; auto is float32, as long as bfloat16 wasn't "
+        "measured on a GPU",
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `compute_dtype`."""
+        return torch.bfloat16 if self.compute_dtype == "bfloat16" else torch.float32
 
 
 class BudgetOptions(BaseModel):
@@ -184,6 +195,12 @@ class Recipe(BaseModel):
         stages = (self.end_to_end, self.scales)
         if all(stage.steps for stage in stages) and len({stage.teacher for stage in stages}) > 1:
             raise ValueError("end_to_end.teacher and scales.teacher have to be the same")
+        return self
+
+    @model_validator(mode="after")
+    def _computes(self) -> Recipe:
+        if self.training.compute_dtype == "bfloat16" and not (self.end_to_end.steps or self.scales.steps):
+            raise ValueError("training.compute_dtype is bfloat16, but nothing is trained end to end: leave it out")
         return self
 
     @classmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fptquant import devices
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.run import memory
@@ -34,7 +35,7 @@ def test_auto_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert choose_residency(job, None, whole) == "resident"
     assert choose_residency(job, None, whole - 1) == "streamed"
     for free, chosen in ((whole, "resident"), (whole - 1, "streamed"), (1, "streamed")):
-        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert choose_residency(job, None, None) == chosen
         assert choose_residency(job, "resident", None) == "resident"
 
@@ -50,7 +51,7 @@ def test_too_little_is_said_before_any_work(tmp_path: Path) -> None:
 def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job("gqa", tmp_path)
     for free, warned in ((10**12, False), (1, True)):
-        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         cells = [
             str(cell)
             for column in plan_table(replace(job, residency="streamed"), tmp_path).columns

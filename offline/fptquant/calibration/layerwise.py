@@ -219,7 +219,7 @@ def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Modul
     """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
     sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
     shape = (sum(sizes), linear.in_features)
-    seen = empty(shape, inputs.hidden[0].device)
+    seen = empty(shape, inputs.device)
     parts = iter(torch.split(seen, sizes))
 
     def observe(x: Tensor) -> None:

@@ -44,8 +44,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     found: Norms = {}
     gradients = []  # of the loss, with respect to what leaves a layer
     head = model.get_submodule(architecture.head)
-    head_group = {architecture.head: [head]} if isinstance(head, SimulatedLinear) else {}
-    with torch.enable_grad(), entered(head), _recorded(head_group, found, windows):
+    with torch.enable_grad(), entered(head), _recorded({architecture.head: [head]}, found, windows):
         for index, window in enumerate(windows):
             one = inputs.sequence(index)
             (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]

@@ -118,7 +118,7 @@ def require_known(token: int, vocabulary: int) -> None:
 
 def fingerprint(windows: Tensor) -> str:
     """Short hash of the calibration tokens, recorded in the checkpoint."""
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

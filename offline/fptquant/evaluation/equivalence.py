@@ -79,7 +79,7 @@ def check_read_back(
     """
     _take_quantized_tensors(job, unquantized, checkpoint)
     simulated = list(window_logits(unquantized, job.source.architecture, windows))
-    loaded = load_model(open_source(checkpoint), recorded=False)
+    loaded = load_model(open_source(checkpoint, device=job.device), recorded=False)
     read_back = [loaded(window[None], use_cache=False).logits for window in windows]
     difference = _largest_difference(simulated, read_back)
     check = Check(
@@ -171,7 +171,7 @@ def check_greedy(simulated: torch.nn.Module, engine: VLLMEngine, prompts: Tensor
     """
     differing = 0
     for prompt, decoded in zip(prompts, engine.greedy(prompts.tolist(), new_tokens), strict=True):
-        sequence = torch.cat((prompt, torch.tensor(decoded)))
+        sequence = torch.cat((prompt, torch.tensor(decoded, device=prompt.device)))
         expected = simulated(sequence[None], use_cache=False).logits[0].argmax(-1)
         differing += int(not torch.equal(expected[len(prompt) - 1 : -1], sequence[len(prompt) :]))
     measured = f"{len(prompts) - differing} of {len(prompts)} continuations of {new_tokens} tokens equal"
@@ -183,7 +183,7 @@ def _perplexity_ratio(expected: Tensor, actual: Tensor) -> float:
 
 
 def _scores(score: Scorer, windows: Tensor) -> Tensor:
-    return torch.cat([score(window) for window in windows]).double()
+    return torch.cat([score(window) for window in windows]).double().cpu()
 
 
 def _largest_difference(first: list[Tensor], second: list[Tensor]) -> float:
@@ -198,7 +198,7 @@ def _take_quantized_tensors(job: Job, model: PreTrainedModel, checkpoint: Path) 
     def take(module: nn.Module, prefix: str) -> None:
         round_floats(module, job.dtype)
         found = stored.read(f"{prefix}{name}" for name, _ in module.named_buffers() if f"{prefix}{name}" in stored)
-        set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in found})
+        set_tensors(module, {name.removeprefix(prefix): tensor.to(job.device) for name, tensor in found})
         finish_loading(module)
 
     found = parts(model, job.source.architecture)

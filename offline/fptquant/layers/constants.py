@@ -29,14 +29,14 @@ class SinkRecorder:
         Args:
             model: with `install_sink` done, if it is to have constants.
             architecture: its family.
-            others: (n,) other tokens that a text may start with, by which steady layers are found.
+            others: (n,) other tokens that a text may start with, by which steady layers are found; where the model is.
         """
         self._model, self._architecture = model, architecture
         self._token = sink_token(model)
         self._attentions: list[nn.Module] = []
         self._moving: list[bool] = []  # of each layer, whether its keys or values depend on the first token
         if self.records:
-            tokens = torch.cat((torch.tensor([self._token]), others.flatten()))[:, None]
+            tokens = torch.cat((torch.tensor([self._token], device=others.device), others.flatten()))[:, None]
             self._inputs = first_inputs(model, architecture, tokens, batch=len(tokens))
             use_sink(model)
 

@@ -35,13 +35,14 @@ class LayerInputs:
     masks: list[SinkMasks] | None  # where constants belong, of each batch
     first: int  # tokens before this one are constants and do not count
     batch: int  # sequences in each but the last
+    device: torch.device  # of the layers
     spill: bool = False  # whether hidden states are in files
 
     def run(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of `layer`, batch by batch."""
         for index, hidden in enumerate(self.hidden):
             sink = {} if self.masks is None else {"sink": self.masks[index]}
-            output = layer(hidden, **self.arguments[layer], **sink)
+            output = layer(hidden.to(self.device), **self.arguments[layer], **sink)
             yield output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -118,6 +119,7 @@ def first_inputs(
         [SinkMasks(*map(torch.cat, zip(*masks[rows], strict=True))) for rows in batches] if masks else None,
         first=0 if sink_token(model) is None else 1,
         batch=batch,
+        device=windows.device,
         spill=spill,
     )
 

@@ -129,6 +129,14 @@ def set_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             setattr(owner, leaf, tensor)
 
 
+def put_buffers(model: nn.Module, device: torch.device) -> None:
+    """Puts what a skeleton has beside its parts' tensors, such as RoPE's frequencies and empty scales, on a device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def is_streamed(module: nn.Module) -> bool:
     """Whether a module's matrices go when it is left."""
     part = _part(module)

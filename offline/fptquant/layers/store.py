@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fptquant.errors import FPTQuantError, is_out_of_memory
@@ -42,8 +43,8 @@ def restoring(name: str) -> Iterator[None]:
         ) from None
 
 
-def restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
-    """Makes a layer of a simulation what it was when it was stored, if it was.
+def restored(layer: nn.Module, name: str, store: LayerStore | None, device: torch.device) -> bool:
+    """Makes a layer of a simulation what it was when it was stored, if it was; on `device`.
 
     Whether it is steady is only known behind the last layer, so the model knows it and not the store.
     """
@@ -55,6 +56,6 @@ def restored(layer: nn.Module, name: str, store: LayerStore | None) -> bool:
         if isinstance(module, SimulatedLinear) and module.scheme is not None:
             module.weight = None
     with restoring(name):
-        layer.load_state_dict(tensors, assign=True)
+        layer.load_state_dict({key: tensor.to(device) for key, tensor in tensors.items()}, assign=True)
         finish_loading(layer)
     return True

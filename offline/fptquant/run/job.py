@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import fptquant
 from fptquant.calibration.text import calibration_windows, fingerprint, sink_token
+from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
 from fptquant.format import (
@@ -44,7 +45,7 @@ class Job:
     source: Source
     recipe: Recipe
     config: CheckpointConfig
-    windows: Tensor  # (sequences, length)
+    windows: Tensor  # (sequences, length), on the device as all tensors here
     training_windows: Tensor  # (sequences, length), empty when nothing is trained on text
     transforms: TransformSet
     dtype: torch.dtype
@@ -52,6 +53,11 @@ class Job:
     residency: Residency = "resident"  # of the model while it is worked on; the checkpoint is the same
     room: int = sys.maxsize  # bytes that the run may take; what is too large a share of it goes into files
     left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
+
+    @property
+    def device(self) -> torch.device:
+        """Where models, transforms and tokens are."""
+        return self.source.device
 
     @property
     def layers(self) -> int:
@@ -75,18 +81,19 @@ class Job:
         }
 
 
-def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False) -> Job:
+def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, device: torch.device = CPU) -> Job:
     """Checks model, recipe and calibration text against each other; loads no weights.
 
     Args:
         model: directory, or name on the hub.
         recipe: what to do.
         leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name.
+        device: that computes.
 
     Raises:
         FPTQuantError: whatever the user has to mend.
     """
-    source = open_source(model)
+    source = open_source(model, device=device)
     left_out = transform_obstacles(source, recipe) if leave_out else {}
     if left_out:
         kept = {name: options for name, options in recipe.to_dict()["transforms"].items() if name not in left_out}
@@ -104,7 +111,7 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False) -> J
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}
         )
         training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
-    return replace(_job(source, recipe, windows, training), left_out=left_out)
+    return replace(_job(source, recipe, windows.to(device), training.to(device)), left_out=left_out)
 
 
 def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:
@@ -115,7 +122,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
-    transforms = TransformSet(recipe.transforms, shape, recipe.seed)
+    transforms = TransformSet(recipe.transforms, shape, recipe.seed).to(source.device)
     record = transforms.record()
     in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)
     if in_gains and record.residual_scale:
@@ -202,8 +209,13 @@ def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[
     return (Override(modules=head, weights=weights, activations=activations),), ()
 
 
-def job_of(checkpoint: Path, model: str | Path) -> Job:
+def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -> Job:
     """The job that wrote `checkpoint` from `model`, with the transforms at the values it was written with.
+
+    Args:
+        checkpoint: directory.
+        model: directory, or name on the hub.
+        device: that computes.
 
     Raises:
         FPTQuantError: `checkpoint` has no record of its recipe, or belongs to another model.
@@ -217,7 +229,7 @@ def job_of(checkpoint: Path, model: str | Path) -> Job:
         if not file.is_file():
             raise FPTQuantError(f"'{file}' is missing: '{checkpoint}' is no complete fptquant checkpoint")
     no_windows = torch.empty(0, 0, dtype=torch.int64)  # the calibration text is not needed again, and may be gone
-    job = _job(open_source(model), Recipe.load(str(recipe_file)), no_windows, no_windows)
+    job = _job(open_source(model, device=device), Recipe.load(str(recipe_file)), no_windows, no_windows)
     if read_json(summary_file).get("source_fingerprint") != job.source.fingerprint():
         raise FPTQuantError(f"'{checkpoint}' was not made from '{model}': give the model that was quantized")
     try:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
+import torch
 
 from fptquant import parallel
+from fptquant.devices import free_memory
 from fptquant.errors import FPTQuantError
 from fptquant.layers.residency import Residency
 from fptquant.run.job import Job, linear_sizes
 from fptquant.run.shards import LARGEST
 
 _PROCESS = 450_000_000  # bytes of Python, torch and transformers
+_CONTEXT = 500_000_000  # of an accelerator's memory that its context takes; not measured
 _FLOAT32, _FLOAT64 = 4, 8
 _HESSIANS = 3  # matrices (K, K) in float64 that rounding holds at once
 _SCRATCH_SHARE = 8  # the part of a run's memory that hidden states may take
@@ -45,7 +47,7 @@ class Sizes:
 
 
 def expected_memory(job: Job, residency: Residency, room: int) -> int:
-    """Largest resident size of a run, in bytes: the largest of its stages.
+    """Bytes that a run takes where its model is, the machine's memory or an accelerator's: the largest of its stages.
 
     Args:
         job: to be done.
@@ -70,11 +72,12 @@ def expected_memory(job: Job, residency: Residency, room: int) -> int:
     def in_memory(size: int) -> int:
         return size if size <= scratch_limit(room) else 0
 
+    on_cpu = job.device.type == "cpu"
     hidden = 2 * in_memory(_FLOAT32 * tokens * shape.hidden)
     hessians = 0 if recipe.rounding.method == "nearest" else _HESSIANS * _FLOAT64 * sizes.widest**2
     layer = _FLOAT32 * (2 * sizes.layer + 3 * sizes.matrix) + in_memory(_FLOAT32 * tokens * sizes.widest) + hessians
     head = int(_FLOAT32 * 2.5 * sizes.ends)
-    written = _FLOAT32 * 2 * sizes.ends + min(LARGEST, job.output_bytes)
+    written = _FLOAT32 * 2 * sizes.ends + (_weight_file(job) if on_cpu else 0)
     weights = int(_RESIDENT * _FLOAT32 * sizes.total) if residency == "resident" else 0
     stages = [layer, head, written]
     if recipe.end_to_end.steps or recipe.scales.steps:
@@ -82,12 +85,28 @@ def expected_memory(job: Job, residency: Residency, room: int) -> int:
         kept = 1 if residency == "streamed" else shape.layers
         activations = _FLOAT32 * length * (12 * shape.hidden + 6 * shape.intermediate + shape.heads * length) * kept
         stages.append(activations + _FLOAT32 * (2 * sizes.ends + 2 * sizes.layer))
-    return _PROCESS + hidden + weights + max(stages)
+    return (_PROCESS if on_cpu else _CONTEXT) + hidden + weights + max(stages)
 
 
-def room_for(limit: int | None) -> int:
-    """Bytes that this process may take: the user's limit, or its share of what is free."""
-    return free_memory() // parallel.ranks()[1] if limit is None else limit
+def expected_host_memory(job: Job) -> int:
+    """Bytes of the machine's memory that a run takes whose model is on an accelerator.
+
+    With E the matrix of the embedding and P those of a layer, as they are stored: process + E + 2 P + one weight file.
+    Not measured.
+    """
+    sizes = Sizes.of(job)
+    stored = job.source.stored_dtype.itemsize * (sizes.ends + 2 * sizes.layer)
+    return _PROCESS + stored + _weight_file(job)
+
+
+def _weight_file(job: Job) -> int:
+    return min(LARGEST, job.output_bytes)
+
+
+def room_for(device: torch.device, limit: int | None) -> int:
+    """Bytes that this process may take where the model is: the user's limit, or its share of what is free there."""
+    sharing = parallel.ranks()[1] if device.type == "cpu" else 1  # the processes of a machine share its memory
+    return free_memory(device) // sharing if limit is None else limit
 
 
 def scratch_limit(room: int) -> int:
@@ -103,23 +122,18 @@ def scratch_bytes(job: Job) -> int:
     return sum(size for size in sizes if size > scratch_limit(job.room))
 
 
-def free_memory() -> int:
-    """What this machine has left, in bytes."""
-    return int(psutil.virtual_memory().available)
-
-
 def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> Residency:
     """What of the model stays in memory.
 
     Args:
         job: to be done.
         wanted: by the user; None for the whole model where it fits.
-        limit: bytes that a process may take; None for its share of what is free.
+        limit: bytes that a process may take where the model is; None for its share of what is free there.
 
     Raises:
         FPTQuantError: not even a layer at a time fits into the user's limit.
     """
-    room = room_for(limit)
+    room = room_for(job.device, limit)
     residency: Residency = wanted or ("resident" if expected_memory(job, "resident", room) <= room else "streamed")
     needed = expected_memory(job, residency, room)
     if needed > room and limit is not None:

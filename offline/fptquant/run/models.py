@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fptquant.layers.residency import Fill, Residency, extend, make_part, ride_along, set_tensors
+from fptquant.layers.residency import Fill, Residency, extend, make_part, put_buffers, ride_along, set_tensors
 from fptquant.layers.store import LayerStore, restored
-from fptquant.loading import outside, parts, skeleton
+from fptquant.loading import load_model, open_source, outside, parts, skeleton
 from fptquant.run.job import Job
 from fptquant.simulate.install import install_simulation, round_floats
 from fptquant.transforms import TransformSet
@@ -48,6 +49,7 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     model.config.tie_word_embeddings = False
     if simulated:
         install_simulation(model, architecture, job.config)
+    put_buffers(model, job.device)
     set_tensors(model, job.source.read(outside(parts(model, architecture), job.source.names)))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
@@ -79,6 +81,15 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     return model
 
 
+def read_back(job: Job, checkpoint: Path) -> PreTrainedModel:
+    """What a job has written, loaded as the job's own models are.
+
+    Raises:
+        FPTQuantError: it can't be.
+    """
+    return load_model(open_source(checkpoint, device=job.device), residency=job.residency, recorded=False)
+
+
 def to_be_rounded(
     job: Job, model: PreTrainedModel, store: LayerStore, ride: Callable[[int, nn.Module], None] | None = None
 ) -> None:
@@ -103,7 +114,7 @@ def to_be_rounded(
             floats_first.discard(name)
             if first:
                 before(module)
-            if restored(module, name, store):
+            if restored(module, name, store, job.device):
                 return
             if not first:
                 before(module)

@@ -75,7 +75,7 @@ class RunState(AbstractContextManager["RunState"]):
         if not parallel.is_main():
             return
         partial, file = self._file(name, ".partial"), self._file(name)
-        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, partial)
+        save_file({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, partial)
         note = {**(facts or {}), _DIGEST: _sha256(partial)}
         if file.is_file() and self._note(name).is_file():
             self._note(name).replace(self._note(name, ".before"))

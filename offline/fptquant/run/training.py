@@ -114,7 +114,8 @@ def train_transforms(
     if finished and finished[1]["step"] == trained[stages_on[-1]]:
         with restoring(stages_on[-1]):
             _restore_transforms(transforms, finished[0])
-        return layer_clipping(_part(finished[0], _CLIPPING))
+        learned = layer_clipping(_part(finished[0], _CLIPPING))
+        return {name: clipping.to(job.device) for name, clipping in learned.items()}
     model = start_transforms(job, stages)
     if recipe.local.steps:
         with stages.stage("train transforms on weights"):
@@ -155,6 +156,7 @@ def train_transforms(
             groups = range_groups(student, options)
             groups |= transform_groups(transforms, options.transform_rate, options.rotation_rate)
             optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
+            student.compute_in(recipe.training.dtype)
             steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
             extra = _clipping_state(student.weight_parameters())
             _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every, extra)
@@ -188,6 +190,7 @@ def train_scales(
     """Learns weight scales and activation ranges of a rounded simulation, in place; its integers stay."""
     options: EndToEndOptions = job.recipe.scales
     student = integer_student(model, job.source.architecture, options.estimator)
+    student.compute_in(job.recipe.training.dtype)
     optimization = Optimization(range_groups(student, options), options.steps, warmup=options.warmup, clip=options.clip)
     steps = train_end_to_end(student, teacher, options, optimization, job.recipe.seed)
     _run(SCALES, steps, optimization, None, state, stages, metrics, job.recipe.training.save_every)

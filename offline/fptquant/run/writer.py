@@ -34,7 +34,8 @@ def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
     """Writes a finished simulation, and the records by which it is verified, in Hugging Face layout."""
     digests = write_model(job, model, directory)
     (directory / EXTRAS).mkdir()
-    save_file(dict(job.transforms.state_dict()), directory / EXTRAS / "transforms.safetensors")
+    transforms = {name: tensor.cpu() for name, tensor in job.transforms.state_dict().items()}
+    save_file(transforms, directory / EXTRAS / "transforms.safetensors")
     record_logits(model, job.windows[0], directory / EXTRAS / RECORDED_LOGITS)
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
@@ -65,13 +66,14 @@ def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, 
 
 
 def _tensors(job: Job, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Everything that goes into the weight files, a part of the model at a time."""
+    """Everything that goes into the weight files, a part of the model at a time, on the CPU."""
     found = parts(model, job.source.architecture)
     for part, module in found.items():
         with entered(module):
             for name, tensor in checkpoint_tensors(module, job.dtype):
-                yield f"{part}.{name}", tensor
-    yield from checkpoint_tensors(model, job.dtype, outside(found, model.state_dict()))
+                yield f"{part}.{name}", tensor.cpu()
+    for name, tensor in checkpoint_tensors(model, job.dtype, outside(found, model.state_dict())):
+        yield name, tensor.cpu()
 
 
 def digest(tensor: Tensor) -> str:

@@ -101,7 +101,7 @@ class SimulatedLinear(FixedBuffers):
         assert not outside, "codes that don't fit into their bits"
         self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
-        self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64)
+        self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64, device=codes.device)
         self._derive("codes", codes.float())
         self.weight = None
 

@@ -34,12 +34,12 @@ def record_logits(model: PreTrainedModel, tokens: Tensor, file: Path) -> None:
         file: to be written: the prompt, up to 256 columns of its logits, the log-sum-exp over all columns, and how far
             both move when single codes turn.
     """
-    prompt = tokens[:_TOKENS].clone()
+    prompt = tokens[:_TOKENS].to("cpu", copy=True)
     recorded = _logits(model, prompt)
     generator = torch.Generator().manual_seed(0)
 
     def perturb(embedding: nn.Module, args: tuple[Any, ...], states: Tensor) -> Tensor:
-        return states * (1 + _PERTURBATION * torch.randn(states.shape, generator=generator))
+        return states * (1 + _PERTURBATION * torch.randn(states.shape, generator=generator).to(states.device))
 
     handle = model.get_input_embeddings().register_forward_hook(perturb)
     noise = torch.tensor(_distance(_logits(model, prompt), recorded))
@@ -102,8 +102,9 @@ def _distance(found: tuple[Tensor, Tensor], recorded: tuple[Tensor, Tensor]) -> 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (length, columns) of columns spread over the vocabulary, and log-sum-exp (length,) over all."""
+    """On the CPU: logits (length, columns) of columns over the whole vocabulary, and log-sum-exp (length,) over all."""
+    device = next(buffer.device for buffer in model.buffers() if not buffer.is_meta)  # of a streamed model, too
     with exactly(model):
-        logits = model(tokens[None], use_cache=False).logits[0].float()
+        logits = model(tokens[None].to(device), use_cache=False).logits[0].float().cpu()
     step = -(-logits.shape[1] // _COLUMNS)
     return logits[:, ::step].contiguous(), logits.logsumexp(-1)

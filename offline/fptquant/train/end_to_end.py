@@ -22,6 +22,8 @@ from fptquant.train.student import Student
 from fptquant.train.teacher import Teacher
 from fptquant.transforms import TransformSet
 
+_NO_LABEL = -100  # behind the last token; what `cross_entropy` ignores
+
 
 class EndToEndOptions(BaseModel):
     """Settings of a stage that trains against the original model."""
@@ -109,7 +111,7 @@ def train_end_to_end(
                     tokens = teacher.windows[sequence]
                     target = None if options.objective == "cross_entropy" else teacher.hidden(sequence)
                     hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
-                    labels = torch.cat((tokens[1:], torch.tensor([-100])))
+                    labels = nn.functional.pad(tokens[1:], (0, 1), value=_NO_LABEL)
                     with entered(head), teacher.with_head():
                         loss, gradient = sequence_loss(
                             hidden, head, target, teacher.head, labels, options.objective, options.top, share

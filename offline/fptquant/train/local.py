@@ -66,13 +66,15 @@ def train_local(
         total = 0.0
         with transforms.reused(torch.float32):
             for index, layer in enumerate(layers):
-                loss = torch.zeros(())
+                terms = []
                 with entered(layer):
                     for projection in architecture.projections:
                         weight = layer.get_submodule(projection.path).get_parameter("weight")
                         merged, _ = transforms.merge(projection.at(index), weight, None)
-                        loss = loss + weight_norm(merged, options.p)
-                    total += _backward(loss, optimization.step, architecture.layer_name(index))
+                        terms.append(weight_norm(merged, options.p))
+                    total += _backward(
+                        sum(terms[1:], start=terms[0]), optimization.step, architecture.layer_name(index)
+                    )
             if options.rotation_rate > 0 and any(transform.shared for transform in transforms):
                 for place, path in ((EMBEDDING, architecture.embedding), (HEAD, architecture.head)):
                     with entered(model.get_submodule(path)) as module:

@@ -92,7 +92,7 @@ class Optimization:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and moments by name."""
-        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step, device="cpu")}
         for name, parameter in self.parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach()
             for key, value in self._adam.state.get(parameter, {}).items():
@@ -106,7 +106,7 @@ class Optimization:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             found: dict[str, Any] = {
-                key: tensors[f"{key}/{name}"].clone()
+                key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device, copy=True)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{key}/{name}" in tensors
             }

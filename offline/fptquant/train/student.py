@@ -121,7 +121,7 @@ class TrainedKV(KVQuantizer):
 
     def scale(self, attention: nn.Module, key: str) -> Tensor:
         """One."""
-        return torch.ones(1, 1, 1)
+        return torch.ones(1, 1, 1, device=self.quantizers[key].get_parameter("log_scale").device)
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
         """Fake-quantized `states`."""
@@ -149,6 +149,12 @@ class Student:
         self.model.requires_grad_(False)
         for _, _, cache in self.caches:
             cache.quantizers.requires_grad_(False)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Sets the type of products with the layers' weights; the head's, of which the loss is made, stay float32."""
+        for name, linear in self.linears():
+            if name != self.architecture.head:
+                linear.weight.compute_dtype = dtype
 
     def weight_parameters(self) -> dict[str, nn.Parameter]:
         """Channel scales (or clipping) of the weights by name."""
@@ -329,7 +335,8 @@ def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int)
             found[index] = output[0, 0].clone()
 
         handles.append(norm.register_forward_hook(keep))
-    model(torch.tensor([[token]]), use_cache=False)
+    device = norms[-1].get_parameter("weight").device
+    model(torch.tensor([[token]], device=device), use_cache=False)
     for handle in handles:
         handle.remove()
     return found

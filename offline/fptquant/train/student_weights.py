@@ -17,7 +17,17 @@ from fptquant.wiring import Place
 
 
 class StudentWeight(nn.Module):
-    """A linear layer's weight (N, K) while something about it is trained."""
+    """A linear layer's weight (N, K) while something about it is trained.
+
+    Attributes:
+        compute_dtype: of products with it; what goes in and comes out is float32.
+    """
+
+    compute_dtype = torch.float32
+
+    def _times(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X W^T (..., N) of `x` (..., K) and `weight` (N, K)."""
+        return nn.functional.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype)).to(x.dtype)
 
     def restored(self, x: Tensor) -> Tensor:
         """What `product` takes for the layer's input `x` (..., K); the same for all layers that read it."""
@@ -42,7 +52,7 @@ class IntegerWeight(StudentWeight):
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `StudentWeight`; W is not formed."""
-        return nn.functional.linear(x, self.codes) * self.log_scale.exp().flatten(), self.bias
+        return self._times(x, self.codes) * self.log_scale.exp().flatten(), self.bias
 
 
 class FloatWeight(StudentWeight):
@@ -81,7 +91,7 @@ class TransformedWeight(FloatWeight):
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `StudentWeight`."""
         transforms = self.transforms[0]
-        y = transforms.outputs(self.place, nn.functional.linear(x, self.weight))
+        y = transforms.outputs(self.place, self._times(x, self.weight))
         return y, None if self.bias is None else transforms.outputs(self.place, self.bias)
 
     def exact(self, x: Tensor) -> Tensor:
@@ -121,8 +131,10 @@ class MergedWeight(FloatWeight):
         """See `StudentWeight`."""
         weight, bias = self.merged()
         scale = channel_scale(weight, self.log_clip, self.bits)
-        weight = fake_quantize(weight, scale, *code_bounds(torch.zeros(()), self.bits), self.estimator)
-        return nn.functional.linear(x, weight), bias
+        weight = fake_quantize(
+            weight, scale, *code_bounds(torch.zeros((), device=weight.device), self.bits), self.estimator
+        )
+        return self._times(x, weight), bias
 
     def exact(self, x: Tensor) -> Tensor:
         """See `FloatWeight`."""

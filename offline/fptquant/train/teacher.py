@@ -31,7 +31,7 @@ class Teacher:
         Args:
             model: the original, in float32; not changed.
             architecture: its family.
-            windows: (sequences, length) training tokens.
+            windows: (sequences, length) training tokens, on the model's device.
             cache: directory for the hidden states; None computes them again each time.
         """
         self.windows, self.cache = windows, cache
@@ -84,7 +84,8 @@ class Teacher:
 
     def _stored(self, sequence: int) -> Tensor | None:
         file = self._file(sequence)
-        return None if file is None else _read(file)
+        stored = None if file is None else _read(file)
+        return None if stored is None else stored.to(self.windows.device)
 
     def _store(self, sequence: int, states: Tensor) -> None:
         file = self._file(sequence)
@@ -92,7 +93,7 @@ class Teacher:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".partial-{os.getpid()}")  # several processes may compute the same
-        states = states.contiguous()
+        states = states.cpu().contiguous()
         save_file({"hidden": states}, partial, metadata={"sha256": _sha256(states)})
         partial.rename(file)
 

@@ -63,7 +63,7 @@ class DownHadamard(Transform):
         """Multiplies each block of columns of down_proj by the (symmetric, orthonormal) Hadamard matrix."""
         if place.role is not Role.DOWN:
             return values
-        left, right = hadamard_factors(self.block, values.dtype)
+        left, right = (factor.to(values.device) for factor in hadamard_factors(self.block, values.dtype))
         blocks = values.reshape(-1, len(left), len(right))
         return (left @ (blocks @ right)).view(values.shape)
 
