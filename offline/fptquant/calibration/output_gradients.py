@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.layers.residency import recomputed
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
@@ -24,10 +25,10 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     Args:
         model: with merged weights and the simulation installed, nothing quantized yet.
         architecture: its family.
-        windows: (sequences, length) tokens.
+        windows: (sequences, length) tokens; of several processes, the part of each.
 
     Returns:
-        By name of the group's first layer, float32 of the shape of `windows`, with mean 1.
+        By name of the group's first layer, float32 of the shape of `windows`, with mean 1 over all sequences.
     """
     groups = _groups(model, architecture)
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
@@ -41,7 +42,8 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
             for name, values in norms.items():
                 seen[name].append(values)
     found = {name: torch.stack(parts) for name, parts in seen.items()}
-    return {name: values / values.mean().clamp_min(torch.finfo().tiny) for name, values in found.items()}
+    means = {name: parallel.joined(values).mean() for name, values in found.items()}
+    return {name: values / means[name].clamp_min(torch.finfo().tiny) for name, values in found.items()}
 
 
 def _groups(model: PreTrainedModel, architecture: Architecture) -> dict[str, list[SimulatedLinear]]:

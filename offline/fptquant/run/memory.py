@@ -47,7 +47,7 @@ def expected_memory(job: Job, residency: Residency) -> int:
     """Largest resident size of a run, in bytes: the largest of its stages.
 
     With P the matrices of a layer, E those of embedding or head, M the largest matrix, K the widest input and T
-    calibration tokens, in bytes of float32:
+    calibration tokens (of a process's part), in bytes of float32:
 
         process + hidden states + max of
             rounding a layer:  2 P + inputs (T, K) + 3 (K, K) in float64 + 3 M
@@ -59,7 +59,7 @@ def expected_memory(job: Job, residency: Residency) -> int:
     """
     sizes, recipe = Sizes.of(job), job.recipe
     shape = job.source.architecture.shape(job.source.config)
-    tokens = job.windows.numel()
+    tokens = parallel.part(job.windows).numel()
     hidden = _FLOAT32 * tokens * shape.hidden * 2
     hessians = 0 if recipe.rounding.method == "nearest" else _HESSIANS * _FLOAT64 * sizes.widest**2
     layer = _FLOAT32 * (2 * sizes.layer + tokens * sizes.widest + 3 * sizes.matrix) + hessians
