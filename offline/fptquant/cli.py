@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
@@ -144,6 +145,7 @@ def quantize(
     from fptquant.run.memory import choose_residency, parse_size, room_for
     from fptquant.run.publication import Publication
 
+    place = parallel.start(choose_device(device))
     changes = {"precision": precision, "seed": seed, "dtype": dtype}
     fields: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     options = {
@@ -173,11 +175,10 @@ def quantize(
         chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
 
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
-    place = choose_device(device)
-    parallel.start()
     Publication(output, overwrite=overwrite)  # the quickest check
     _quiet_transformers()
-    with err.status("checking model, recipe and calibration text"):
+    checking = err.status("checking model, recipe and calibration text")
+    with checking if parallel.is_main() else nullcontext():
         job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
         wanted: Any = None if residency is Memory.auto else residency.value
         job = replace(job, residency=choose_residency(job, wanted, limit), room=room_for(place, limit))
@@ -186,8 +187,9 @@ def quantize(
     if parallel.is_main():
         out.print(plan_table(job, output))
         show_notes(job.source)
+        if dry_run:
+            out.print("dry run: nothing was written")
     if dry_run:
-        out.print("dry run: nothing was written")
         return
     stages = RichStages() if parallel.is_main() else Stages()
     summary = pipeline.quantize(job, output, overwrite=overwrite, fresh=fresh, stages=stages)
@@ -528,15 +530,24 @@ def main() -> None:
         _fail("out of memory: free some, or give shorter or fewer sequences")
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
+            if not _fails_first():
+                raise
             resumable = sys.argv[1:2] == ["quantize"] or (sys.argv[1:2] == ["sensitivity"] and "--json" in sys.argv)
             err.print("interrupted" + ": run the same command again, without --fresh, to continue" * resumable)
         raise
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(message.split())
-    err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if _fails_first():
+        line = " ".join(message.split())
+        err.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+def _fails_first() -> bool:
+    """Whether no other process of the run has failed before, so that the user reads one line."""
+    parallel = sys.modules.get("fptquant.parallel")  # it imports torch
+    return parallel is None or bool(parallel.fails_first())
 
 
 def _without(recipe: Recipe, names: str) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fptquant.run.rehearsal import rehearse
 from fptquant.run.state import RunState
 from fptquant.run.state_size import state_bytes
 from fptquant.run.training import (
+    FIRST_SEQUENCES,
     SHORTER,
     MetricsFile,
     checkpointing,
@@ -67,6 +67,8 @@ def quantize(
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
+    Several processes (`fptquant.parallel`) run the same stages together, up to the files, which are the first one's.
+
     Args:
         job: what to do.
         output: directory of the checkpoint. The state of an unfinished run is in `.NAME.state` beside it.
@@ -82,7 +84,7 @@ def quantize(
     metrics = MetricsFile(state.directory / "metrics.jsonl")
     recipe, teacher = job.recipe, None
     scratch = scratch_in(state.directory, scratch_limit(job.room))
-    with publication if parallel.is_main() else nullcontext(Path()) as staging, state, scratch:
+    with publication as staging, state, scratch:
         if parallel.is_main():
             with stages.stage("rehearse"):
                 rehearse(job, staging / "rehearsal")
@@ -90,8 +92,6 @@ def quantize(
             with stages.stage("teacher", SHORTER):
                 teacher = make_teacher(job, state, stages)
         clipping = train_transforms(job, teacher, state, stages, metrics)
-        if not (parallel.is_main() or recipe.scales.steps):  # the others only help to train
-            return Summary(publication.target.name, stages.seconds, max(stages.peaks.values(), default=0), 0, 0)
         spending = None
         if recipe.budget is not None:
             narrow = {name: job.config.scheme_for(name) for name in clipping}
@@ -114,8 +114,8 @@ def quantize(
             assert teacher is not None
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):
                 train_scales(job, model, teacher, state, stages, metrics)
-        if not parallel.is_main():  # the others only helped to train
-            return Summary(publication.target.name, stages.seconds, max(stages.peaks.values(), default=0), 0, 0)
+        if not parallel.is_main():
+            return Summary(publication.target.name, stages.seconds, max(stages.peaks.values()), 0, 0)
         with stages.stage("write"):
             write_checkpoint(job, model, staging)
             write_ranges(job, model, before, after, staging / EXTRAS)
@@ -152,8 +152,22 @@ def prepare(job: Job, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Pu
         raise FPTQuantError(f"'{output}' is inside the source model's directory: choose another output")
     directory = publication.target.with_name(f".{publication.target.name}.state")
     state = RunState(directory, job.signature(), fresh=fresh)
+    parallel.require_same(state.signature)
+    require_sequences(job)
     require_space(job, publication, state)
     return publication, state
+
+
+def require_sequences(job: Job) -> None:
+    """Raises FPTQuantError when a process would have no calibration sequence."""
+    processes, sequences = parallel.ranks()[1], len(job.windows)
+    if job.recipe.block_wise.steps or job.recipe.end_to_end.steps:
+        sequences = min(sequences, FIRST_SEQUENCES)
+    if processes > sequences:
+        raise FPTQuantError(
+            f"{processes} processes can't share the {sequences} calibration sequences of a stage: start at most "
+            f"{sequences} processes"
+        )
 
 
 def require_space(job: Job, publication: Publication, state: RunState) -> None:
@@ -165,17 +179,17 @@ def require_space(job: Job, publication: Publication, state: RunState) -> None:
 def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:
     """The job with overrides in place of its budget, and the record of how they were chosen."""
     stored = state.load("budget")
-    if stored is not None:
-        facts = stored[1]
-        with restoring("budget"):
-            recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
-            return with_recipe(job, recipe), facts["record"]
-    with stages.stage("load for the budget"):
-        model = with_constants(job)
-    changed, spending = spend(job, model, stages)
-    facts = {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()}
-    state.save("budget", {}, facts)
-    return changed, spending.to_dict()
+    if stored is None:
+        with stages.stage("load for the budget"):
+            model = with_constants(job)
+        changed, spending = spend(job, model, stages)
+        state.save("budget", {}, {"overrides": changed.recipe.to_dict()["overrides"], "record": spending.to_dict()})
+        stored = state.load("budget")  # of several processes, what the first one chose
+        assert stored is not None, "what was just written"
+    facts = stored[1]
+    with restoring("budget"):
+        recipe = job.recipe.changed("budget", budget=None, overrides=facts["overrides"])
+        return with_recipe(job, recipe), facts["record"]
 
 
 def _bought(spending: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
@@ -40,6 +41,9 @@ def calibrate_and_round(
     Within a layer, linear layers that share an input are treated together and in order, so that every range and every
     Hessian is taken from a model whose earlier parts are already quantized.
 
+    Of several processes, each takes its part of the sequences through the layers and rounds its part of the rows of
+    weights that share an input. All end with the same layers.
+
     Args:
         model: with merged weights and the simulation installed.
         architecture: its family.
@@ -53,6 +57,7 @@ def calibrate_and_round(
     """
     layers = architecture.layer_modules(model)
     head = model.get_submodule(architecture.head)
+    windows = parallel.part(windows)
     importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
     inputs = first_inputs(model, architecture, windows)
     ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
@@ -163,7 +168,7 @@ def _quantize_group(
 
 
 def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
-    """The Hessian of a layer's error: mean of x x^T, (K, K).
+    """The Hessian of a layer's error: mean of x x^T, (K, K), over the inputs of all processes.
 
     Summed up in place, and only on one side of the diagonal.
 
@@ -183,9 +188,10 @@ def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
         for start in range(0, width, _COLUMNS):
             end = min(start + _COLUMNS, width)
             total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])
+    parallel.summed(total)
     for start in range(0, width, _COLUMNS):
         total[start : start + _COLUMNS, :start] = total[:start, start : start + _COLUMNS].T
-    return total.div_(tokens)
+    return total.div_(sum(parallel.sizes(tokens)))
 
 
 def rounded_weights(
@@ -197,6 +203,8 @@ def rounded_weights(
 ) -> tuple[Tensor, Tensor]:
     """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass.
 
+    Rows know nothing of each other: of several processes, each rounds its part.
+
     Args:
         linears: the layers.
         bits: width of the codes.
@@ -205,14 +213,15 @@ def rounded_weights(
         log_clip: (sum of N, 1), learned clipping in place of the search for scales.
     """
     weights = [linear.float_weight() for linear in linears]
-    stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).float()
+    rows = parallel.part(weights[0] if len(weights) == 1 else torch.cat(weights)).float()
     if log_clip is None:
-        scales = weight_scales(stacked, bits, recipe.weight_range, None if hessian is None else hessian.diagonal())
+        scales = weight_scales(rows, bits, recipe.weight_range, None if hessian is None else hessian.diagonal())
     else:
-        scales = round_scale(channel_scale(stacked, log_clip, bits))
+        scales = round_scale(channel_scale(rows, parallel.part(log_clip), bits))
     if hessian is None:
-        hessian = torch.empty(0, 0, device=stacked.device)
-    return ROUNDERS[recipe.rounding.method](stacked, scales, bits, hessian, recipe.rounding), scales
+        hessian = torch.empty(0, 0, device=rows.device)
+    codes = ROUNDERS[recipe.rounding.method](rows, scales, bits, hessian, recipe.rounding)
+    return parallel.joined(codes), parallel.joined(scales)
 
 
 def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
@@ -250,7 +259,7 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
     quantizer.observer = None
     for name in tuple(seen):
         values = torch.cat(seen.pop(name), 1)
-        rows = values if quantizer.scheme.strategy == "head" else values.flatten()[None]
+        rows = values if quantizer.scheme.strategy == "head" else values[None]
         found = [search_range(row, quantizer.scheme.bits, quantizer.scheme.symmetric, recipe.kv_range) for row in rows]
         scales, zero_points = (torch.stack(items) for items in zip(*found, strict=True))
         quantizer.set_range(attention, name, scales, zero_points)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.layers.inputs import first_inputs, last_states
 from fptquant.layers.residency import entered
 from fptquant.simulate import SimulatedLinear
@@ -29,10 +30,10 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     Args:
         model: with merged weights and the simulation installed, nothing quantized yet.
         architecture: its family.
-        windows: (sequences, length) tokens.
+        windows: (sequences, length) tokens; of several processes, the part of each.
 
     Returns:
-        By name of the group's first layer, float32 of the shape of `windows`, with mean 1.
+        By name of the group's first layer, float32 of the shape of `windows`, with mean 1 over all sequences.
     """
     layers = architecture.layer_modules(model)
     inputs = first_inputs(model, architecture, windows, batch=1, kept=len(layers) + 1)
@@ -62,7 +63,8 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
                 assert states.grad is not None
                 gradients[index] = states.grad
     weights = {name: torch.stack(norms) for name, norms in found.items()}
-    return {name: values / values.mean().clamp_min(torch.finfo().tiny) for name, values in weights.items()}
+    means = {name: parallel.joined(values).mean() for name, values in weights.items()}
+    return {name: values / means[name].clamp_min(torch.finfo().tiny) for name, values in weights.items()}
 
 
 def _groups(layer: nn.Module, index: int, architecture: Architecture) -> dict[str, list[nn.Module]]:

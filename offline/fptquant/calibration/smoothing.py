@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.layers.residency import entered
 from fptquant.transforms import TransformSet
@@ -51,7 +52,7 @@ def start_from_activations(
         for index, layer in enumerate(layers)
         for group, norm in architecture.normed_groups()
     ]
-    for _ in through_layers(model, architecture, first_inputs(model, architecture, windows, batch=1)):
+    for _ in through_layers(model, architecture, first_inputs(model, architecture, parallel.part(windows), batch=1)):
         pass
     for handle in handles:
         handle.remove()
@@ -61,4 +62,5 @@ def start_from_activations(
                 members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
                 weights = [transforms.merge(place, weight, None)[0] for place, weight in members]
                 first_place = group.first.at(index)
-                scale.start(first_place, largest[first_place], torch.cat(weights).abs().amax(0))
+                found = parallel.joined(largest[first_place][None]).amax(0)
+                scale.start(first_place, found, torch.cat(weights).abs().amax(0))

@@ -1,13 +1,19 @@
-"""Static ranges: min-max, percentile and L_p grid search over observed values."""
+"""Static ranges: min-max, percentile and L_p grid search over observed values.
+
+Several processes have a part of the values each, and find the range that one process with all of them finds.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from fptquant import parallel
 
 _EXTREMES = 2048  # kept exactly on each side; the rest is represented by a sample
 _SAMPLE = 1 << 15
@@ -38,7 +44,7 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     """Scale and zero point of one static quantizer.
 
     Args:
-        values: observed values, any shape, finite.
+        values: observed values, any shape, finite; of several processes, each has its part of the last dimension.
         bits: width of the codes.
         symmetric: zero point fixed at 0.
         options: the method.
@@ -46,7 +52,12 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
     Returns:
         scale (float32 scalar, positive) and zero point (int32 scalar).
     """
-    return _search(_Observed(values.flatten().float()), bits, symmetric, options)
+    sizes = parallel.sizes(values.shape[-1])
+    rows = values.numel() // values.shape[-1]
+    runs = [_Run(process, row * size, (row + 1) * size) for row in range(rows) for process, size in enumerate(sizes)]
+    if len(sizes) == 1:
+        runs = [_Run(0, 0, values.numel())]
+    return _search(_Observed(values.flatten().float(), runs), bits, symmetric, options)
 
 
 @torch.no_grad()
@@ -56,13 +67,17 @@ def search_input_range(values: Tensor, bits: int, symmetric: bool, options: Inpu
     In some texts a token other than the first has a massive activation. A few in 30,000 are enough for squared errors
     to widen the range until the codes of all others are the same.
     """
-    count = int(options.outlier_tokens * values.shape[0]) if options.method == "lp" else 0
-    runs = None
+    tokens, width = parallel.sizes(values.shape[0]), values.shape[1]
+    count = int(options.outlier_tokens * sum(tokens)) if options.method == "lp" else 0
+    outliers: list[int] = []
     if count:
-        largest = torch.maximum(-values.amin(1), values.amax(1))
+        largest = parallel.joined(torch.maximum(-values.amin(1), values.amax(1)))
         outliers = sorted(torch.topk(largest, count).indices.tolist())
-        width = values.shape[1]
-        runs = [((a + 1) * width, b * width) for a, b in pairwise((-1, *outliers, values.shape[0])) if b > a + 1]
+    runs = []
+    for process, (first, last) in enumerate(pairwise(accumulate(tokens, initial=0))):
+        here = [token - first for token in outliers if first <= token < last]
+        kept = ((a + 1, b) for a, b in pairwise((-1, *here, last - first)) if b > a + 1)
+        runs += [_Run(process, a * width, b * width) for a, b in kept]
     return _search(_Observed(values.flatten().float(), runs), bits, symmetric, options)
 
 
@@ -77,34 +92,55 @@ def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     return scale, torch.round(-half - low / scale).clamp(-half, half - 1)
 
 
-class _Observed:
-    """Observed values, those of some runs only, of which no copy is made."""
+class _Run(NamedTuple):
+    """Values [start, end) of what a process has."""
 
-    def __init__(self, flat: Tensor, runs: list[tuple[int, int]] | None = None) -> None:
-        """Takes the values `flat` (n,), or what the runs [start, end) have of them."""
-        self.flat, self.runs = flat, runs or [(0, flat.numel())]
-        self.parts = [flat[start:end] for start, end in self.runs]
+    process: int
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.end - self.start
+
+
+class _Observed:
+    """Observed values, of which no copy is made: those of some runs, in their order, in all processes."""
+
+    def __init__(self, flat: Tensor, runs: Sequence[_Run]) -> None:
+        """Takes the values `flat` (n,) that this process has."""
+        self.flat, self.runs, self.process = flat, runs, parallel.ranks()[0]
+        self.parts = [flat[run.start : run.end] for run in runs if run.process == self.process]
         self.groups = [part[: part.numel() // _GROUP * _GROUP].view(-1, _GROUP) for part in self.parts]
-        self.rest = torch.cat([part[part.numel() // _GROUP * _GROUP :] for part in self.parts])
+        self.rest = torch.cat([flat[:0], *(part[part.numel() // _GROUP * _GROUP :] for part in self.parts)])
         self.highs, self.lows = [x.amax(1) for x in self.groups], [x.amin(1) for x in self.groups]
-        self.low, self.high = torch.cat((*self.lows, self.rest)).min(), torch.cat((*self.highs, self.rest)).max()
+        lows, highs = torch.cat((*self.lows, self.rest)), torch.cat((*self.highs, self.rest))
+        bounds = torch.stack((lows.min(), highs.max()))[None] if len(lows) else flat.new_empty(0, 2)
+        bounds = parallel.joined(bounds)
+        self.low, self.high = bounds[:, 0].min(), bounds[:, 1].max()
 
     def __len__(self) -> int:
         """How many they are."""
-        return sum(part.numel() for part in self.parts)
+        return sum(run.size for run in self.runs)
 
     def all(self) -> Tensor:
-        """All of them, (n,); a copy if they are in several runs."""
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        """All of them, (n,)."""
+        sizes = [[run.size for run in self.runs if run.process == process] for process in range(parallel.ranks()[1])]
+        found = parallel.joined(self._own()).split([sum(part) for part in sizes])
+        parts = [iter(values.split(part)) for values, part in zip(found, sizes, strict=True)]
+        return torch.cat([next(parts[run.process]) for run in self.runs])
 
     def sample(self, size: int) -> Tensor:
         """Drawn with replacement, (`size`,). A stride could share a factor with the channels and miss most of them."""
         drawn = torch.randint(len(self), (size,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        starts = torch.tensor([start for start, _ in self.runs], device="cpu")
-        ends = torch.tensor([part.numel() for part in self.parts], device="cpu").cumsum(0)
+        processes, starts, ends = (torch.tensor(x, device="cpu") for x in zip(*self.runs, strict=True))
+        ends = (ends - starts).cumsum(0)
         run = torch.searchsorted(ends, drawn, right=True)
         inside = drawn - torch.nn.functional.pad(ends, (1, 0))[run]
-        return self.flat[(starts[run] + inside).to(self.flat.device)]
+        own = processes[run] == self.process
+        places = torch.where(own, starts[run] + inside, 0).to(self.flat.device)
+        return parallel.summed(self.flat[places].where(own.to(self.flat.device), 0.0))
 
     def extremes(self, sample: Tensor, *, largest: bool) -> Tensor:
         """The `_EXTREMES` largest or smallest values, from the outermost in.
@@ -116,8 +152,23 @@ class _Observed:
         bounds = self.highs if largest else self.lows
         found = [x[_beyond(bound, threshold, largest)].flatten() for x, bound in zip(self.groups, bounds, strict=True)]
         values = torch.cat((*found, self.rest))
-        values = values[_beyond(values, threshold, largest)]
-        return torch.topk(values if values.numel() >= _EXTREMES else self.all(), _EXTREMES, largest=largest).values
+        values = parallel.joined(_outermost(values[_beyond(values, threshold, largest)], _EXTREMES, largest))
+        if values.numel() < _EXTREMES:
+            return self.outermost(_EXTREMES, largest=largest)
+        return _outermost(values, _EXTREMES, largest)
+
+    def outermost(self, count: int, *, largest: bool) -> Tensor:
+        """The `count` largest or smallest values, from the outermost in."""
+        return _outermost(parallel.joined(_outermost(self._own(), count, largest)), count, largest)
+
+    def _own(self) -> Tensor:
+        """Those that this process has; a copy if they are in several runs."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat([self.flat[:0], *self.parts])
+
+
+def _outermost(values: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count` largest or smallest values, or all if they are fewer, from the outermost in."""
+    return torch.topk(values, min(count, values.numel()), largest=largest).values
 
 
 def _beyond(values: Tensor, threshold: Tensor, largest: bool) -> Tensor:
@@ -131,8 +182,8 @@ def _search(values: _Observed, bits: int, symmetric: bool, options: RangeOptions
     if options.method == "percentile":
         count = len(values)
         position = min(count, max(1, round((100.0 - options.percentile) / 100.0 * count)))
-        low = torch.kthvalue(values.all(), position).values.clamp(max=0.0)
-        high = torch.kthvalue(values.all(), count + 1 - position).values.clamp(min=0.0)
+        low = values.outermost(position, largest=False)[-1].clamp(max=0.0)
+        high = values.outermost(position, largest=True)[-1].clamp(min=0.0)
     elif options.method == "lp":
         low, high = _search_lp(values, low, high, bits, symmetric, options)
     scale, zero_point = affine(low, high, bits, symmetric)
@@ -173,7 +224,8 @@ def _representatives(values: _Observed) -> tuple[Tensor, Tensor]:
     """A small weighted set that stands for `values`: exact extremes, a random sample of the rest."""
     count = len(values)
     if count <= _SAMPLE + 2 * _EXTREMES:
-        return values.all(), torch.ones_like(values.all())
+        points = values.all()
+        return points, torch.ones_like(points)
     bulk = values.sample(_SAMPLE)
     top, bottom = values.extremes(bulk, largest=True), values.extremes(bulk, largest=False)
     bulk = bulk[(bulk <= top[-1]) & (bulk >= bottom[-1])]

@@ -55,7 +55,7 @@ def expected_memory(job: Job, residency: Residency, room: int) -> int:
         room: bytes that it may take; hidden states and inputs that are too large a share of it are in files.
 
     With P the matrices of a layer, E those of embedding or head, M the largest matrix, K the widest input and T
-    calibration tokens, in bytes of float32:
+    calibration tokens (of a process's part), in bytes of float32:
 
         process + hidden states + max of
             rounding a layer:  2 P + inputs (T, K) + 3 (K, K) in float64 + 3 M
@@ -67,7 +67,7 @@ def expected_memory(job: Job, residency: Residency, room: int) -> int:
     """
     sizes, recipe = Sizes.of(job), job.recipe
     shape = job.source.architecture.shape(job.source.config)
-    tokens = job.windows.numel()
+    tokens = parallel.part(job.windows).numel()
 
     def in_memory(size: int) -> int:
         return size if size <= scratch_limit(room) else 0

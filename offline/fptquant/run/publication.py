@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
+from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line, folder_size, takes_files
 from fptquant.format.schema import QUANT_METHOD
@@ -44,6 +45,8 @@ class Publication:
 
     An existing target is only replaced at that moment. After an error or an interrupt the hidden directory is removed;
     after a kill it stays, never under the final name, and the next run for the same target removes it.
+
+    Of several processes, the first publishes, and the others touch nothing.
     """
 
     def __init__(self, target: Path, *, overwrite: bool) -> None:
@@ -105,6 +108,8 @@ class Publication:
         Raises:
             FPTQuantError: it can't be made.
         """
+        if not parallel.is_main():
+            return self.staging
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
@@ -125,6 +130,8 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Publishes, or removes what was written."""
+        if not parallel.is_main():
+            return
         if error is not None:
             self._discard()
             if is_disk_full(error):

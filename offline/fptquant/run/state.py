@@ -61,6 +61,11 @@ class RunState(AbstractContextManager["RunState"]):
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
         parallel.wait()  # so that no other process reads what is about to go
+        if not (self.directory / _SIGNATURE).is_file():
+            raise FPTQuantError(
+                f"'{self.directory}', which process 0 made, is not there for process {parallel.ranks()[0]}: "
+                "choose an output on a disk that all machines share"
+            )
         return self
 
     def __exit__(
@@ -71,9 +76,12 @@ class RunState(AbstractContextManager["RunState"]):
             self.remove()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-        """Writes a state under `name`; the one before is kept as a reserve."""
-        if not parallel.is_main():
-            return
+        """Writes a state under `name`; the one before is kept as a reserve. All processes find it there afterwards."""
+        if parallel.is_main():
+            self._save(name, tensors, facts)
+        parallel.wait()
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None) -> None:
         partial, file = self._file(name, ".partial"), self._file(name)
         save_file({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, partial)
         note = {**(facts or {}), _DIGEST: _sha256(partial)}

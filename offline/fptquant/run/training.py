@@ -33,7 +33,7 @@ from fptquant.transforms import TransformSet
 # names of states and in the metrics file
 LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
 SHORTER = "lower training.length and pass --fresh"  # where memory runs out
-_FIRST_SEQUENCES = 16  # for ranges that are trained next
+FIRST_SEQUENCES = 16  # for ranges that are trained next
 
 
 class Metrics(Protocol):
@@ -85,8 +85,9 @@ def make_teacher(job: Job, state: RunState, stages: Stages) -> Teacher:
     teacher = Teacher(model, job.source.architecture, job.training_windows, cache)
     if cache is not None:
         seen = set[int]().union(*(asked_for(stage, len(teacher.windows), job.recipe.seed) for stage in trained))
-        for _ in stages.track(teacher.see(sorted(seen)), job.layers):
+        for _ in stages.track(teacher.see(parallel.share(sorted(seen))), job.layers):
             pass
+        parallel.wait()  # for the others' sequences
         teacher.release()
     return teacher
 
@@ -131,7 +132,7 @@ def train_transforms(
         constants = SinkRecorder(calibrated, architecture, job.first_tokens)
         ride_along(architecture.layer_modules(calibrated), constants.layer)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
-        windows = job.windows[:_FIRST_SEQUENCES]
+        windows = job.windows[:FIRST_SEQUENCES]
         for _ in stages.track(calibrate_and_round(calibrated, architecture, nearest, windows), job.layers):
             pass
         constants.finish()

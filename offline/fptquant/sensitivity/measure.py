@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
@@ -88,11 +89,12 @@ class Probe:
             The index of each finished layer.
         """
         wanted = set(sites)
+        windows = parallel.part(self.job.windows)
         adaptive = self.job.recipe.rounding.hessian == "output" and any(site.is_weights for site in wanted)
         if adaptive:
-            self._importance = token_weights(self.model, self.job.source.architecture, self.job.windows)
+            self._importance = token_weights(self.model, self.job.source.architecture, windows)
         architecture = self.job.source.architecture
-        inputs = first_inputs(self.model, architecture, self.job.windows)
+        inputs = first_inputs(self.model, architecture, windows)
         for index, layer in enumerate(self.layers):
             with entered(layer):
                 for name in GROUPS:

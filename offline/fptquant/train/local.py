@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.residency import entered
 from fptquant.train.optimization import Optimization
@@ -48,6 +49,8 @@ def train_local(
 ) -> Iterator[dict[str, float]]:
     """Runs the steps that are left.
 
+    Of several processes, each takes its share of the layers, and gradients are summed.
+
     Args:
         model: with norms folded and the head untied, transforms not merged.
         architecture: its family.
@@ -61,11 +64,12 @@ def train_local(
     Raises:
         FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
     """
-    layers = architecture.layer_modules(model)
+    layers = parallel.share(list(enumerate(architecture.layer_modules(model))))
+    ends = [(EMBEDDING, architecture.embedding), (HEAD, architecture.head)]
     while optimization.step < optimization.steps:
         total = 0.0
         with transforms.reused(torch.float32):
-            for index, layer in enumerate(layers):
+            for index, layer in layers:
                 terms = []
                 with entered(layer):
                     for projection in architecture.projections:
@@ -76,11 +80,12 @@ def train_local(
                         sum(terms[1:], start=terms[0]), optimization.step, architecture.layer_name(index)
                     )
             if options.rotation_rate > 0 and any(transform.shared for transform in transforms):
-                for place, path in ((EMBEDDING, architecture.embedding), (HEAD, architecture.head)):
+                for place, path in parallel.share(ends):
                     with entered(model.get_submodule(path)) as module:
                         weight = module.get_parameter("weight")
                         loss = weight_norm(transforms.merge(place, weight, None)[0], options.p)
                         total += _backward(loss, optimization.step, path)
+        total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}
 
