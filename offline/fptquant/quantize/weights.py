@@ -38,6 +38,8 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
     Returns:
         (N, 1) float32, positive.
     """
+    if importance is not None:
+        importance = importance.contiguous()  # a diagonal strides over its whole matrix, once for each candidate
     parts = torch.split(weight, max(1, _IN_CACHE // weight.shape[1]))
     return torch.cat([_search_scales(part.float(), bits, options, importance) for part in parts])
 
