@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fptquant
-from fptquant.console import RichStages, err, megabytes, out, plan_table, show_notes
+from fptquant.console import RichStages, err, megabytes, needs_table, out, plan_table, show_notes
 from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory, unknown
 from fptquant.files import first_line, require_writable
 from fptquant.progress import Stages
@@ -188,6 +188,7 @@ def quantize(
         out.print(plan_table(job, output))
         show_notes(job.source)
         if dry_run:
+            out.print(needs_table(job))
             out.print("dry run: nothing was written")
     if dry_run:
         return
@@ -372,7 +373,8 @@ def sensitivity(
     from fptquant.layers.scratch import scratch_in
     from fptquant.recipe import Recipe, shipped_recipes
     from fptquant.run.job import open_job
-    from fptquant.run.memory import choose_residency, room_for, scratch_limit
+    from fptquant.run.memory import choose_residency, room_for
+    from fptquant.run.needs import scratch_limit
     from fptquant.sensitivity import KINDS, Probe, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 

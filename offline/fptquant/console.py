@@ -62,7 +62,7 @@ def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
     from fptquant.devices import CPU, free_memory
     from fptquant.run.job import sink_obstacle
-    from fptquant.run.memory import expected_host_memory, expected_memory
+    from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
@@ -104,6 +104,8 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
     table.add_row("expected size", megabytes(job.output_bytes))
+    disk = ", ".join(f"{name} {megabytes(size)}" for name, size in expected_disk(job).items() if size)
+    table.add_row("disk", f"{disk}, until it is finished")
     table.add_row("device", str(job.device))
 
     def memory(needed: int, free: int) -> str:
@@ -115,6 +117,17 @@ def plan_table(job: Job, output: Path) -> Table:
     if job.device != CPU:
         table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
     table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
+    return table
+
+
+def needs_table(job: Job) -> Table:
+    """What each stage of a run is expected to take."""
+    from fptquant.run.needs import expected_needs
+
+    where = "memory" if job.device.type == "cpu" else f"memory of {job.device}"
+    table = Table("stage", where, "reads", title="expected")
+    for name, need in expected_needs(job, job.residency, job.room).items():
+        table.add_row(name, f"{need.memory / 1e9:.1f} GB", f"{need.reads / 1e9:,.1f} GB" if need.reads else "")
     return table
 
 

@@ -22,12 +22,11 @@ from fptquant.progress import Stages
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
-from fptquant.run.memory import scratch_bytes, scratch_limit
 from fptquant.run.models import read_back, to_be_rounded, transformed
+from fptquant.run.needs import expected_disk, scratch_limit
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
 from fptquant.run.state import RunState
-from fptquant.run.state_size import state_bytes
 from fptquant.run.training import (
     FIRST_SEQUENCES,
     SHORTER,
@@ -173,7 +172,8 @@ def require_sequences(job: Job) -> None:
 def require_space(job: Job, publication: Publication, state: RunState) -> None:
     """Raises FPTQuantError when checkpoint and state, which is kept until the end, don't fit on the disk."""
     there = folder_size(state.directory)  # continued from, or removed
-    publication.require_space(job.output_bytes + max(0, state_bytes(job) - there) + scratch_bytes(job))
+    disk = expected_disk(job)
+    publication.require_space(disk["checkpoint"] + max(0, disk["state"] - there) + disk["scratch"])
 
 
 def spend_budget(job: Job, state: RunState, stages: Stages) -> tuple[Job, dict[str, Any]]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fptquant import devices
+from fptquant import devices, pipeline
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.run import memory
-from fptquant.run.memory import choose_residency, expected_memory, parse_size
+from fptquant.run.memory import choose_residency, parse_size
+from fptquant.run.needs import expected_memory, expected_needs
+from tests.fptquant.test_residency import RECIPES
+from tests.fptquant.test_shipped_recipes import short
 from tests.fptquant.train.test_training import make_job
 
 
@@ -59,3 +62,14 @@ def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
         ]
         assert any("a layer at a time (streamed)" in cell for cell in cells)
         assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "fptquant", "budget", "layer-wise", "smooth"])
+def test_every_stage_is_expected(name: str, tmp_path: Path) -> None:
+    """By its name and in its place, with what it reads."""
+    smooth = {**short("smoothquant"), "precision": "w4a8"}
+    job = make_job("gqa", tmp_path, **{**RECIPES, "smooth": smooth}[name])
+    needs = expected_needs(job, "streamed", 10**12)
+    summary = pipeline.quantize(replace(job, residency="streamed"), tmp_path / "out")
+    assert list(summary.seconds) == list(needs)
+    assert all(needs[stage].reads for stage in needs if stage != "rehearse")
