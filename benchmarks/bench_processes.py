@@ -73,9 +73,9 @@ def main() -> None:
     for process in range(count):
         parallel.wait()
         if process == rank:
-            lines = (f"| {row} | {cpu:.1f} |" for row, cpu in ROWS.items())
-            print(f"\n| process {rank} of {count}, {torch.get_num_threads()} threads, {seconds:.1f} s | CPU s |\n|---|---|")
-            print("\n".join(lines), flush=True)
+            what = f"process {rank} of {count}, {torch.get_num_threads()} threads, {seconds:.1f} s"
+            print(f"\n| {what} | CPU s |\n|---|---|")
+            print("\n".join(f"| {row} | {cpu:.1f} |" for row, cpu in ROWS.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Two processes (gloo) find what one finds.
 
-Ranges, and scales and codes of rounding to nearest, are equal to the last bit. Hessians, gradients and losses are sums in
-another order, equal to float32's rounding: GPTQ's codes differ where that decides a tie, at most one in a thousand here. What
-is trained amplifies it: a code that differs moves the scales and codes behind it.
+Ranges, and scales and codes of rounding to nearest, are equal to the last bit. Hessians, gradients and losses are sums
+in another order, equal to float32's rounding: GPTQ's codes differ where that decides a tie, at most one in a thousand.
+What is trained amplifies it: a code that differs moves the scales and codes behind it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,7 +33,6 @@ from fptquant.quantize.ranges import _EXTREMES, _SAMPLE
 from fptquant.report import ranges as range_report
 from fptquant.report import training as training_report
 from fptquant.run.job import Job
-from tests.conftest import ROOT
 from tests.fptquant.test_shipped_recipes import short
 from tests.fptquant.train.test_training import make_job
 
@@ -103,16 +103,21 @@ def refusals(rank: int, path: Path) -> list[str]:
     return said
 
 
+def without_extras(patch: pytest.MonkeyPatch) -> None:
+    """Saves the time of the first process's rehearsals and plots."""
+    for owner, name in ((pipeline, "rehearse"), (range_report, "plot_ranges"), (training_report, "plot_losses")):
+        patch.setattr(owner, name, lambda *_: None)
+
+
 def one_of_two(rank: int, path: Path) -> None:
     """What each of the processes does."""
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or each stage of a run spends a second on what the imports left
     address = f"file://{path / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.save((ranges(), refusals(rank, path)), path / f"found-{rank}.pt")
-    nothing: Any = lambda *_: None  # noqa: E731
-    pipeline.rehearse = range_report.plot_ranges = training_report.plot_losses = nothing  # type: ignore[attr-defined]
+    without_extras(pytest.MonkeyPatch())
     for name, kind in RUNS:
         pipeline.quantize(replace(job(name, path), residency=kind), path / f"{name}, {kind}")
 
@@ -143,8 +148,10 @@ def test_processes_that_cant_work_together_say_so_before_any_work(rank: int, pai
 @pytest.fixture(scope="module")
 def alone(pair: Path) -> Path:
     """A directory with what one process makes of the same."""
-    for name in RECIPES:
-        pipeline.quantize(job(name, pair), pair / "alone" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        without_extras(patch)
+        for name in RECIPES:
+            pipeline.quantize(job(name, pair), pair / "alone" / name)
     return pair / "alone"
 
 
@@ -190,3 +197,81 @@ def test_streamed_equals_resident(pair: Path) -> None:
     for name in ("gptq", "fptquant"):
         resident, streamed = (tensors(pair / f"{name}, {kind}") for kind in ("resident", "streamed"))
         assert not [key for key in resident if not torch.equal(resident[key], streamed[key])]
+
+
+DRIVER = """
+import os, signal
+from fptquant.cli import main
+from fptquant.run.state import RunState
+
+save = RunState.save
+
+def killed(self, name, *arguments):
+    save(self, name, *arguments)
+    if name == "model.layers.0" and os.environ["RANK"] == os.environ["KILLED"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunState.save = killed
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_process_that_is_killed(killed: str, pair: Path, alone: Path, tmp_path: Path) -> None:
+    """What torchrun says apart, the user reads one line, and the same command finishes the work."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    recipe = pair / "alone" / "rtn" / "fptquant" / "recipe.yaml"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        *torchrun,
+        tmp_path / "driver.py",
+        "quantize",
+        pair / "model",
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        recipe,
+    ]
+
+    def run(killed: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "KILLED": killed, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+    ended = run(killed)
+    said = [line for line in ended.stderr.splitlines() if line.startswith(("error: ", "interrupted: "))]
+    assert len(said) == 1 and "run the same command again, without --fresh, to continue" in said[0], ended.stderr
+    assert ended.returncode != 0 and "fptquant/parallel.py" not in ended.stderr
+    assert (tmp_path / ".out.state" / "model.layers.0.safetensors").is_file() and not (tmp_path / "out").exists()
+    ended = run("none")
+    assert ended.returncode == 0, ended.stderr
+    expected, found = tensors(alone / "rtn"), tensors(tmp_path / "out")
+    assert not [key for key in expected if not torch.equal(found[key], expected[key])]
+
+
+def test_only_the_first_that_fails_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.fails_first() and parallel.fails_first()
+    monkeypatch.setattr(parallel, "_store", dist.HashStore())
+    assert parallel.fails_first() and not parallel.fails_first()
+
+
+@pytest.mark.parametrize(
+    "device, expected, backend", [("cpu", "cpu", "gloo"), ("cuda", "cuda:3", "cpu:gloo,cuda:nccl")]
+)
+def test_each_process_has_a_device(device: str, expected: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.start(torch.device(device)) == torch.device(device)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    chosen: list[str] = []
+    monkeypatch.setattr(parallel, "_store", None)
+    monkeypatch.setattr(parallel, "rendezvous", lambda _: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    assert parallel.start(torch.device(device)) == torch.device(expected)
+    assert chosen == [backend]
+
+
+def test_processes_that_dont_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(FPTQuantError, match="WORLD_SIZE says .* start them with torchrun, or unset it"):
+        parallel.start()
