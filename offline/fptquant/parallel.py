@@ -91,7 +91,7 @@ def require_same(facts: Mapping[str, str]) -> None:
         if differing:
             raise FPTQuantError(
                 f"process {process} has another {', '.join(differing)} than process 0: start all of them with the "
-                "same command, files and version of vllm-fptquant"
+                "same command and version of vllm-fptquant, and with files that are the same for all"
             )
 
 

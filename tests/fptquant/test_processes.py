@@ -141,7 +141,7 @@ def test_ranges(rank: int, pair: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_cant_work_together_say_so_before_any_work(rank: int, pair: Path) -> None:
     _, (different, too_few) = torch.load(pair / f"found-{rank}.pt")
-    assert different.startswith("process 1 has another data, recipe than process 0: start all of them with the same")
+    assert different.startswith("process 1 has another data, recipe than process 0: start all of them with the")
     assert "2 processes can't share the 1 calibration sequences of a stage: start at most 1" in too_few
 
 
