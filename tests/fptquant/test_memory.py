@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fptquant import parallel
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.run import memory
@@ -58,3 +59,14 @@ def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
         ]
         assert any("a layer at a time (streamed)" in cell for cell in cells)
         assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned
+
+
+def test_processes_share_sequences_and_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("gqa", tmp_path)
+    alone = expected_memory(job, "streamed")
+    monkeypatch.setattr(parallel, "ranks", lambda: (0, 4))
+    assert expected_memory(job, "streamed") < alone
+    whole = expected_memory(job, "resident")
+    for free, chosen in ((4 * whole, "resident"), (4 * whole - 4, "streamed")):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        assert choose_residency(job, None, None) == chosen
