@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from fptquant.errors import FPTQuantError, is_out_of_memory
 
@@ -22,7 +24,7 @@ Item = TypeVar("Item")
 
 _CPU = torch.device("cpu")
 _PATIENCE = timedelta(days=7)  # some of what the first process does alone takes hours; one that dies is noticed at once
-_store: dist.Store | None = None
+_store: Store | None = None
 
 
 def start(device: torch.device = _CPU) -> torch.device:
@@ -47,7 +49,7 @@ def start(device: torch.device = _CPU) -> torch.device:
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:
-        _store, rank, count = next(dist.rendezvous("env://"))
+        _store, rank, count = next(rendezvous("env://"))
         dist.init_process_group(backend, store=_store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -89,7 +91,7 @@ def require_same(facts: Mapping[str, str]) -> None:
         if differing:
             raise FPTQuantError(
                 f"process {process} has another {', '.join(differing)} than process 0: start all of them with the "
-                "same command, files and version of vllm-fptquant"
+                "same command and version of vllm-fptquant, and with files that are the same for all"
             )
 
 
@@ -136,7 +138,7 @@ def joined(rows: Tensor) -> Tensor:
         return rows
     lengths = sizes(len(rows))
     found = rows.new_empty(sum(lengths), *rows.shape[1:])
-    for source, received in enumerate(found.split(lengths)):
+    for source, received in enumerate(torch.split(found, lengths)):
         if source == rank:
             received.copy_(rows)
         if received.numel():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fptquant import devices, pipeline
+from fptquant import devices, parallel, pipeline
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.run import memory
@@ -73,3 +73,14 @@ def test_every_stage_is_expected(name: str, tmp_path: Path) -> None:
     summary = pipeline.quantize(replace(job, residency="streamed"), tmp_path / "out")
     assert list(summary.seconds) == list(needs)
     assert all(needs[stage].reads for stage in needs if stage != "rehearse")
+
+
+def test_processes_share_sequences_and_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("gqa", tmp_path)
+    alone = expected_memory(job, "streamed", 10**12)
+    monkeypatch.setattr(parallel, "ranks", lambda: (0, 4))
+    assert expected_memory(job, "streamed", 10**12) < alone
+    whole = expected_memory(job, "resident", 10**12)
+    for free, chosen in ((4 * whole, "resident"), (4 * whole - 4, "streamed")):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert choose_residency(job, None, None) == chosen

@@ -70,7 +70,7 @@ def calibrate_and_round(
     for index, layer in enumerate(layers):
         with entered(layer):
             name = architecture.layer_name(index)
-            finished = _is_finished(layer)
+            finished = _is_finished(layer, name)
             if not finished:
                 catch_up()
             for group in () if finished else architecture.groups:
@@ -85,7 +85,7 @@ def calibrate_and_round(
     if not isinstance(head, SimulatedLinear):
         return
     with entered(head):
-        if _is_finished(head):
+        if _is_finished(head, architecture.head):
             return
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
@@ -97,13 +97,19 @@ def calibrate_and_round(
             store.save(architecture.head, head.state_dict())
 
 
-def _is_finished(part: nn.Module) -> bool:
-    """Whether a part came out of a store: something of it is quantized."""
-    return any(
+def _is_finished(part: nn.Module, name: str) -> bool:
+    """Whether a part came out of a store: something of it is quantized.
+
+    Raises:
+        FPTQuantError: it did in one process, and not in another.
+    """
+    finished = any(
         (isinstance(module, SimulatedLinear) and module.codes is not None)
         or (isinstance(quantizer := getattr(module, "kv_quantizer", None), KVQuantizer) and quantizer.ready)
         for module in part.modules()
     )
+    parallel.require_same({f"state of {name}": str(finished)})
+    return finished
 
 
 def _quantize_input_group(

@@ -127,8 +127,8 @@ class _Observed:
     def all(self) -> Tensor:
         """All of them, (n,)."""
         sizes = [[run.size for run in self.runs if run.process == process] for process in range(parallel.ranks()[1])]
-        found = parallel.joined(self._own()).split([sum(part) for part in sizes])
-        parts = [iter(values.split(part)) for values, part in zip(found, sizes, strict=True)]
+        found = torch.split(parallel.joined(self._own()), [sum(part) for part in sizes])
+        parts = [iter(torch.split(values, part)) for values, part in zip(found, sizes, strict=True)]
         return torch.cat([next(parts[run.process]) for run in self.runs])
 
     def sample(self, size: int) -> Tensor:

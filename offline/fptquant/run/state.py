@@ -61,11 +61,8 @@ class RunState(AbstractContextManager["RunState"]):
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(self.directory / _SIGNATURE, json.dumps(self.signature, indent=2).encode())
         parallel.wait()  # so that no other process reads what is about to go
-        if not (self.directory / _SIGNATURE).is_file():
-            raise FPTQuantError(
-                f"'{self.directory}', which process 0 made, is not there for process {parallel.ranks()[0]}: "
-                "choose an output on a disk that all machines share"
-            )
+        notes = [file.read_text(encoding="utf-8") for file in sorted(self.directory.glob("*.json"))]
+        parallel.require_same({f"'{self.directory}'": "".join(notes)})
         return self
 
     def __exit__(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from fptquant import pipeline
@@ -455,24 +454,3 @@ def test_finished_rounding_is_restored_without_running_the_model(
         patch.setattr(LayerInputs, "run", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
     assert not differing(tmp_path / "whole", tmp_path / "out")
-
-
-def one_of_two(rank: int, path: Path, results: Any) -> None:
-    torch.set_num_threads(1)
-    if rank >= 0:
-        address = f"file://{path / 'rendezvous'}"
-        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    end_to_end = {"steps": 5, "batch": 4, "weights": "float"}
-    job = make_job("gqa", path, **{**TRAINED, "end_to_end": end_to_end, "local": {"steps": 0}})
-    name = "alone" if rank < 0 else "two"
-    pipeline.quantize(job, path / name)
-
-
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Data parallel with gloo: the same losses, but for the order of float sums."""
-    one_of_two(-1, tmp_path, None)
-    multiprocessing.spawn(one_of_two, (tmp_path, None), nprocs=2)
-    rows = [(tmp_path / name / "fptquant" / "metrics.jsonl").read_text().splitlines() for name in ("alone", "two")]
-    losses = [[json.loads(row)["loss"] for row in part] for part in rows]
-    assert len(losses[0]) == 5 + 7 and losses[1] == pytest.approx(losses[0], rel=2e-2)
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
