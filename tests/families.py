@@ -33,6 +33,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral with windows": ("mistral", {"sliding_window": WINDOW}),
     "seed_oss": ("seed_oss", {"head_dim": 32}),
     "seed_oss with all biases": ("seed_oss", {"head_dim": 64, "attention_out_bias": True, "mlp_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.11,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3 with windows": (
+        "smollm3",
+        {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
+    ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 64}),
+    "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
 
 

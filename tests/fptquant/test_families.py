@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from fptquant import pipeline
 from fptquant.layers.inputs import first_inputs
@@ -54,8 +54,9 @@ def test_the_page_is_what_the_code_says() -> None:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Norms compute in torch.float32, whatever they get; which is float64 here."""
+    """Norms and RoPE compute in torch.float32, whatever they get; which is float64 here."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
     yield
 
 
@@ -110,6 +111,17 @@ def test_a_mistake_under_head_norms_is_noticed(
     assert error_of(variant, ["T_k"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
+def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Architecture.shape
+    monkeypatch.setattr(
+        Architecture,
+        "shape",
+        lambda self, config: replace(shape := original(self, config), interleaved=not shape.interleaved),
+    )
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
 # -- the run's own merge, and what it covers --
 
 
@@ -134,14 +146,16 @@ def test_every_tensor_has_a_role(variant: str) -> None:
 def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
     """Through the run's own merge, in float32, S_n and the constant first token included."""
     job = make_job(variant, tmp_path, precision="w4a8kv8", transforms=NAMES[:4] + ["T_d", "S_n"])
-    model = transformed(job)
+    model, original = transformed(job), AutoModelForCausalLM.from_pretrained(job.source.path)
     record_sink(model, job.source.architecture, job.first_tokens)
     assert (job.config.sink is None) == bool(VARIANTS[variant][1].get("sliding_window"))
     for first in (0, 7):  # the constant token, and another, for which steady layers' constants don't stand here
         tokens = torch.cat((torch.full((2, 1), first), TOKENS), 1)
         for layer in job.source.architecture.layer_modules(model) if job.config.sink else ():
             layer.get_submodule(job.source.architecture.attention).get_buffer("sink_steady").zero_()
-        assert relative_error(model(tokens).logits, load_model(job.source)(tokens).logits) < 1e-4
+        expected = original(tokens).logits
+        for found in (model, load_model(job.source)):
+            assert relative_error(found(tokens).logits, expected) < 1e-4
 
 
 # -- layer by layer --

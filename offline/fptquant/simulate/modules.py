@@ -111,7 +111,8 @@ class SimulatedAttention(FixedBuffers, QuantizedAttention, SimulatedModule):
         if where is not None:  # RoPE leaves position 0 as it is, so the key may be replaced before it
             key, value = self.with_sink(key, value, where)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        query, key = getattr(self.modeling, family.rotary_function)(query, key, *position_embeddings)
+        if family.has_rope(self.config, self.layer_idx):
+            query, key = getattr(self.modeling, family.rotary_function)(query, key, *position_embeddings)
         window = {} if family.windows == "none" else {"sliding_window": family.window(self.config, self.layer_idx)}
         kwargs = {
             "dropout": self.attention_dropout if self.training else 0.0,
