@@ -36,7 +36,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import CheckpointConfig, residual_scale
+from fptquant.format import CheckpointConfig, position_scale, residual_scale
 from fptquant.format.binding import Watch
 from fptquant.format.schema import MODEL_TYPE_PREFIX
 from fptquant.wiring import FAMILIES, Architecture
@@ -130,6 +130,7 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
         self.norms = (family.query_norm, family.key_norm)
         for name in filter(None, self.norms):
             self.add_module(name, RMSNorm(self.head_dim, eps=config.rms_norm_eps))
+        self.query_scaling = family.query_scaling(config)
         self.has_rope = family.has_rope(config, extract_layer_index(arguments["prefix"]))
 
     def forward(
@@ -148,6 +149,8 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
         q, k = self.normed(q, k)
         if self.has_rope:
             q, k = self.rotary_emb(positions, q, k)
+        if self.query_scaling is not None:
+            q = (q * position_scale(positions, *self.query_scaling)[:, None]).to(q.dtype)
         if sink is None:
             return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
         where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)

@@ -7,6 +7,7 @@ from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Plac
 from fptquant.wiring.ernie4_5 import ERNIE4_5
 from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
+from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
 from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen3 import QWEN3
@@ -14,7 +15,8 @@ from fptquant.wiring.seed_oss import SEED_OSS
 from fptquant.wiring.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Architecture] = {
-    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5)
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5)
 }
 
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]

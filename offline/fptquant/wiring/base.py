@@ -111,6 +111,7 @@ class Architecture:
         rotary_function: what applies RoPE, in the module of the family's classes.
         interleaved: whether RoPE turns pairs (2j, 2j + 1), not (j, j + head_dim / 2).
         rope_layers: field of the configuration that says for each layer whether it has RoPE; None where all have.
+        scales_queries: whether queries grow with their position behind RoPE, by two of the `rope_parameters`.
         windows: which layers attend to the last `sliding_window` tokens only, where the configuration names a number:
             none of them; all; or those whose `layer_types` say so.
         multipliers: fields of the configuration by which something is multiplied, and what that is; the weights take
@@ -139,6 +140,7 @@ class Architecture:
     rotary_function: str = "apply_rotary_pos_emb"
     interleaved: bool = False
     rope_layers: str | None = None
+    scales_queries: bool = False
     windows: Literal["none", "all", "by type"] = "none"
     multipliers: Mapping[str, Multiplier] = field(default_factory=dict)
     qkv_bias: bool | str = "attention_bias"
@@ -189,6 +191,13 @@ class Architecture:
     def has_rope(self, config: PretrainedConfig, layer: int) -> bool:
         """Whether a layer turns queries and keys by their positions."""
         return self.rope_layers is None or bool(getattr(config, self.rope_layers)[layer])
+
+    def query_scaling(self, config: PretrainedConfig) -> tuple[float, int] | None:
+        """Arguments of `fptquant.format.position_scale`, which multiplies queries behind RoPE; None without."""
+        if not self.scales_queries:
+            return None
+        found = config.rope_parameters
+        return found["llama_4_scaling_beta"], found["original_max_position_embeddings"]
 
     def neutral(self, config: PretrainedConfig, name: str) -> float:
         """The value of a multiplier by which nothing is changed, beside the weights that it was taken into."""
