@@ -22,6 +22,11 @@ SIZES = {
 }  # fmt: skip
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+
 # name: model type, what its configuration says beside the sizes
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -31,8 +36,37 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with windows": ("qwen3", {**_SLIDING, "attention_bias": True, "head_dim": 32}),
     "mistral": ("mistral", {"head_dim": 64, "sliding_window": None}),
     "mistral with windows": ("mistral", {"sliding_window": WINDOW}),
+    "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.5}}),
+    "ministral3 with windows": (
+        "ministral3",
+        {"head_dim": 32, "sliding_window": WINDOW, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.5}},
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 32}),
     "seed_oss with all biases": ("seed_oss", {"head_dim": 64, "attention_out_bias": True, "mlp_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.11,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3 with windows": (
+        "smollm3",
+        {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
+    ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 64}),
+    "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
+}
+
+BY_FAMILY = {
+    model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type] for model_type in FAMILIES
 }
 
 

@@ -470,6 +470,7 @@ def families() -> None:
     from fptquant.report.families import COLUMNS, rows
 
     table = Table(*COLUMNS)
+    table.columns[0].no_wrap = True
     for row in rows():
         table.add_row(*map(escape, row))
     out.print(table)

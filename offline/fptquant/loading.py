@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -58,6 +58,7 @@ class Source:
     stored_dtype: torch.dtype  # of the weights; float32 where they have several
     names: Mapping[str, str]  # the model's names of its tensors -> those in the files; empty where it is quantized
     device: torch.device  # where its models are
+    factors: Mapping[str, float] = field(default_factory=dict)  # by the model's names, of what takes multipliers in
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
 
     @property
@@ -77,7 +78,7 @@ class Source:
         return quantized_by_us(self.config)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights of an unquantized model by the model's names, float32, on the device.
+        """Weights of an unquantized model by the model's names, float32, on the device; with multipliers taken in.
 
         Raises:
             FPTQuantError: a file is gone, or holds values that aren't finite.
@@ -88,7 +89,10 @@ class Source:
             stored[name] = tensor.to(self.device).float()
             if not bool(torch.stack(torch.aminmax(stored[name])).isfinite().all()):  # NaN is both
                 raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
-        return {name: stored[found] for name, found in wanted.items()}
+        return {
+            name: (stored[found].double() * self.factors[name]).float() if name in self.factors else stored[found]
+            for name, found in wanted.items()
+        }
 
     def read_part(self, part: str) -> dict[str, Tensor]:
         """`read` of all tensors of a part of the model (`parts`), by their names within it."""
@@ -156,9 +160,10 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
         raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
     weights = WeightFiles.of(path)
     quantization = getattr(config, "quantization_config", None)
-    stored, names, notes = torch.float32, dict[str, str](), list[str]()
+    stored, names, notes, factors = torch.float32, dict[str, str](), list[str](), dict[str, float]()
     if quantization is None:
         stored, names, notes = _check_tensors(config, weights)
+        config, factors = without_multipliers(config, architecture)
     elif quantized_by_us(config):
         weights.require_alone()
     try:
@@ -170,7 +175,24 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    return Source(path, config, architecture, tokenizer, weights, stored, names, device, tuple(notes))
+    return Source(path, config, architecture, tokenizer, weights, stored, names, device, factors, tuple(notes))
+
+
+def without_multipliers(
+    config: PretrainedConfig, architecture: Architecture
+) -> tuple[PretrainedConfig, dict[str, float]]:
+    """The configuration of the same model without multipliers, and the factors by which its weights take them in.
+
+    A head that was tied isn't any more: it has another factor than the embedding.
+    """
+    factors = architecture.factors(config)
+    if not factors:
+        return config, {}
+    config = copy.deepcopy(config)
+    for name in architecture.multipliers:
+        setattr(config, name, architecture.neutral(config, name))
+    config.tie_word_embeddings = False
+    return config, factors
 
 
 def load_model(source: Source, *, residency: Residency = "resident", recorded: bool = True) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from fptquant.run import writer
 from fptquant.run.job import open_job
 from fptquant.run.publication import Publication
 from fptquant.run.state import RunState
+from fptquant.wiring import FAMILIES
 from tests.conftest import TEXT, bound
 
 ROOT = Path(fptquant.__file__).parents[1]
@@ -183,6 +184,11 @@ def test_dry_run_writes_nothing(run: Run, model: Path, calibration: Path, tmp_pa
     result = run("quantize", model, "-o", tmp_path / "a" / "out", "--calibration", calibration, *SMALL, "--dry-run")
     assert result.code == 0 and "nothing was written" in result.out and "sequences of 32" in result.out
     assert tree(tmp_path) == before
+
+
+def test_families(run: Run) -> None:
+    shown = run("families").out
+    assert all(family.model_type in shown for family in FAMILIES.values()) and "T_k" in shown
 
 
 def test_recipes_and_version(run: Run) -> None:
@@ -436,6 +442,10 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
             text_config={"model_type": "mistral"},
         ),
         "is a multimodal model: only text models are supported; save its text part (model_type 'mistral') as a model",
+    ),
+    "windows of a family that has none": (
+        edit_config(sliding_window=64),
+        "has a sliding_window, which transformers leaves out of account",
     ),
     "windows in some layers of a family that has them in all": (
         edit_config(

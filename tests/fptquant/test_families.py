@@ -14,23 +14,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from fptquant import pipeline
+from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.layers.inputs import first_inputs
 from fptquant.loading import load_model, open_source
+from fptquant.pipeline import with_constants
+from fptquant.progress import Stages
 from fptquant.report.families import page, rows
-from fptquant.run.models import transformed
+from fptquant.run.models import folded, transformed
+from fptquant.run.state import RunState
+from fptquant.run.training import MetricsFile, train_transforms
 from fptquant.simulate.sink import record_sink
+from fptquant.train.student import transform_student
 from fptquant.transforms import TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
 from fptquant.wiring import FAMILIES, Architecture, Place
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import ROOT, VOCABULARY
-from tests.families import SIZES, VARIANTS, WINDOW, build, family_of, make_job, randomized
+from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, randomized
 from tests.fptquant.test_transforms import NAMES, SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
+LAST = [names[-1] for names in BY_FAMILY.values()]  # one variant of each family
 NORMED = [variant for variant in VARIANTS if family_of(variant).head_norms]
 
 
@@ -43,7 +50,9 @@ def test_every_family_is_here() -> None:
 def test_the_page_is_what_the_code_says() -> None:
     """Where this fails: python -m fptquant.report.families > docs/families.md."""
     assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == page()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for family, row in zip(FAMILIES.values(), rows(), strict=True):
+        assert family.models in readme
         assert ("one scale per RoPE pair" in row[2]) == family.head_norms and ("window" in row[3]) == (
             "window" in row[4]
         )
@@ -54,8 +63,9 @@ def test_the_page_is_what_the_code_says() -> None:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Norms compute in torch.float32, whatever they get; which is float64 here."""
+    """Norms and RoPE compute in torch.float32, whatever they get; which is float64 here."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
     yield
 
 
@@ -110,6 +120,17 @@ def test_a_mistake_under_head_norms_is_noticed(
     assert error_of(variant, ["T_k"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
+def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Architecture.shape
+    monkeypatch.setattr(
+        Architecture,
+        "shape",
+        lambda self, config: replace(shape := original(self, config), interleaved=not shape.interleaved),
+    )
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
 # -- the run's own merge, and what it covers --
 
 
@@ -134,14 +155,46 @@ def test_every_tensor_has_a_role(variant: str) -> None:
 def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
     """Through the run's own merge, in float32, S_n and the constant first token included."""
     job = make_job(variant, tmp_path, precision="w4a8kv8", transforms=NAMES[:4] + ["T_d", "S_n"])
-    model = transformed(job)
+    model, original = transformed(job), AutoModelForCausalLM.from_pretrained(job.source.path, dtype=torch.float32)
     record_sink(model, job.source.architecture, job.first_tokens)
     assert (job.config.sink is None) == bool(VARIANTS[variant][1].get("sliding_window"))
     for first in (0, 7):  # the constant token, and another, for which steady layers' constants don't stand here
         tokens = torch.cat((torch.full((2, 1), first), TOKENS), 1)
         for layer in job.source.architecture.layer_modules(model) if job.config.sink else ():
             layer.get_submodule(job.source.architecture.attention).get_buffer("sink_steady").zero_()
-        assert relative_error(model(tokens).logits, load_model(job.source)(tokens).logits) < 1e-4
+        expected = original(tokens).logits
+        for found in (model, load_model(job.source)):
+            assert relative_error(found(tokens).logits, expected) < 1e-4
+
+
+# -- training --
+
+
+@pytest.mark.parametrize("variant", LAST)
+def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) -> None:
+    """And each transform's parameters get a gradient, in every layer."""
+    fields = {"precision": "w4a8kv8", "head_bits": 16, "rounding": {"method": "nearest"}}
+    job = make_job(variant, tmp_path, transforms=NAMES[:4] + ["T_d", "S_n"], **fields)
+    family, simulation = job.source.architecture, with_constants(job)
+    for _ in calibrate_and_round(simulation, family, job.recipe, job.windows):
+        pass
+    student = transform_student(
+        folded(job), family, job.transforms, simulation, estimator="ste", float_weights=False
+    ).model
+    expected, found = simulation(TOKENS).logits, student(TOKENS).logits
+    assert (found - expected).norm() < 0.1 * expected.norm()  # float32 merging turns a few codes
+    found.square().sum().backward()
+    for name, parameter in job.transforms.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None and bool(gradient.isfinite().all()), name
+        assert bool((gradient if "T_r" in name else gradient.flatten(1).abs().amax(1)).any()), name
+
+
+def test_nothing_to_train_on_weights(tmp_path: Path) -> None:
+    """T_k in the norms' gains is in no weight."""
+    job = make_job("qwen3", tmp_path, transforms=["T_k"], local={"steps": 2})
+    with RunState(tmp_path / "state", job.signature(), fresh=False) as state:
+        assert train_transforms(job, None, state, Stages(), MetricsFile(tmp_path / "metrics")) == {}
 
 
 # -- layer by layer --
@@ -172,7 +225,7 @@ def test_layers_with_another_base_of_rope_are_replayed() -> None:
 # -- whole runs --
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAST)
 def test_streamed_is_resident(variant: str, tmp_path: Path) -> None:
     """And what is read back is nearer to the original than chance."""
     fields = {"precision": "w4a8kv8", "transforms": NAMES[:4] + ["T_d", "S_n"], "head_bits": 16}
@@ -183,4 +236,4 @@ def test_streamed_is_resident(variant: str, tmp_path: Path) -> None:
     assert resident.keys() == streamed.keys()
     assert all(torch.equal(resident[name], streamed[name]) for name in resident)
     original, found = load_model(job.source)(TOKENS), load_model(open_source(tmp_path / "streamed"))(TOKENS)
-    assert torch.corrcoef(torch.stack((original.logits.flatten(), found.logits.flatten())))[0, 1] > 0.8
+    assert torch.corrcoef(torch.stack((original.logits.flatten(), found.logits.flatten())))[0, 1] > 0.5

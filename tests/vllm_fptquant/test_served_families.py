@@ -1,11 +1,13 @@
-"""Every family through vLLM, in each of its variants: log-probabilities and tokens of the simulation, bit for bit."""
+"""Every family through vLLM: log-probabilities and tokens of the simulation, bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fptquant import pipeline
 from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
@@ -14,20 +16,33 @@ from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
-from tests.families import VARIANTS, WINDOW, make_job
+from tests.families import BY_FAMILY, WINDOW, make_job
 
 LENGTH = 60  # of prompts
 RECIPES: dict[str, dict[str, Any]] = {
     "w4a8kv8": {"transforms": ["T_k", "T_v", "T_u", "T_r"]},
     "w4a4kv4": {"transforms": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]},
 }
+# The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
+CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """VLLM's engine in this process, which has imported it; and nothing of it left."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
+    yield
+    cleanup_dist_env_and_memory()
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", RECIPES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "precision"), CASES)
+def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, one_process: None) -> None:
     """Prompts are longer than a window, and start with the constant token; prefill and decoding."""
     assert LENGTH > 2 * WINDOW
     job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, **RECIPES[precision])
@@ -35,7 +50,7 @@ def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path) -
     source = open_source(tmp_path / "out")
     model = load_model(source)
     set_exact(model)
-    engine = VLLMEngine(tmp_path / "out", 128, exact=True)
+    engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64)
     windows = evaluation_windows(source.tokenizer, TEXT, 2, LENGTH, special_tokens=True)
     checks = (
         check_served_exactly(transformers_scorer(model), engine.score, windows),

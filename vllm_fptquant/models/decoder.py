@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -31,11 +32,11 @@ from vllm.model_executor.models.llama import (
     LlamaMLP,
     LlamaModel,
 )
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import CheckpointConfig, residual_scale
+from fptquant.format import CheckpointConfig, position_scale, residual_scale
 from fptquant.format.binding import Watch
 from fptquant.format.schema import MODEL_TYPE_PREFIX
 from fptquant.wiring import FAMILIES, Architecture
@@ -129,6 +130,8 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
         self.norms = (family.query_norm, family.key_norm)
         for name in filter(None, self.norms):
             self.add_module(name, RMSNorm(self.head_dim, eps=config.rms_norm_eps))
+        self.query_scaling = family.query_scaling(config)
+        self.has_rope = family.has_rope(config, extract_layer_index(arguments["prefix"]))
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
@@ -143,14 +146,26 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
         """
         qkv, _ = project(self.qkv_proj, hidden_states, scale)
         q, k, v = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), -1)
-        q, k = self.rotary_emb(positions, *self.before_rope(q, k))
+        q, k = self.normed(q, k)
+        if self.has_rope:
+            q, k = self.rotary_emb(positions, q, k)
+        if self.query_scaling is not None:
+            q = (q * position_scale(positions, *self.query_scaling)[:, None]).to(q.dtype)
         if sink is None:
             return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
         where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)
         return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
 
-    def before_rope(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (T, heads * head_dim) as RoPE gets them."""
+    def _init_rotary_emb(self, config: Any, quant_config: Any) -> None:
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=self.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            is_neox_style=not family_of(config).interleaved,
+        )
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (T, heads * head_dim) as they are before RoPE."""
         q, k = (
             states
             if norm is None

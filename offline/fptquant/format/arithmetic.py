@@ -86,6 +86,11 @@ def residual_scale(residual: Tensor, eps: float | Tensor) -> Tensor:
     return torch.rsqrt(torch.addcmul(eps, norm, norm, value=1 / residual.shape[-1]))
 
 
+def position_scale(positions: Tensor, beta: float, original: int) -> Tensor:
+    """Factor of queries at `positions`, float32 of their shape: 1 + beta log(1 + floor(position / original length))."""
+    return 1 + beta * torch.log(1 + torch.floor(positions / original))
+
+
 @lru_cache(maxsize=16)
 def hadamard_factors(block: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Sylvester Hadamard matrix of size `block` as a Kronecker product H_a (x) H_b / sqrt(block).

@@ -118,10 +118,10 @@ def train_transforms(
         learned = layer_clipping(_part(finished[0], _CLIPPING))
         return {name: clipping.to(job.device) for name, clipping in learned.items()}
     model = start_transforms(job, stages)
-    if recipe.local.steps:
+    local = recipe.local
+    groups = transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
+    if local.steps and any(parameters for _, parameters in groups.values()):
         with stages.stage("train transforms on weights"):
-            local = recipe.local
-            groups = transform_groups(transforms, local.rate, local.rotation_rate, in_weights=True)
             optimization = Optimization(groups, local.steps, clip=None)
             steps = train_local(model, architecture, transforms, local, optimization)
             _run(LOCAL, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every)

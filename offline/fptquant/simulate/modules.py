@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fptquant.format import residual_scale
+from fptquant.format import position_scale, residual_scale
 from fptquant.simulate.attention import QuantizedAttention
 from fptquant.simulate.buffers import FixedBuffers
 from fptquant.simulate.sink import SinkMasks, SinkModel, find_positions, put_output
@@ -111,7 +111,11 @@ class SimulatedAttention(FixedBuffers, QuantizedAttention, SimulatedModule):
         if where is not None:  # RoPE leaves position 0 as it is, so the key may be replaced before it
             key, value = self.with_sink(key, value, where)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        query, key = getattr(self.modeling, family.rotary_function)(query, key, *position_embeddings)
+        if family.has_rope(self.config, self.layer_idx):
+            query, key = getattr(self.modeling, family.rotary_function)(query, key, *position_embeddings)
+        scaling = family.query_scaling(self.config)
+        if scaling is not None:
+            query = (query * position_scale(kwargs["position_ids"], *scaling)[:, None, :, None]).to(query.dtype)
         window = {} if family.windows == "none" else {"sliding_window": family.window(self.config, self.layer_idx)}
         kwargs = {
             "dropout": self.attention_dropout if self.training else 0.0,

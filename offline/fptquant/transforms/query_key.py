@@ -24,7 +24,8 @@ class QueryKeyTransform(Transform):
     """Keys k' = k A, queries q' = q A^-T with A_j = s_j Rot(phi_j) per KV head and RoPE pair j.
 
     2x2 scaled rotations are what commutes with RoPE (FPTQuant section 3.1; method.md 1.1). The query gets the same
-    angle and the inverse scale. The pair is (j, j + head_dim / 2), the rotated-halves layout of Hugging Face.
+    angle and the inverse scale. The pair is (j, j + head_dim / 2), the rotated-halves layout of Hugging Face, or in
+    some families (2j, 2j + 1).
     """
 
     name = "T_k"
@@ -62,8 +63,10 @@ class QueryKeyTransform(Transform):
             angle, log_scale = (t.repeat_interleave(groups, 0) for t in (angle, log_scale))
         scale = log_scale.exp()
         cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, head_dim / 2)
-        first, second = values.view(*values.shape[:-1], cos.shape[0], 2, cos.shape[1]).unbind(-2)
-        return torch.stack((cos * first - sin * second, cos * second + sin * first), -2).flatten(-3)
+        pair = -1 if self.shape.interleaved else -2  # the dimension in which the two are
+        sizes = (cos.shape[1], 2) if self.shape.interleaved else (2, cos.shape[1])
+        first, second = values.view(*values.shape[:-1], cos.shape[0], *sizes).unbind(pair)
+        return torch.stack((cos * first - sin * second, cos * second + sin * first), pair).flatten(-3)
 
 
 class NormedQueryKeyTransform(Transform):
@@ -89,4 +92,5 @@ class NormedQueryKeyTransform(Transform):
         if place.role not in _ROLES:
             return None
         log_scale = self.log_scale[place.layer].to(dtype)
-        return (log_scale if place.role is Role.KEY else -log_scale).exp().repeat(2)
+        scale = (log_scale if place.role is Role.KEY else -log_scale).exp()
+        return scale.repeat_interleave(2) if self.shape.interleaved else scale.repeat(2)

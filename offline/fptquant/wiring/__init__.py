@@ -4,12 +4,19 @@ Nothing heavy is imported here: what transformers has to know of our checkpoints
 """
 
 from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Place, Projection, Role, Shape
+from fptquant.wiring.ernie4_5 import ERNIE4_5
+from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
+from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
 from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen3 import QWEN3
 from fptquant.wiring.seed_oss import SEED_OSS
+from fptquant.wiring.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Architecture] = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS)}
+FAMILIES: dict[str, Architecture] = {
+    family.model_type: family
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5)
+}
 
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]

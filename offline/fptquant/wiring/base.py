@@ -64,6 +64,21 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class Multiplier:
+    """A number by which a model multiplies what comes out of some weights: their factor is its power of the exponent.
+
+    Attributes:
+        roles: of the weights, with their biases.
+        exponent: -1 where the model divides.
+        of_scores: whether it stands in the place of 1 / sqrt(head_dim), by which attention scores are multiplied.
+    """
+
+    roles: tuple[Role, ...]
+    exponent: int = 1
+    of_scores: bool = False
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes the transforms need, and what holds for queries and keys."""
 
@@ -74,6 +89,7 @@ class Shape:
     head_dim: int
     layers: int
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
+    interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
 
 
 @dataclass(frozen=True)
@@ -93,8 +109,13 @@ class Architecture:
         post_norms: whether blocks end in norms, before their outputs are added to the residual.
         activation: attribute of the MLP.
         rotary_function: what applies RoPE, in the module of the family's classes.
+        interleaved: whether RoPE turns pairs (2j, 2j + 1), not (j, j + head_dim / 2).
+        rope_layers: field of the configuration that says for each layer whether it has RoPE; None where all have.
+        scales_queries: whether queries grow with their position behind RoPE, by two of the `rope_parameters`.
         windows: which layers attend to the last `sliding_window` tokens only, where the configuration names a number:
             none of them; all; or those whose `layer_types` say so.
+        multipliers: fields of the configuration by which something is multiplied, and what that is; the weights take
+            them in before anything else is done.
         qkv_bias: whether queries, keys and values have biases; or the field of the configuration that says so.
         output_bias: the same of the attention's output, as `mlp_bias` of all of the MLP's.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
@@ -117,7 +138,11 @@ class Architecture:
     post_norms: bool = False
     activation: str = "act_fn"
     rotary_function: str = "apply_rotary_pos_emb"
+    interleaved: bool = False
+    rope_layers: str | None = None
+    scales_queries: bool = False
     windows: Literal["none", "all", "by type"] = "none"
+    multipliers: Mapping[str, Multiplier] = field(default_factory=dict)
     qkv_bias: bool | str = "attention_bias"
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = "mlp_bias"
@@ -148,6 +173,7 @@ class Architecture:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             layers=config.num_hidden_layers,
             head_norms=self.head_norms,
+            interleaved=self.interleaved,
         )
 
     @property
@@ -161,6 +187,38 @@ class Architecture:
             self.windows == "by type" and config.layer_types[layer] == "sliding_attention"
         )
         return config.sliding_window if sliding else None
+
+    def has_rope(self, config: PretrainedConfig, layer: int) -> bool:
+        """Whether a layer turns queries and keys by their positions."""
+        return self.rope_layers is None or bool(getattr(config, self.rope_layers)[layer])
+
+    def query_scaling(self, config: PretrainedConfig) -> tuple[float, int] | None:
+        """Arguments of `fptquant.format.position_scale`, which multiplies queries behind RoPE; None without."""
+        if not self.scales_queries:
+            return None
+        found = config.rope_parameters
+        return found["llama_4_scaling_beta"], found["original_max_position_embeddings"]
+
+    def neutral(self, config: PretrainedConfig, name: str) -> float:
+        """The value of a multiplier by which nothing is changed, beside the weights that it was taken into."""
+        return float(self.shape(config).head_dim ** -0.5) if self.multipliers[name].of_scores else 1.0
+
+    def factors(self, config: PretrainedConfig) -> dict[str, float]:
+        """By the full name of a weight or bias, the factor by which it takes the configuration's multipliers in."""
+        found: dict[str, float] = {}
+        for name, multiplier in self.multipliers.items():
+            factor = (getattr(config, name) / self.neutral(config, name)) ** multiplier.exponent
+            for module in self._modules_of(multiplier.roles, self.shape(config).layers):
+                for tensor in (f"{module}.weight", f"{module}.bias"):
+                    found[tensor] = found.get(tensor, 1.0) * factor
+        return found
+
+    def _modules_of(self, roles: tuple[Role, ...], layers: int) -> Iterator[str]:
+        for role, name in ((Role.EMBEDDING, self.embedding), (Role.HEAD, self.head)):
+            if role in roles:
+                yield name
+        for layer in range(layers):
+            yield from (self.projection_name(layer, item) for item in self.projections if item.role in roles)
 
     def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers in order."""

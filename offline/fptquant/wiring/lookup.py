@@ -44,6 +44,11 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             f"{found} is not supported: of this model_type, only {family.class_name} is; where config.json is wrong, "
             "correct it"
         )
+    if family.windows == "none" and config.get("sliding_window"):
+        raise FPTQuantError(
+            f"{found} has a sliding_window, which transformers leaves out of account and vLLM doesn't: remove it from "
+            "config.json where it is wrong; a model that needs it is not supported"
+        )
     if family.windows == "all" and len(set(config.get("layer_types") or [])) > 1:
         raise FPTQuantError(
             f"{found} has layer_types of several kinds, which transformers leaves out of account and vLLM doesn't: "
