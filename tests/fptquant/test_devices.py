@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Residency, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def transformers_ready() -> None:
-    """What transformers sets up with the first checkpoint it loads doesn't work if that happens on the emulated device."""
+    """What transformers sets up with the first checkpoint that it loads is broken if that happens on the device."""
     load_model(open_source(GOLDEN / "w4a4kv4"))
 
 
