@@ -31,7 +31,7 @@ _plain_to, _plain_numpy, _plain_deepcopy = Tensor.to, Tensor.numpy, Tensor.__dee
 
 
 class EmulatedCuda(TorchDispatchMode):
-    """While it is entered, and `installed`, there is a device."""
+    """Remembers what is on the device, and sees every operator on its way to the kernels."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -203,6 +203,8 @@ def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:
     for command in (("quantize", "no model", "-o", tmp_path / "out"), ("evaluate", "no model", "--text", "none")):
         result = run(*command, "--device", "cuda")
         assert result.code == 2 and "--device: 'cuda' is not here" in " ".join(result.err.split())
+    result = run("evaluate", "no model", "--text", "none", "--backend", "vllm", "--device", "cpu")
+    assert result.code == 2 and "vLLM chooses the device itself" in " ".join(result.err.split())
 
 
 def test_devices_that_are_there(cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
