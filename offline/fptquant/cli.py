@@ -302,7 +302,9 @@ def evaluate(
     _quiet_transformers()
     if json_file:
         require_writable("--json", json_file)
-    place = CPU if backend is Backend.vllm else choose_device(device)  # vLLM's own processes choose themselves
+    if backend is Backend.vllm and device != "auto":
+        raise FPTQuantError("--device: with --backend vllm, vLLM chooses the device itself: leave it out")
+    place = CPU if backend is Backend.vllm else choose_device(device)
     source = open_source(model, device=place)
     show_notes(source)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
@@ -397,9 +399,8 @@ def sensitivity(
     if text:
         job.source.require_length("--length", length)
         special_tokens = job.recipe.calibration.special_tokens
-        tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens).to(
-            place
-        )
+        tokens = evaluation_windows(job.source.tokenizer, text, windows, length, special_tokens=special_tokens)
+        tokens = tokens.to(place)
     else:
         tokens = job.windows[:windows, :length]
         if tokens.shape != (windows, length):

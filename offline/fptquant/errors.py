@@ -13,16 +13,23 @@ class FPTQuantError(ValueError):
     """
 
 
+_OUT_OF_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "(os error 12)",
+    "error: out of memory",  # CUDA, outside of torch's allocator
+    "alloc_failed",  # cuBLAS
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out; torch says so by name on a GPU, and as text on a CPU."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(
-            part in text
-            for part in ("allocate memory", "alloc_failed", "not enough memory", "bad_alloc", "(os error 12)")
-        )
+        or any(part in text for part in _OUT_OF_MEMORY)
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
 from fptquant.format.schema import EXTRAS
 from fptquant.hf_quantizer import require_tensors
+from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
 from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
@@ -84,21 +85,40 @@ class Source:
             FPTQuantError: a file is gone, or holds values that aren't finite.
         """
         wanted = {name: self.names[name] for name in names}
-        stored: dict[str, Tensor] = {}
-        for name, tensor in self.weights.read(dict.fromkeys(wanted.values())):
-            stored[name] = tensor.to(self.device).float()
-            if not bool(torch.stack(torch.aminmax(stored[name])).isfinite().all()):  # NaN is both
-                raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
-        return {
-            name: (stored[found].double() * self.factors[name]).float() if name in self.factors else stored[found]
-            for name, found in wanted.items()
-        }
+        return self._taken(wanted, self.weights.read(dict.fromkeys(wanted.values())))
 
     def read_part(self, part: str) -> dict[str, Tensor]:
         """`read` of all tensors of a part of the model (`parts`), by their names within it."""
-        prefix = f"{part}."
-        found = self.read(name for name in self.names if name.startswith(prefix))
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        return _within(part, self.read(_named(part, self.names)))
+
+    def layer_reader(self) -> Callable[[int], dict[str, Tensor]]:
+        """A `read_part` of the decoder layers by index; for an accelerator, the next one is read ahead."""
+        layers = [self.architecture.layer_name(index) for index in range(self.architecture.shape(self.config).layers)]
+        wanted = [{name: self.names[name] for name in _named(layer, self.names)} for layer in layers]
+
+        def stored(index: int) -> Stored:
+            tensors = self.weights.read(wanted[index].values())
+            return [(name, tensor.pin_memory() if self.device.type == "cuda" else tensor) for name, tensor in tensors]
+
+        ahead = None if self.device == CPU else ReadAhead(stored, len(layers))
+
+        def read(index: int) -> dict[str, Tensor]:
+            tensors = self.weights.read(wanted[index].values()) if ahead is None else _popped(ahead(index))
+            return _within(layers[index], self._taken(wanted[index], tensors))
+
+        return read
+
+    def _taken(self, wanted: Mapping[str, str], stored: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors as models have them, by the names in `wanted`; raises FPTQuantError where one isn't finite."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in stored:
+            found[name] = tensor.to(self.device, non_blocking=True).float()  # it waits where memory isn't pinned
+            if not bool(torch.stack(torch.aminmax(found[name])).isfinite().all()):  # NaN is both
+                raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
+        return {
+            name: (found[file_name].double() * self.factors[name]).float() if name in self.factors else found[file_name]
+            for name, file_name in wanted.items()
+        }
 
     def fingerprint(self) -> str:
         """Short hash by which a model is known again: its configuration and its weights."""
@@ -121,6 +141,20 @@ class Source:
                 f"{setting}: {length} tokens are more than the {limit} that the model has positions for "
                 f"(max_position_embeddings in its config.json{reserved}): lower it to {limit} or less"
             )
+
+
+def _named(part: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(f"{part}.")]
+
+
+def _within(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+
+
+def _popped(items: Stored) -> Iterator[tuple[str, Tensor]]:
+    """The items, each let go of with the next."""
+    while items:
+        yield items.pop()
 
 
 def quantized_by_us(config: PretrainedConfig) -> bool:

@@ -31,7 +31,7 @@ _plain_to, _plain_numpy, _plain_deepcopy = Tensor.to, Tensor.numpy, Tensor.__dee
 
 
 class EmulatedCuda(TorchDispatchMode):
-    """While it is entered, and `installed`, there is a device."""
+    """Remembers what is on the device, and sees every operator on its way to the kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class EmulatedCuda(TorchDispatchMode):
             if isinstance(generator := kwargs.get("generator"), torch.Generator):
                 raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device}'")
             kwargs["device"], there = torch.device("cpu"), True
-        elif device is not None:
+        elif device is not None and func is not torch.ops.aten.new_empty_strided.default:  # autograd's, for gradients
             there = False
         else:
             there = self._require_one_device(func, args, tensors)
@@ -135,6 +135,13 @@ def emulated_cuda() -> Iterator[EmulatedCuda]:
         made = make(data, **options)
         return made if device is None else made.to(device)
 
+    clipping = import_module("torch.nn.utils.clip_grad")
+    group = clipping._group_tensors_by_device_and_dtype  # it asks C++ for the device
+
+    def grouped(lists: Any, *arguments: Any) -> Any:
+        found = group(lists, *arguments)
+        return {(device_of(tensors[0][0]), dtype): (tensors, rows) for (_, dtype), (tensors, rows) in found.items()}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(Tensor, "device", property(device_of), raising=False)
@@ -143,13 +150,16 @@ def emulated_cuda() -> Iterator[EmulatedCuda]:
         patch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: cuda.to(tensor, *args, **kwargs), raising=False)
         patch.setattr(Tensor, "cpu", lambda tensor: cuda.to(tensor, "cpu"), raising=False)
         patch.setattr(Tensor, "cuda", lambda tensor: cuda.to(tensor, "cuda"), raising=False)
+        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor, raising=False)
         patch.setattr(Tensor, "numpy", numpy, raising=False)
         patch.setattr(Tensor, "__deepcopy__", deepcopy)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (MEMORY, MEMORY))
         patch.setattr(torch.accelerator, "is_available", lambda: True)
-        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: torch.device("cuda"))
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
+        patch.setattr(clipping, "_group_tensors_by_device_and_dtype", grouped)
+        patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
         # the same kernels as on the CPU, one tensor after the other
         adam = import_module("torch.optim.adam")
         patch.setattr(adam, "_default_to_fused_or_foreach", lambda *arguments, **options: (False, False))

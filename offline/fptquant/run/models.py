@@ -55,9 +55,11 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     gain = norm_gain(final_norm, architecture)
     set_norm_gain(final_norm, architecture, None)
 
+    read_layer = job.source.layer_reader()
+
     def fill_layer(index: int) -> Fill:
         def fill(layer: nn.Module) -> None:
-            set_tensors(layer, job.source.read_part(architecture.layer_name(index)))
+            set_tensors(layer, read_layer(index))
             for transforms in sets:
                 merge_layer(layer, index, architecture, transforms)
 

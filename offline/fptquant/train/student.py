@@ -20,6 +20,7 @@ from fptquant.layers.residency import (
     fill_of,
     is_streamed,
     make_part,
+    put_buffers,
     refill,
     release,
     set_tensors,
@@ -280,6 +281,7 @@ def transform_student(
     scale_norms(model, architecture, transforms)
     if token is not None:
         install_sink(model, architecture, token)
+        put_buffers(model, sink_inputs[-1].device)
         use_sink(model)
         model.get_submodule(architecture.final_norm).get_buffer(OUTPUT).copy_(sink_inputs[-1])
     student = Student(model, architecture)
