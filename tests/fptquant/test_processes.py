@@ -113,13 +113,14 @@ def one_of_two(rank: int, path: Path) -> None:
     """What each of the processes does."""
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # or each stage of a run spends a second on what the imports left
+    gc.freeze()
     address = f"file://{path / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.save((ranges(), refusals(rank, path)), path / f"found-{rank}.pt")
     without_extras(pytest.MonkeyPatch())
     for name, kind in RUNS:
         pipeline.quantize(replace(job(name, path), residency=kind), path / f"{name}, {kind}")
+    gc.unfreeze()  # as in tests/conftest.py
 
 
 @pytest.fixture(scope="module")
