@@ -58,3 +58,18 @@ def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, o
     )
     engine.close()
     assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_windows_on_stock_attention(tmp_path: Path, one_process: None) -> None:
+    """As users serve: a tie that falls the other way moves the rows behind it, a window that is missing nearly all."""
+    job = make_job("qwen2 with windows", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
+    pipeline.quantize(job, tmp_path / "out")
+    source = open_source(tmp_path / "out")
+    engine = VLLMEngine(tmp_path / "out", 128, num_gpu_blocks_override=64)
+    windows = evaluation_windows(source.tokenizer, TEXT, 3, LENGTH, special_tokens=True)
+    simulated = transformers_scorer(load_model(source))
+    difference = torch.stack([engine.score(window) - simulated(window) for window in windows]).abs()
+    engine.close()
+    assert (difference < 1e-4).float().mean() > 0.6, difference
