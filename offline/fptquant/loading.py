@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_po
 # Not weights: buffers that older versions of transformers stored, and computes itself today.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
 _log = logging.getLogger(__name__)
+_ROWS = 1024  # of a matrix that are in float64 at a time
 _PEEK = 4096  # values, of which one is not 0 in almost every matrix
 
 
@@ -116,7 +118,7 @@ class Source:
             if not bool(torch.stack(torch.aminmax(found[name])).isfinite().all()):  # NaN is both
                 raise FPTQuantError(f"'{self.path}': {name} holds NaN or infinite values: fetch the model again")
         return {
-            name: (found[file_name].double() * self.factors[name]).float() if name in self.factors else found[file_name]
+            name: _multiplied(found[file_name], self.factors[name]) if name in self.factors else found[file_name]
             for name, file_name in wanted.items()
         }
 
@@ -218,15 +220,29 @@ def without_multipliers(
     """The configuration of the same model without multipliers, and the factors by which its weights take them in.
 
     A head that was tied isn't any more: it has another factor than the embedding.
+
+    Raises:
+        FPTQuantError: a multiplier is no positive number.
     """
-    factors = architecture.factors(config)
-    if not factors:
+    if not architecture.multipliers:
         return config, {}
-    config = copy.deepcopy(config)
+    for name in architecture.multipliers:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise FPTQuantError(f"config.json: {name} is {value}, must be positive and finite: correct it")
+    factors, config = architecture.factors(config), copy.deepcopy(config)
     for name in architecture.multipliers:
         setattr(config, name, architecture.neutral(config, name))
     config.tie_word_embeddings = False
     return config, factors
+
+
+def _multiplied(tensor: Tensor, factor: float) -> Tensor:
+    """`tensor` times `factor`, in float64 and rounded once; some rows at a time."""
+    result = torch.empty_like(tensor)
+    for target, rows in zip(torch.split(result, _ROWS), torch.split(tensor, _ROWS), strict=True):
+        target.copy_(rows.double() * factor)
+    return result
 
 
 def load_model(source: Source, *, residency: Residency = "resident", recorded: bool = True) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import first_inputs
 from fptquant.loading import load_model, open_source
 from fptquant.pipeline import with_constants
@@ -32,7 +33,7 @@ from fptquant.transforms import TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
 from fptquant.wiring import FAMILIES, Architecture, Place
 from fptquant.wiring.llama import LLAMA
-from tests.conftest import ROOT, VOCABULARY
+from tests.conftest import ROOT, VOCABULARY, edit_json
 from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, randomized
 from tests.fptquant.test_transforms import NAMES, SET_IDS, SETS, merge, relative_error, transform_set
 
@@ -165,6 +166,13 @@ def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
         expected = original(tokens).logits
         for found in (model, load_model(job.source)):
             assert relative_error(found(tokens).logits, expected) < 1e-4
+
+
+def test_impossible_multipliers(tmp_path: Path) -> None:
+    folder = make_job("granite", tmp_path, transforms=[]).source.path
+    edit_json(folder / "config.json", logits_scaling=0.0)
+    with pytest.raises(FPTQuantError, match=r"^config.json: logits_scaling is 0.0, must be positive and finite"):
+        open_source(folder)
 
 
 # -- training --
