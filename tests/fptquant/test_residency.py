@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -213,6 +216,15 @@ def test_streamed_equals_resident_to_the_last_bit(name: str, tmp_path: Path, mon
     assert files, "hidden states are on the disk where there is no room"
     # a layer and, where the layer before is stored, that; in training the student's head and the teacher's
     assert counter.most <= 2 and not counter.now
+
+
+def test_a_disk_that_is_full_of_hidden_states_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapped file that finds no room kills the process; so the room is asked for first."""
+    job = make_job("gqa", tmp_path, **RECIPES["rtn"])
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(FPTQuantError, match="the disk of .* is full: free some space and run again"):
+        quantized(job, tmp_path / "out", "streamed", room=8)
+    assert not list(tmp_path.rglob("scratch*"))
 
 
 @pytest.mark.parametrize("last", [0, 1, 2])
