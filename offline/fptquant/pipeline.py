@@ -109,6 +109,7 @@ def quantize(
             for _ in stages.track(rounding, job.layers):
                 pass
             before, after = floats.finish()
+            del floats
         if recipe.scales.steps:
             assert teacher is not None
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):

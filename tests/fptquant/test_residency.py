@@ -158,6 +158,31 @@ def test_no_circle_keeps_a_released_model_alive(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_a_finished_model_is_let_go_of_before_it_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what rode along with it nor its vectors, read from the run's state, keep it or those files in memory."""
+    job = replace(make_job("gqa", tmp_path, **RECIPES["light"]), residency="streamed")
+    layers, alive, made, check = [], [], pipeline.transformed, pipeline.require_read_back
+
+    def remembered(job: Any) -> Any:
+        model = made(job)
+        layers.append(weakref.ref(LLAMA.layer_modules(model)[0]))
+        return model
+
+    def checked(*arguments: Any) -> None:
+        alive.extend(layer() is not None for layer in layers)
+        alive.append(".state/model.layers" in Path("/proc/self/maps").read_text())
+        check(*arguments)
+
+    monkeypatch.setattr(pipeline, "transformed", remembered)
+    monkeypatch.setattr(pipeline, "require_read_back", checked)
+    gc.disable()
+    try:
+        pipeline.quantize(job, tmp_path / "out")
+    finally:
+        gc.enable()
+    assert alive == [False, False]
+
+
 @pytest.mark.parametrize("kind", ["bias", "tied"])
 def test_logits_of_a_streamed_source(kind: str, tmp_path: Path) -> None:
     source = make_job(kind, tmp_path).source

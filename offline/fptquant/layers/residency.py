@@ -82,14 +82,14 @@ def ride_along(layers: Sequence[nn.Module], ride: Callable[[int, nn.Module], Non
 
     Where a layer stays in memory, it is there already and `ride` is called at once.
     """
-    waiting = set(range(len(layers)))
+    waiting = dict.fromkeys(range(len(layers)), ride)  # nothing holds on to `ride` once all are through
     for index, layer in enumerate(layers):
 
         def fill(layer: nn.Module, before: Fill, index: int = index) -> None:
             before(layer)
             if index in waiting:
-                ride(index, layer)
-                waiting.remove(index)
+                waiting[index](index, layer)
+                del waiting[index]
 
         extend(layer, fill)
 

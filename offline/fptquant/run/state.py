@@ -97,7 +97,8 @@ class RunState(AbstractContextManager["RunState"]):
                 try:
                     note = json.loads(self._note(name, note_suffix).read_text(encoding="utf-8"))
                     if note.pop(_DIGEST) == _sha256(file):
-                        return load_file(file), note
+                        # copied: a vector that is kept would keep all of its file mapped
+                        return {key: tensor.clone() for key, tensor in load_file(file).items()}, note
                 except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
                     continue
         return None
