@@ -24,7 +24,8 @@ from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.report import ranges, training
 from fptquant.run.job import Job, open_job
-from fptquant.run.memory import choose_residency, expected_host_memory, expected_memory
+from fptquant.run.memory import choose_residency
+from fptquant.run.needs import expected_host_memory, expected_memory
 from tests.fptquant.emulated_cuda import CUDA, MEMORY, EmulatedCuda, emulated_cuda
 from tests.fptquant.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.fptquant.test_golden import GOLDEN
@@ -227,10 +228,10 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_that_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpu = expected_memory(job_on("cpu", tmp_path, "resident", RECIPES["rtn"]), "resident")
+    on_cpu = expected_memory(job_on("cpu", tmp_path, "resident", RECIPES["rtn"]), "resident", 10**12)
     with emulated_cuda():
         job = job_on("cuda", tmp_path, "resident", RECIPES["rtn"])
-        whole = expected_memory(job, "resident")
+        whole = expected_memory(job, "resident", 10**12)
         assert choose_residency(job, None, None) == choose_residency(job, None, whole) == "resident"
         assert choose_residency(job, None, whole - 1) == "streamed"
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (whole - 1, MEMORY))

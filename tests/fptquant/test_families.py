@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.errors import FPTQuantError
+from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs
 from fptquant.loading import load_model, open_source
 from fptquant.pipeline import with_constants
@@ -27,7 +28,6 @@ from fptquant.report.families import page, rows
 from fptquant.run.models import folded, transformed
 from fptquant.run.state import RunState
 from fptquant.run.training import MetricsFile, train_transforms
-from fptquant.simulate.sink import record_sink
 from fptquant.train.student import transform_student
 from fptquant.transforms import TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform

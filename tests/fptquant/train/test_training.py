@@ -442,7 +442,7 @@ def test_finished_training_is_restored_without_the_model(
 
 
 @pytest.mark.parametrize("sink", ["auto", "none"])
-def test_finished_rounding_is_restored_without_running_the_model(
+def test_finished_rounding_is_restored_without_calibrating(
     sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when writing: all layers and the head are there."""
@@ -451,6 +451,6 @@ def test_finished_rounding_is_restored_without_running_the_model(
 
     killed_at("write_checkpoint", tmp_path, **fields)
     with monkeypatch.context() as patch:
-        patch.setattr(LayerInputs, "run", stop)
+        patch.setattr(LayerInputs, "run_until_stopped", stop)
         pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
     assert not differing(tmp_path / "whole", tmp_path / "out")
