@@ -14,7 +14,7 @@ from fptquant.run.state_size import state_bytes
 _PROCESS = 450_000_000  # bytes of Python, torch and transformers
 _CONTEXT = 500_000_000  # of an accelerator's memory that its context takes; not measured
 _FLOAT32, _FLOAT64 = 4, 8
-_HESSIANS = 3  # matrices (K, K) in float64 that rounding holds at once
+_HESSIANS = 2  # matrices (K, K) in float64 that rounding holds at once
 _SCRATCH_SHARE = 8  # the part of a run's memory that hidden states may take
 _RESIDENT = 1.25  # of the float32 weights: packed integers beside them
 
@@ -58,9 +58,9 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     With P the matrices of a layer, E those of embedding or head, M the largest matrix, K the widest input and T
     calibration tokens (of a process's part), in bytes of float32, a streamed model takes, beside the process:
 
-        rehearse:                5 P
+        rehearse:                3 P
         calibrate and round:     hidden states + the larger of
-                                 2 P + inputs (T, K) + 3 (K, K) in float64 + 3 M, and 2.5 E for the head
+                                 2 P + inputs (T, K) + 2 (K, K) in float64 + 3 M, and 2.5 E for the head
         write, read back:        2 E + one weight file
         what trains:             activations (of a layer, or of all) + 2 P, and 2 E where the loss is the model's
 
@@ -96,7 +96,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     length, kept = recipe.training.length, 1 if streamed else shape.layers
     end_to_end = model + trained(length, kept) + _FLOAT32 * 2 * sizes.ends + pair
     transforms = bool(list(job.transforms.parameters()))
-    found: dict[str, Need] = {"rehearse": Need(base + _FLOAT32 * 5 * sizes.layer, 0)}
+    found: dict[str, Need] = {"rehearse": Need(base + _FLOAT32 * 3 * sizes.layer, 0)}
     if recipe.end_to_end.steps or recipe.scales.steps:
         seen = 2 * in_memory(_FLOAT32 * job.training_windows.numel() * shape.hidden)
         found["teacher"] = Need(model + seen + max(pair, _FLOAT32 * sizes.ends), source)
