@@ -6,13 +6,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fptquant.format.binding import BINDING, bind, checksums
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wiki.test.txt"
@@ -62,16 +64,22 @@ def build_model(kind: str, seed: int = 0, embedding_rms: float = 0.02, **changes
     }
     config = LlamaConfig(**{**fields, **MODELS[kind], **changes})
     config.architectures = ["LlamaForCausalLM"]
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    embedding = 1.0 if config.tie_word_embeddings else embedding_rms
+    return randomized(LlamaForCausalLM(config), seed, gain=0.3, bias=0.2, embedding=embedding)
+
+
+def randomized(model: Model, seed: int, *, gain: float, bias: float, embedding: float) -> Model:
+    """Gives a model random parameters: gains of mean 1, and the deviations of gains, biases and embedding."""
+    model = model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.copy_(1 + 0.3 * noise)
+            parameter.copy_(1 + gain * noise)
         elif name.endswith("bias"):
-            parameter.copy_(0.2 * noise)
+            parameter.copy_(bias * noise)
         elif "embed" in name:
-            parameter.copy_(noise * (1.0 if config.tie_word_embeddings else embedding_rms))
+            parameter.copy_(noise * embedding)
         else:
             parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
     return model

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
 from fptquant.wiring import FAMILIES, Architecture
-from tests.conftest import TEXT, VOCABULARY, build_tokenizer
+from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
 WINDOW = 12
 SIZES = {
@@ -79,23 +79,11 @@ def build(variant: str, seed: int = 0) -> PreTrainedModel:
     family = family_of(variant)
     config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
     config.architectures = [family.class_name]
-    return randomized(getattr(transformers, family.class_name)(config), seed)
+    return trained_looking(getattr(transformers, family.class_name)(config), seed)
 
 
-def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    model = model.eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
-            parameter.copy_(1 + 0.4 * noise)
-        elif name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif "embed" in name:
-            parameter.copy_(noise)
-        else:
-            parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
-    return model
+def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    return randomized(model, seed, gain=0.4, bias=0.3, embedding=1.0)
 
 
 def make_job(variant: str, path: Path, **fields: Any) -> Job:

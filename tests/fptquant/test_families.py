@@ -34,7 +34,7 @@ from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTrans
 from fptquant.wiring import FAMILIES, Architecture, Place
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import ROOT, VOCABULARY, edit_json
-from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, randomized
+from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, trained_looking
 from tests.fptquant.test_transforms import NAMES, SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
@@ -227,7 +227,9 @@ def test_layers_with_another_base_of_rope_are_replayed() -> None:
     """No family of ours yet: windows and a RoPE of their own in some layers."""
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 3}, head_dim=32, layer_types=types, sliding_window=8)
-    require_replayed(randomized(Gemma3ForCausalLM(config)), replace(LLAMA, model_type="gemma3_text", name="Gemma3"))
+    require_replayed(
+        trained_looking(Gemma3ForCausalLM(config)), replace(LLAMA, model_type="gemma3_text", name="Gemma3")
+    )
 
 
 # -- whole runs --

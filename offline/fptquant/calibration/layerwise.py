@@ -89,9 +89,7 @@ def calibrate_and_round(
             return
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
-        entering = replace(
-            inputs, arguments={final: {}}, masks=None
-        )  # the first token, maybe a constant, does not count
+        entering = replace(inputs, arguments={final: {}}, masks=None)  # a constant first token does not count
         _quantize_group([head], architecture.head, entering, final, recipe, importance.get(architecture.head))
         if store is not None:
             store.save(architecture.head, head.state_dict())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.layers.inputs import first_inputs, last_states
+from fptquant.layers.inputs import LayerInputs, first_inputs, last_states
 from fptquant.layers.residency import entered
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
@@ -47,24 +46,29 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     head = model.get_submodule(architecture.head)
     with torch.enable_grad(), entered(head), _recorded({architecture.head: [head]}, found, windows):
         for index, window in enumerate(windows):
-            one = inputs.sequence(index)
-            (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]
+            one, states = _leaf(inputs, index)
             logits = head(next(last_states(model, architecture, one)))[0, :-1].float()
             nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
             assert states.grad is not None
             gradients.append(states.grad)
     for number in reversed(range(len(layers))):
-        layer, hidden = layers[number], entering.pop()
+        layer, inputs.hidden = layers[number], entering.pop()
         with torch.enable_grad(), entered(layer), _recorded(_groups(layer, number, architecture), found, windows):
             for index in range(len(windows)):
-                one = replace(inputs, hidden=hidden).sequence(index)
-                (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]
+                one, states = _leaf(inputs, index)
                 next(one.run(layer)).backward(gradients[index])  # type: ignore[no-untyped-call]
                 assert states.grad is not None
                 gradients[index] = states.grad
     weights = {name: torch.stack(norms) for name, norms in found.items()}
     means = {name: parallel.joined(values).mean() for name, values in weights.items()}
     return {name: values / means[name].clamp_min(torch.finfo().tiny) for name, values in weights.items()}
+
+
+def _leaf(inputs: LayerInputs, index: int) -> tuple[LayerInputs, Tensor]:
+    """One sequence of what enters a layer, and its hidden states, which a backward pass gives their gradient."""
+    one = inputs.sequence(index)
+    (states,) = one.hidden = [one.hidden[0].detach().requires_grad_()]
+    return one, states
 
 
 def _groups(layer: nn.Module, index: int, architecture: Architecture) -> dict[str, list[nn.Module]]:

@@ -105,11 +105,11 @@ def to_be_rounded(
         store: of finished layers.
         ride: called with each layer once, in order, while it is in floating point; finished ones included.
     """
-    found = parts(model, job.source.architecture)
+    architecture, floats_first = job.source.architecture, set[str]()
     if ride is not None:
-        ride_along(job.source.architecture.layer_modules(model), ride)
-    floats_first = set() if ride is None else set(found)
-    for name, module in found.items():
+        ride_along(architecture.layer_modules(model), ride)
+        floats_first.update(map(architecture.layer_name, range(job.layers)))
+    for name, module in parts(model, architecture).items():
 
         def fill(module: nn.Module, before: Fill, name: str = name) -> None:
             first = name in floats_first
@@ -123,4 +123,4 @@ def to_be_rounded(
             round_floats(module, job.dtype)
 
         extend(module, fill)
-    round_floats(model.get_submodule(job.source.architecture.final_norm), job.dtype)
+    round_floats(model.get_submodule(architecture.final_norm), job.dtype)

@@ -145,7 +145,7 @@ def train_transforms(
         estimator=options.estimator if options.steps else recipe.block_wise.estimator,
         float_weights=options.steps > 0 and options.weights == "float",
     )
-    del calibrated
+    del calibrated, constants
     transforms.requires_grad_(False)
     if recipe.block_wise.steps:
         fewer = "lower training.sequences or training.length and pass --fresh"
