@@ -19,7 +19,7 @@ from rich.table import Table
 
 import fptquant
 from fptquant.console import RichStages, err, megabytes, needs_table, out, plan_table, show_notes
-from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory, unknown
+from fptquant.errors import FPTQuantError, is_device_lost, is_disk_full, is_out_of_memory, unknown
 from fptquant.files import first_line, require_writable
 from fptquant.progress import Stages
 
@@ -529,6 +529,8 @@ def main() -> None:
     except (MemoryError, RuntimeError, OSError) as error:
         if is_device_lost(error):
             _fail(f"the device failed ({first_line(error)}): run again, on --device cpu if it fails there again")
+        if is_disk_full(error):
+            _fail("the disk is full: free some space, or set TMPDIR to a directory on another one, and run again")
         if not is_out_of_memory(error):
             raise
         _fail("out of memory: free some, or give shorter or fewer sequences")

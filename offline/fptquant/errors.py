@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -31,6 +32,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or any(part in text for part in _OUT_OF_MEMORY)
     )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that no space was left (safetensors reports it as text)."""
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
 
 
 def is_device_lost(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptquant.errors import FPTQuantError
+from fptquant.errors import FPTQuantError, is_disk_full
 from fptquant.format import (
     CheckpointConfig,
     Override,
@@ -36,7 +36,7 @@ from fptquant.format import (
     round_scale,
     unpack_codes,
 )
-from fptquant.run.publication import Publication, is_disk_full
+from fptquant.run.publication import Publication
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 SCALES = st.floats(2**-20, 2**10, width=32)

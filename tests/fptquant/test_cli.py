@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import fptquant
 from fptquant import cli, pipeline
-from fptquant.run import writer
+from fptquant.run import needs, writer
 from fptquant.run.job import open_job
 from fptquant.run.publication import Publication
 from fptquant.run.state import RunState
@@ -252,6 +253,17 @@ def test_sensitivity(run: Run, model_dir: Path, calibration: Path, tmp_path: Pat
     assert again.out == result.out and "measure" not in again.err  # all of it was there
     other = run("sensitivity", model_dir, *options, "--precision", "w4a4kv4")
     assert "s.json' holds measurements with recipe " in one_error(other)
+
+
+def test_sensitivity_on_a_full_disk(
+    run: Run, model_dir: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too large for memory goes to the disk."""
+    monkeypatch.setattr(needs, "scratch_limit", lambda room: 0)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    options = ("--calibration", calibration, "--sequences", 4, "--windows", 2, "--length", 24, "--kinds", "down_input")
+    result = run("sensitivity", model_dir, *options)
+    assert result.code == 2 and "error: the disk is full: free some space, or set TMPDIR" in result.err
 
 
 def test_sensitivity_where_a_transform_starts_from_activations(run: Run, model_dir: Path, calibration: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import psutil
 
 from fptquant import parallel
-from fptquant.errors import FPTQuantError
+from fptquant.errors import FPTQuantError, is_disk_full
 from fptquant.files import first_line, folder_size, takes_files
 from fptquant.format.schema import QUANT_METHOD
 
@@ -167,11 +166,6 @@ class Publication:
             kind, _, process = folder.name.removeprefix(prefix).rpartition("-")
             if folder.name.startswith(prefix) and kind in ("", "old") and process.isdigit():
                 yield _Staged(folder, int(process), kind == "old")
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that no space was left (safetensors reports it as text)."""
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
 
 
 def _is_ours(directory: Path) -> bool:
