@@ -58,7 +58,10 @@ class LayerInputs:
 
     def cached(self, cache: Cache) -> LayerInputs:
         """The same hidden states, with a cache that takes each layer's keys and values."""
-        arguments = {layer: {**found, "past_key_values": cache} for layer, found in self.arguments.items()}
+        arguments = {
+            layer: {**found, ("cache" if "cache" in found else "past_key_values"): cache}  # as transformers names it
+            for layer, found in self.arguments.items()
+        }
         return replace(self, arguments=arguments)
 
     def sequence(self, index: int) -> LayerInputs:
