@@ -87,7 +87,8 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     Args:
         model: directory, or name on the hub.
         recipe: what to do.
-        leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name.
+        leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name; what
+            can take a transform's place does.
         device: that computes.
 
     Raises:
@@ -97,6 +98,11 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     left_out = transform_obstacles(source, recipe) if leave_out else {}
     if left_out:
         kept = {name: options for name, options in recipe.to_dict()["transforms"].items() if name not in left_out}
+        for name, obstacle in left_out.items():
+            substitute = TRANSFORMS[name].substitute
+            if substitute is not None:
+                kept.setdefault(substitute, {})
+                left_out[name] = f"{obstacle}; {substitute} takes its place (--without {name} leaves both out)"
         recipe = recipe.changed("transforms", transforms=kept)
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
