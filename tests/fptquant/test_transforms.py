@@ -409,15 +409,15 @@ def test_scales_stay_positive() -> None:
 
 
 def test_obstacles() -> None:
-    """Llama has none; a norm of queries or keys alone forbids T_k, norms behind blocks T_r."""
+    """Llama has none; a norm of queries or keys alone forbids T_k, norms behind blocks T_r and S_n."""
     assert {transform.obstacle(LLAMA) for transform in TRANSFORMS.values()} == {None}
     for facts, forbidden in (
-        ({"query_norm": "q_norm"}, "T_k"),
-        ({"key_norm": "k_norm"}, "T_k"),
-        ({"post_norms": True}, "T_r"),
+        ({"query_norm": "q_norm"}, ["T_k"]),
+        ({"key_norm": "k_norm"}, ["T_k"]),
+        ({"post_norms": ("a_norm", "b_norm")}, ["T_r", "S_n"]),
     ):
         family = dataclasses.replace(LLAMA, **facts)  # type: ignore[arg-type]
-        assert [name for name, transform in TRANSFORMS.items() if transform.obstacle(family)] == [forbidden]
+        assert [name for name, transform in TRANSFORMS.items() if transform.obstacle(family)] == forbidden
 
 
 # -- options --

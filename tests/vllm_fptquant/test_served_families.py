@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,12 @@ from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
-from tests.families import BY_FAMILY, WINDOW, make_job
+from tests.families import BY_FAMILY, WINDOW, make_job, possible
 
 LENGTH = 60  # of prompts
-RECIPES: dict[str, dict[str, Any]] = {
-    "w4a8kv8": {"transforms": ["T_k", "T_v", "T_u", "T_r"]},
-    "w4a4kv4": {"transforms": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]},
+RECIPES = {  # their transforms, as far as the family can have them
+    "w4a8kv8": ["T_k", "T_v", "T_u", "T_r"],
+    "w4a4kv4": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"],
 }
 # The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
 CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
@@ -45,7 +44,8 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, one_process: None) -> None:
     """Prompts are longer than a window, and start with the constant token; prefill and decoding."""
     assert LENGTH > 2 * WINDOW
-    job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, **RECIPES[precision])
+    transforms = possible(variant, RECIPES[precision])
+    job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, transforms=transforms)
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     model = load_model(source)

@@ -36,6 +36,7 @@ from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.wiring import Role
+from fptquant.wiring.lookup import require_range
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
             f"transforms: {in_gains} is in the norms' gains, which S_n does away with; switch one of them off"
         )
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    require_range(source.architecture, dtype, "quantize with --dtype bfloat16")
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
