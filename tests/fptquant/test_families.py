@@ -119,6 +119,27 @@ def test_a_mistake_under_head_norms_is_noticed(
     assert error_of(variant, ["T_k"]) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["T_r", "T_s"])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if family_of(variant).post_norms])
+def test_a_mistake_around_norms_behind_blocks_is_noticed(
+    variant: str, name: str, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotation that their gains don't let pass; a scale in the norm behind the attention, where Llama's MLP reads."""
+    if name == "T_s":
+        groups = tuple(
+            replace(group, norm="post_attention_layernorm") if group.name == "gate_up" else group
+            for group in family_of(variant).groups
+        )
+        monkeypatch.setitem(FAMILIES, VARIANTS[variant][0], replace(family_of(variant), groups=groups))
+    assert error_of(variant, [name]) > 1e-3
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if family_of(variant).gain_offset])
+def test_gains_that_are_not_what_is_stored(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, VARIANTS[variant][0], replace(family_of(variant), gain_offset=0.0))
+    assert error_of(variant, ["T_h"]) > 1e-3
+
+
 @pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
 def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Architecture.shape

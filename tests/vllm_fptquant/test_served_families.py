@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fptquant import pipeline
+from fptquant.errors import FPTQuantError
 from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
@@ -62,9 +63,11 @@ def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, o
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_windows_on_stock_attention(tmp_path: Path, one_process: None) -> None:
-    """As users serve: a tie that falls the other way moves the rows behind it, a window that is missing nearly all."""
-    job = make_job("qwen2 with windows", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
+@pytest.mark.parametrize("variant", ["qwen2 with windows", "gemma2 with windows"])
+def test_windows_on_stock_attention(variant: str, tmp_path: Path, one_process: None) -> None:
+    """As users serve: a tie that falls the other way moves the rows behind it, a window or a bound that is missing
+    nearly all."""
+    job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     engine = VLLMEngine(tmp_path / "out", 128, num_gpu_blocks_override=64)
@@ -73,3 +76,11 @@ def test_windows_on_stock_attention(tmp_path: Path, one_process: None) -> None:
     difference = torch.stack([engine.score(window) - simulated(window) for window in windows]).abs()
     engine.close()
     assert (difference < 1e-4).float().mean() > 0.6, difference
+
+
+@pytest.mark.vllm
+def test_float16_for_gemma_is_refused(tmp_path: Path, one_process: None) -> None:
+    job = make_job("gemma3_text", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
+    pipeline.quantize(job, tmp_path / "out")
+    with pytest.raises(FPTQuantError, match="^float16 doesn't hold .* Gemma3ForCausalLM: serve with --dtype bfloat16$"):
+        VLLMEngine(tmp_path / "out", 128, dtype="float16")
