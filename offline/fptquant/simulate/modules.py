@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -64,7 +65,18 @@ class SimulatedMLP(SimulatedModule):
         gate, up, down = (
             self.get_submodule(family.path_within(family.mlp, role)) for role in (Role.GATE, Role.UP, Role.DOWN)
         )
-        y: Tensor = down(getattr(self, family.activation)(gate(x)) * up(x), scale)
+        activation = getattr(self, family.activation)
+
+        def gated(gates: Tensor, ups: Tensor) -> Tensor:
+            product: Tensor = activation(gates) * ups
+            return product
+
+        parts = gate(x), up(x)
+        if torch.is_grad_enabled():  # computed again backward: the widest of what would be kept
+            product = checkpoint(gated, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            product = gated(*parts)
+        y: Tensor = down(product, scale)
         return y
 
 
