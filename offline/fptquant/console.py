@@ -79,7 +79,8 @@ def plan_table(job: Job, output: Path) -> Table:
     table.add_row("activations", bits(config.activations))
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
-    table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
+    quantized = f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized"
+    table.add_row("head", f"{quantized}{_tying(job)}")
     if job.recipe.budget is not None:
         table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
@@ -118,6 +119,16 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
     table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
     return table
+
+
+def _tying(job: Job) -> str:
+    """What becomes of a head that has the embedding's weight."""
+    from fptquant.run.head import untied_by, was_tied
+
+    if not was_tied(job.source):
+        return ""
+    reason = untied_by(job.source, job.config, job.transforms)
+    return "; has the embedding's weight" if reason is None else f"; gets a weight of its own: {reason}"
 
 
 def needs_table(job: Job) -> Table:

@@ -298,21 +298,25 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
     put_buffers(model, source.device)
     require_tensors(model, stored)
 
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        watch = Watch(binding)
-        tensors = ((name, tensor.to(source.device)) for name, tensor in watch(stored.read(names)))
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+    names = {name: name for name in stored.tensors if name != BINDING} | model.all_tied_weights_keys
+
+    def read(wanted: Iterable[str]) -> dict[str, Tensor]:
+        by_stored_name = {names[name]: name for name in wanted}
+        found = {}
+        for name, tensor in Watch(binding)(stored.read(by_stored_name)):
+            tensor = tensor.to(source.device)
+            found[by_stored_name[name]] = tensor.float() if tensor.is_floating_point() else tensor
+        return found
 
     found = parts(model, source.architecture)
     for name, module in found.items():
 
-        def fill(module: nn.Module, prefix: str = f"{name}.") -> None:
-            tensors = read(name for name in stored.tensors if name.startswith(prefix))
-            set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        def fill(module: nn.Module, part: str = name) -> None:
+            set_tensors(module, _within(part, read(_named(part, names))))
             finish_loading(module)
 
         make_part(module, fill, "streamed")
-    set_tensors(model, read(outside(found, stored.tensors.keys() - {BINDING})))
+    set_tensors(model, read(outside(found, names)))
     if config.sink is not None:
         use_sink(model)
     return model

@@ -19,21 +19,13 @@ from fptquant.calibration.text import calibration_windows, fingerprint, sink_tok
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import (
-    ActivationScheme,
-    CheckpointConfig,
-    Override,
-    Sink,
-    TransformRecord,
-    WeightScheme,
-    match_name,
-    packed_words,
-)
+from fptquant.format import CheckpointConfig, Sink, TransformRecord, match_name, packed_words
 from fptquant.format.schema import EXTRAS
 from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
+from fptquant.run.head import head_scheme, untied_by, was_tied
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.wiring import Role
 
@@ -53,6 +45,7 @@ class Job:
     residency: Residency = "resident"  # of the model while it is worked on; the checkpoint is the same
     room: int = sys.maxsize  # bytes that the run may take; what is too large a share of it goes into files
     left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
+    tied: bool = False  # whether the head has the embedding's weight, in the checkpoint too
 
     @property
     def device(self) -> torch.device:
@@ -149,8 +142,9 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
     _check_online(source, config, transforms)
-    size = estimate_bytes(source, config, dtype)
-    return Job(source, recipe, config, windows, training_windows, transforms, dtype, size)
+    tied = was_tied(source) and untied_by(source, config, transforms) is None
+    size = estimate_bytes(source, config, dtype, tied=tied)
+    return Job(source, recipe, config, windows, training_windows, transforms, dtype, size, tied=tied)
 
 
 def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -197,16 +191,6 @@ def _sink(source: Source, recipe: Recipe) -> Sink | None:
         return None
     token = sink_token(source.tokenizer, recipe.sink)
     return None if token is None else Sink(token=token)
-
-
-def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
-    """What the configuration says of the layer named `head`: an override, or that it is ignored."""
-    if any(match_name(head, name) for name in recipe.ignore):
-        return (), ()
-    if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:
-        return (), (head,)  # integer weights alone would make nothing faster
-    weights, activations = WeightScheme(bits=recipe.head_bits), ActivationScheme(bits=8)
-    return (Override(modules=head, weights=weights, activations=activations),), ()
 
 
 def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -> Job:
@@ -305,12 +289,12 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
-    """Expected size of the checkpoint's weights."""
+def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype, *, tied: bool) -> int:
+    """Expected size of the checkpoint's weights; `tied`: the head has the embedding's."""
     architecture = source.architecture
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    linears = {**linear_sizes(source), architecture.head: vocabulary}
+    linears = linear_sizes(source) | ({} if tied else {architecture.head: vocabulary})
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)

@@ -34,7 +34,7 @@ def rehearse(job: Job, folder: Path) -> None:
     """
     config = copy.deepcopy(job.source.config)
     config.num_hidden_layers, config.vocab_size = 1, min(config.vocab_size, _VOCABULARY)
-    config.tie_word_embeddings = False  # as in every checkpoint
+    config.tie_word_embeddings = job.tied
     scheme = job.config if job.config.sink is None else job.config.model_copy(update={"sink": Sink(token=0)})
     small = replace(job, source=replace(job.source, config=config), config=scheme)
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay what they are
