@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from fptquant.loading import attention_for
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
+from fptquant.transforms import TRANSFORMS
 from fptquant.wiring import FAMILIES, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
@@ -26,6 +29,9 @@ _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16,
     "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
+
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20}
+_CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 20.0}  # low enough to matter
 
 # name: model type, what its configuration says beside the sizes
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,6 +67,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
     ),
+    "gemma3_text": (
+        "gemma3_text",
+        {**_GEMMA, "layer_types": ["full_attention"] * 2, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma3_text with windows": (
+        "gemma3_text",
+        {
+            **_GEMMA,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            },
+        },
+    ),
+    "gemma2": ("gemma2", {**_GEMMA, **_CAPS, "layer_types": ["full_attention"] * 2, "attention_bias": True}),
+    "gemma2 with windows": (
+        "gemma2",
+        {**_GEMMA, **_CAPS, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
+    ),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
@@ -79,11 +106,24 @@ def build(variant: str, seed: int = 0) -> PreTrainedModel:
     family = family_of(variant)
     config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
     config.architectures = [family.class_name]
-    return trained_looking(getattr(transformers, family.class_name)(config), seed)
+    config._attn_implementation = attention_for(config).get("attn_implementation", "sdpa")
+    model = trained_looking(getattr(transformers, family.class_name)(config), seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.sub_(family.gain_offset)
+    return model
 
 
 def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return randomized(model, seed, gain=0.4, bias=0.3, embedding=1.0)
+
+
+def possible(variant: str, names: Iterable[str]) -> list[str]:
+    """Those of the transforms that the family can have, and what takes the place of others, as in shipped recipes."""
+    found = (
+        name if TRANSFORMS[name].obstacle(family_of(variant)) is None else TRANSFORMS[name].substitute for name in names
+    )
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def make_job(variant: str, path: Path, **fields: Any) -> Job:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from fptquant.format import KVCacheScheme, LinearScheme
 
@@ -25,8 +25,8 @@ def has_dummy_weights() -> bool:
 def keep_norms_plausible(model: Module) -> None:
     """Has vLLM fill gains with 1: after gains of 0.001, all codes would be 0."""
     for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.weight.dummy_weight_value = 1.0  # vLLM's own attribute
+        if isinstance(module, RMSNorm | GemmaRMSNorm):  # the latter add 1
+            module.weight.dummy_weight_value = float(isinstance(module, RMSNorm))  # vLLM's own attribute
 
 
 def fill_linear(layer: Module, scheme: LinearScheme, shapes: list[tuple[int, int]]) -> None:

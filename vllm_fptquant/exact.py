@@ -57,7 +57,9 @@ class ExactAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             states = kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]  # (kv_heads, S, 2 * head_size)
             keys, values = states.chunk(2, -1)
             mask = window_mask(end - start, length, self.sliding_window)
-            output[start:end] = exact_attention(query[start:end].transpose(0, 1), keys, values, self.scale, mask)
+            queries = query[start:end].transpose(0, 1)
+            cap = self.logits_soft_cap or None  # 0 is vLLM's word for none
+            output[start:end] = exact_attention(queries, keys, values, self.scale, mask, cap)
         return output
 
 

@@ -93,6 +93,9 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("first token", f"not constant: {obstacle}")
     if config.transforms.down_hadamard:
         table.add_row("T_d block", str(config.transforms.down_hadamard.block))
+    if config.transforms.input_hadamard:
+        blocks = (f"{block} at {group}" for group, block in config.transforms.input_hadamard if block is not None)
+        table.add_row("T_h blocks", ", ".join(blocks))
     count, length = job.windows.shape
     calibration = f"{job.recipe.calibration.source}: {count} sequences of {length} tokens"
     table.add_row("calibration", escape(calibration))

@@ -25,7 +25,7 @@ from fptquant.simulate.install import (
     require_shared_inputs,
 )
 from fptquant.weight_files import DTYPES, WeightFiles
-from fptquant.wiring.lookup import architecture_of
+from fptquant.wiring.lookup import architecture_of, require_range
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if binding is not None:
             binding.require_config(model.config, config)
         require_consistent(config, model.config)
+        require_range(architecture_of(model.config), model.dtype, "load it with dtype=torch.bfloat16")
         install_simulation(model, architecture_of(model.config), config)
         drop_quantized_weights(model)
         if files:

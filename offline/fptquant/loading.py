@@ -25,7 +25,7 @@ from fptquant.files import first_line, read_json
 from fptquant.format import QUANT_METHOD, CheckpointConfig
 from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
-from fptquant.format.schema import EXTRAS
+from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX
 from fptquant.hf_quantizer import require_tensors
 from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
@@ -34,7 +34,7 @@ from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.simulate.sink import use_sink
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
-from fptquant.wiring import Architecture
+from fptquant.wiring import FAMILIES, Architecture
 from fptquant.wiring.lookup import architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -337,7 +337,9 @@ def outside(parts: Iterable[str], names: Iterable[str]) -> list[str]:
 def _quantized(source: Source) -> PreTrainedModel:
     """A quantized checkpoint, ours or another tool's, as transformers loads it."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, output_loading_info=True, **attention_for(source.config)
+        )
     except FPTQuantError:
         raise
     except (SafetensorError, RuntimeError, ValueError, ImportError) as error:  # ImportError: quantized by another tool
@@ -368,10 +370,19 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, **attention_for(config)
+            )
     except Exception as error:  # an impossible configuration fails in many ways
         raise FPTQuantError(f"config.json describes no model: {type(error).__name__}: {first_line(error)}") from None
     return model.eval().requires_grad_(False)
+
+
+def attention_for(config: PretrainedConfig) -> dict[str, str]:
+    """Arguments of `from_pretrained` for an attention that bounds scores where the family does: sdpa doesn't."""
+    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    capped = family is not None and family.caps(config)[0] is not None
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torch.dtype, dict[str, str], list[str]]:

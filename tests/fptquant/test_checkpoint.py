@@ -15,11 +15,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from fptquant.errors import FPTQuantError, is_disk_full
 from fptquant.format import (
     CheckpointConfig,
+    InputHadamard,
     Override,
+    TransformRecord,
     WeightScheme,
     block_hadamard,
     code_bounds,
@@ -36,6 +39,7 @@ from fptquant.format import (
     round_scale,
     unpack_codes,
 )
+from fptquant.format.checks import require_consistent
 from fptquant.run.publication import Publication
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -209,6 +213,9 @@ def test_schema_round_trip() -> None:
         ({"weights": {"group": 128}}, "weights.group"),
         ({"activations": {"dynamic": True}}, "activations.dynamic"),
         ({"transforms": {"down_hadamard": {"block": 12}}}, "power of two, got 12"),
+        ({"transforms": {"input_hadamard": {"qkv": 12}}}, "input_hadamard.qkv: block must be a power of two, got 12"),
+        ({"transforms": {"input_hadamard": {"down": 16}}}, "transforms.input_hadamard.down: "),
+        ({"transforms": {"later_hadamard": {"qkv": 16}}}, "transforms.later_hadamard: Extra inputs are not permitted"),
         ({"quant_method": "gptq"}, "quant_method"),
     ],
 )
@@ -216,6 +223,34 @@ def test_schema_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(FPTQuantError, match=message) as caught:
         CheckpointConfig.parse({**CheckpointConfig().to_dict(), **change})
     assert "\n" not in str(caught.value)
+
+
+def test_an_unused_field_is_not_written() -> None:
+    """Checkpoints without T_h are what they were before there was one, which older readers read."""
+    assert CheckpointConfig().to_dict()["transforms"] == {
+        "merged": [],
+        "down_hadamard": None,
+        "residual_scale": False,
+    }
+    config = CheckpointConfig(transforms=TransformRecord(input_hadamard=InputHadamard(qkv=16)))
+    assert config.to_dict()["transforms"]["input_hadamard"] == {"qkv": 16, "o": None, "gate_up": None}
+    assert CheckpointConfig.parse(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ({"down_hadamard": {"block": 64}}, "down_hadamard.block is 64, which does not divide intermediate_size 96"),
+        ({"input_hadamard": {"qkv": 128}}, "input_hadamard.qkv is 128, which does not divide hidden_size 64"),
+        ({"input_hadamard": {"gate_up": 128}}, "input_hadamard.gate_up is 128, which does not divide hidden_size 64"),
+        ({"input_hadamard": {"o": 64}}, "input_hadamard.o is 64, which does not divide the size of all heads, 96"),
+    ],
+)
+def test_blocks_that_do_not_fill_their_layers_input(transforms: dict[str, object], message: str) -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=24, vocab_size=8)
+    require_consistent(CheckpointConfig(), config)
+    with pytest.raises(FPTQuantError, match=f"^config.json: quantization_config.transforms.{message}: "):
+        require_consistent(CheckpointConfig.parse({"transforms": transforms}), config)
 
 
 def test_scheme_for_a_module() -> None:

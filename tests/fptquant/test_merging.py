@@ -25,7 +25,7 @@ GAINS = {role: "input_layernorm" for role in (Role.QUERY, Role.KEY, Role.VALUE)}
 def pair(
     request: pytest.FixtureRequest, make_model: Callable[..., LlamaForCausalLM]
 ) -> tuple[LlamaForCausalLM, LlamaForCausalLM, TransformSet]:
-    """A float64 model, its merged copy and the random transforms between them (T_d at its fixed value)."""
+    """A float64 model, its merged copy and the random transforms between them (T_d and T_h at their fixed values)."""
     model = make_model(request.param).double()
     names = [name for name in TRANSFORMS if name != "S_n"]
     transforms = TransformSet(Recipe.parse({"transforms": names}).transforms, LLAMA.shape(model.config), 0)
@@ -58,6 +58,14 @@ def rotate_pairs(states: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def in_blocks(states: Tensor, block: int) -> Tensor:
+    """Each block of (tokens, channels) times the orthonormal Hadamard matrix."""
+    hadamard = torch.eye(1, dtype=torch.float64)
+    while hadamard.shape[0] < block:  # Sylvester's construction
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, hadamard)
+    return (states.view(len(states), -1, block) @ hadamard).flatten(1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("role", [projection.role for projection in LLAMA.projections])
@@ -73,17 +81,14 @@ def test_merged_equals_unmerged(
     matrix, _ = t["T_v"].matrices(layer, torch.float64)
     up_scale = t["T_u"].log_scale[layer].double().exp()
     angle, scale = t["T_k"].angle[layer].double(), t["T_k"].log_scale[layer].double().exp()
-    hadamard = torch.eye(1, dtype=torch.float64)
-    while hadamard.shape[0] < t["T_d"].block:  # Sylvester's construction
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, hadamard)
-
     x = inputs(projection(model, layer, role).in_features)
     y = inputs(0)
     if role in GAINS:  # reads the residual through a norm
         gain = model.get_submodule(f"model.layers.{layer}.{GAINS[role]}").weight
         norm = 0 if GAINS[role] == "input_layernorm" else 1
         norm_scale = t["T_s"].log_scale[layer, norm].double().exp()
-        y, x = projection(model, layer, role)(x * gain), x @ rotation / norm_scale
+        y = projection(model, layer, role)(x * gain)
+        x = in_blocks(x @ rotation / norm_scale, t["T_h"].blocks["gate_up" if norm else "qkv"])
         merged_gain = merged.get_submodule(f"model.layers.{layer}.{GAINS[role]}").weight
         torch.testing.assert_close(merged_gain, 1 / norm_scale, rtol=1e-12, atol=0)
     elif role is Role.OUTPUT:
@@ -92,7 +97,7 @@ def test_merged_equals_unmerged(
         x = torch.stack([heads[:, h] @ matrix[h // groups] for h in range(shape.heads)], 1).flatten(1)
     elif role is Role.DOWN:
         y = projection(model, layer, role)(x) @ rotation
-        x = ((x * up_scale).view(len(x), -1, hadamard.shape[0]) @ hadamard).flatten(1)
+        x = in_blocks(x * up_scale, t["T_d"].block)
     if role is Role.KEY:
         y = rotate_pairs(y.view(-1, shape.kv_heads, shape.head_dim), angle, scale).flatten(1)
     elif role is Role.QUERY:

@@ -13,9 +13,11 @@ from transformers import Gemma3TextConfig, MistralConfig
 from fptquant import pipeline
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
+from fptquant.format import InputHadamard
 from fptquant.loading import load_model
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job, sink_obstacle, with_recipe
+from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.wiring import FAMILIES
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.mistral import MISTRAL
@@ -129,6 +131,28 @@ def test_a_transform_that_the_family_can_not_have(
     with console.capture() as capture:
         console.print(plan_table(job, tmp_path / "out"))
     assert f"T_k: {why}" in capture.get()
+
+
+def test_what_takes_the_place_of_a_rotation(
+    tmp_path: Path, save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where T_r can't be, shipped recipes have T_h; another recipe says what it wants itself."""
+    why = "no rotation here"
+    monkeypatch.setattr(ResidualRotation, "obstacle", classmethod(lambda cls, architecture: why))
+    model = save_model(tmp_path / "model", "gqa")
+    fields: dict[str, Any] = {"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}}
+    recipe = Recipe.load("quarot").changed(**fields)
+    job = open_job(model, recipe, leave_out=True)
+    assert job.left_out == {"T_r": f"{why}; T_h takes its place (--without T_r leaves both out)"}
+    assert set(job.recipe.transforms) == {"T_v", "T_d", "T_h"} and job.config.transforms.input_hadamard is not None
+    with pytest.raises(FPTQuantError, match=f"can't have T_r .{why}.: leave it out"):
+        open_job(model, recipe)
+    for shipped in ("gptq", "smoothquant"):
+        job = open_job(model, Recipe.load(shipped).changed(**fields), leave_out=True)
+        assert "T_h" not in job.recipe.transforms and job.config.transforms.input_hadamard is None
+    chosen = {"T_r": True, "T_h": {"block": 4}}
+    job = open_job(model, recipe.changed(transforms=chosen), leave_out=True)
+    assert job.config.transforms.input_hadamard == InputHadamard(qkv=4, gate_up=4)
 
 
 def test_a_recipe_that_the_family_can_have_stays_as_it_is(tmp_path: Path, save_model: Callable[..., Path]) -> None:

@@ -8,7 +8,7 @@ import yaml
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
 from fptquant.transforms import FPTQUANT
-from fptquant.transforms.down_hadamard import DownHadamardOptions
+from fptquant.transforms.down_hadamard import HadamardOptions
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -129,7 +129,7 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(fields))
     recipe = Recipe.load(str(tmp_path / "mine.yaml"))
     assert recipe.name == "mine" and set(recipe.transforms) == {"T_d", "S_n"}
-    assert recipe.transforms["T_d"] == DownHadamardOptions(block=8)
+    assert recipe.transforms["T_d"] == HadamardOptions(block=8)
     assert recipe.overrides[0].activations is not None and recipe.overrides[0].activations.bits == 8
     again = Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict())))
     assert again == recipe and again.digest() == recipe.digest()

@@ -35,7 +35,7 @@ def test_every_family_has_its_classes() -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("names", [["S_n"], ["T_d"], list(TRANSFORMS)], ids=["S_n", "T_d", "all"])
+@pytest.mark.parametrize("names", [["S_n"], ["T_d"], ["T_h"], list(TRANSFORMS)], ids=["S_n", "T_d", "T_h", "all"])
 def test_online_transforms_preserve_the_function(
     kind: str, names: list[str], make_model: MakeModel, simulate: Simulate, tokens: Tensor
 ) -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import hadamard_factors
+from fptquant.format import InputHadamard, hadamard_factors
 from fptquant.recipe import Recipe
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.transforms.down_hadamard import tensor_parallel_sizes
@@ -50,20 +50,27 @@ def transform_set(names: list[str], shape: Shape, seed: int = 0, **options: dict
 
 
 def merge(model: Any, transforms: TransformSet, family: Architecture = LLAMA) -> Any:
-    """A merged copy, with T_d run online by a dense float64 matrix built here."""
+    """A merged copy, with T_d and T_h run online by dense float64 matrices built here."""
     model = copy.deepcopy(model)
     for _ in merge_transforms(model, family, transforms):
         pass
-    down_hadamard = transforms.record().down_hadamard
-    if down_hadamard is not None:
-        hadamard = dense_hadamard(down_hadamard.block)
+    record = transforms.record()
+    blocks: dict[str, int | None] = dict.fromkeys(group.name for group in family.groups)
+    blocks.update(record.input_hadamard or {})
+    blocks["down"] = None if record.down_hadamard is None else record.down_hadamard.block
+    for group in family.groups:
+        block = blocks[group.name]
+        if block is None:
+            continue
+        hadamard = dense_hadamard(block)
 
-        def rotate(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            blocks = args[0].unflatten(-1, (-1, hadamard.shape[0]))
-            return ((blocks @ hadamard.to(args[0].dtype)).flatten(-2),)
+        def rotate(module: torch.nn.Module, args: tuple[Tensor], hadamard: Tensor = hadamard) -> tuple[Tensor]:
+            parts = args[0].unflatten(-1, (-1, hadamard.shape[0]))
+            return ((parts @ hadamard.to(args[0].dtype)).flatten(-2),)
 
         for layer in family.layer_modules(model):
-            layer.get_submodule(family.projection_of(Role.DOWN).path).register_forward_pre_hook(rotate)
+            for projection in group.members:
+                layer.get_submodule(projection.path).register_forward_pre_hook(rotate)
     return model
 
 
@@ -318,13 +325,13 @@ def all_merged(transforms: TransformSet, dtype: torch.dtype = torch.float64) -> 
 
 @pytest.mark.parametrize("names", SETS, ids=SET_IDS)
 def test_every_parameter_gets_a_gradient_through_the_merge(names: list[str]) -> None:
-    """From the starting point, where training begins; S_n and T_d have nothing to train."""
+    """From the starting point, where training begins; S_n, T_d and T_h have nothing to train."""
     transforms = transform_set(names, SHAPE)
     merged = all_merged(transforms, torch.float32)
     assert all(weight.dtype == torch.float32 for weight in merged.values())
     parameters = dict(transforms.named_parameters())
     if not parameters:
-        assert set(names) <= {"T_d", "S_n"}
+        assert set(names) <= {"T_d", "T_h", "S_n"}
         return
     # The paper's stage-1 loss; the gradient of a rotation of an isotropic weight would vanish for p = 2.
     loss = torch.stack([weight.pow(4).mean().pow(0.25) for weight in merged.values()]).sum()
@@ -402,15 +409,15 @@ def test_scales_stay_positive() -> None:
 
 
 def test_obstacles() -> None:
-    """Llama has none; a norm of queries or keys alone forbids T_k, norms behind blocks T_r."""
+    """Llama has none; a norm of queries or keys alone forbids T_k, norms behind blocks T_r and S_n."""
     assert {transform.obstacle(LLAMA) for transform in TRANSFORMS.values()} == {None}
     for facts, forbidden in (
-        ({"query_norm": "q_norm"}, "T_k"),
-        ({"key_norm": "k_norm"}, "T_k"),
-        ({"post_norms": True}, "T_r"),
+        ({"query_norm": "q_norm"}, ["T_k"]),
+        ({"key_norm": "k_norm"}, ["T_k"]),
+        ({"post_norms": ("a_norm", "b_norm")}, ["T_r", "S_n"]),
     ):
         family = dataclasses.replace(LLAMA, **facts)  # type: ignore[arg-type]
-        assert [name for name, transform in TRANSFORMS.items() if transform.obstacle(family)] == [forbidden]
+        assert [name for name, transform in TRANSFORMS.items() if transform.obstacle(family)] == forbidden
 
 
 # -- options --
@@ -461,6 +468,46 @@ def test_t_d_merges_the_dense_hadamard() -> None:
     expected = weight @ torch.block_diag(*[dense_hadamard(16)] * 3)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-14)
     assert hadamard_factors(16)[0].shape == (4, 4)
+
+
+# Hidden size of Gemma 3 (270M, 1B, 4B, 12B, 27B), Gemma 2 (2B), Llama 3 (8B), and the block.
+@pytest.mark.parametrize(
+    "hidden, block",
+    [(640, 128), (1152, 128), (2560, 512), (3840, 256), (5376, 256), (2304, 256), (4096, 4096)],
+)
+def test_t_h_takes_the_largest_power_of_two_whatever_the_split(hidden: int, block: int) -> None:
+    shape = Shape(hidden, 64, 8, 4, 96, 1)
+    assert transform_set(["T_h"], shape).record().input_hadamard == InputHadamard(qkv=block, gate_up=block)
+    everywhere = transform_set(["T_h"], shape, T_h={"at": ["qkv", "o"]}).record().input_hadamard
+    assert everywhere == InputHadamard(qkv=block, o=32)  # each of 8 ranks gets 96 columns
+    assert not transform_set(["T_h"], shape).transforms["T_h"].obstacle(LLAMA)
+
+
+def test_t_h_block_can_be_chosen() -> None:
+    shape = Shape(96, 64, 1, 1, 8, 1)
+    chosen = transform_set(["T_h"], shape, T_h={"block": 8, "at": ["gate_up"]})
+    assert chosen.record().input_hadamard == InputHadamard(gate_up=8)
+    for options, expected in (
+        ({"block": 64}, "T_h: block 64 does not divide the hidden size 96; use a power of two up to 32"),
+        ({"at": ["o"], "block": 16}, "T_h: block 16 does not divide the size of all heads 8"),
+    ):
+        with pytest.raises(FPTQuantError, match=expected):
+            transform_set(["T_h"], shape, T_h=options)
+
+
+@pytest.mark.parametrize("at", [["qkv"], ["o"], ["gate_up"], ["qkv", "o", "gate_up"]])
+def test_t_h_at_each_place(
+    at: list[str], make_model: Callable[..., LlamaForCausalLM], tokens: Tensor, float64_norms: None
+) -> None:
+    """With all others; and it is noticed where it doesn't run online."""
+    model = make_model("gqa").double()
+    transforms = transform_set(NAMES, LLAMA.shape(model.config), T_h={"at": at})
+    transforms.randomize_(torch.Generator().manual_seed(0))
+    expected = model(tokens).logits
+    assert relative_error(merge(model, transforms)(tokens).logits, expected) < 1e-11
+    for _ in merge_transforms(model, LLAMA, transform_set(["T_h"], LLAMA.shape(model.config), T_h={"at": at})):
+        pass
+    assert relative_error(model(tokens).logits, expected) > 1e-3
 
 
 def test_switching_one_transform_off_leaves_the_others_as_they_were() -> None:

@@ -50,6 +50,12 @@ CHECKPOINTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         torch.bfloat16,
         {"precision": "w4a4kv4-symmetric", "transforms": ["T_r", "T_v", "T_k", "S_n"], "head_bits": 8},
     ),
+    # Hadamards at the inputs of all groups, with S_n
+    "hadamards": (
+        "gqa",
+        torch.float32,
+        {"precision": "w4a8kv8", "transforms": {"T_h": {"at": ["qkv", "o", "gate_up"]}, "T_d": {}, "S_n": {}}},
+    ),
 }  # fmt: skip
 
 

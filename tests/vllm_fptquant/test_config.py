@@ -16,9 +16,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import CheckpointConfig, DownHadamard, KVCacheScheme, TransformRecord
+from fptquant.format import CheckpointConfig, DownHadamard, InputHadamard, KVCacheScheme, TransformRecord
 from fptquant.format.steps import Hadamard
-from tests.vllm_fptquant.layers import FUSED, build_attention, build_linear, quant_config
+from tests.vllm_fptquant.layers import COLUMNS, FUSED, build_attention, build_linear, quant_config
 from vllm_fptquant.config import FPTQuantConfig
 from vllm_fptquant.linear import FPTQuantLinearMethod
 
@@ -175,6 +175,15 @@ def test_hadamard_is_for_down_proj_only() -> None:
     assert build_linear("down", config).quant_method.arrangement.inputs == (Hadamard(32),)
     assert build_linear("o", config).quant_method.arrangement.inputs == ()
     assert build_linear("gate_up", config).quant_method.arrangement.inputs == ()
+
+
+def test_hadamards_of_the_other_groups() -> None:
+    config = quant_config(transforms=TransformRecord(input_hadamard=InputHadamard(qkv=64, gate_up=16)))
+    inputs = {kind: build_linear(kind, config).quant_method.arrangement.inputs for kind in COLUMNS}
+    assert inputs == {"qkv": (Hadamard(64),), "o": (), "gate_up": (Hadamard(16),), "down": ()}
+    config = quant_config(transforms=TransformRecord(input_hadamard=InputHadamard(o=32)), ignore=("re:.*o_proj",))
+    with pytest.raises(FPTQuantError, match=r"o_proj is in `ignore`, so that Hadamard\(block=32\) can't"):
+        build_linear("o", config)
 
 
 def test_ignored_layer_with_online_steps_is_refused() -> None:

@@ -18,6 +18,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import (
     ActivationScheme,
     DownHadamard,
+    InputHadamard,
     LinearScheme,
     TransformRecord,
     WeightScheme,
@@ -295,6 +296,21 @@ class TestLayer:
         else:
             assert (steps_apart(output, plain) <= 1).all()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", ["qkv", "o", "gate_up"])
+    def test_hadamard_of_the_other_groups(self, kind: str, dtype: torch.dtype) -> None:
+        """With S as a norm's product, which stays, and without."""
+        hadamard = InputHadamard(qkv=64, o=32, gate_up=16)
+        config = quant_config(transforms=TransformRecord(input_hadamard=hadamard))
+        tensors = exact_tensors(kind, config)
+        layer = load(build_linear(kind, config, params_dtype=dtype), tensors)
+        factors = hadamard_factors(getattr(hadamard, kind))
+        x, S = torch.randn(5, COLUMNS[kind]).to(dtype), torch.rand(5, 1) + 0.3
+        for output, states in ((layer(x)[0], x), (project(layer, x, S)[0], x * S)):
+            assert output.dtype == dtype
+            product = expected(tensors, block_hadamard(states, *factors), 8)
+            assert (steps_apart(output, product.to(dtype)) <= 1).float().mean() > 0.99  # a sum that falls on a tie
+
     def test_scale_that_stays(self) -> None:
         config = quant_config()
         tensors = exact_tensors("qkv", config)
@@ -329,7 +345,7 @@ class TestLayer:
         config = quant_config(transforms=TransformRecord(down_hadamard=DownHadamard(block=32)))
         layer = build_linear("down", config, params_dtype=torch.bfloat16)
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-        with pytest.raises(FPTQuantError, match="VLLM_BATCH_INVARIANT would change the Hadamard transform"):
+        with pytest.raises(FPTQuantError, match="VLLM_BATCH_INVARIANT would change the online Hadamard"):
             load(layer, exact_tensors("down", config))
 
 

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from fptquant.format import (
     ActivationScheme,
     DownHadamard,
+    InputHadamard,
     KVCacheScheme,
     Sink,
     TransformRecord,
@@ -87,7 +88,9 @@ def build(kind: str, kernel: str, weights: int, activations: int, symmetric: boo
     config = quant_config(
         weights=WeightScheme(bits=weights),
         activations=ActivationScheme(bits=activations, symmetric=symmetric),
-        transforms=TransformRecord(down_hadamard=DownHadamard(block=BLOCK), residual_scale=True),
+        transforms=TransformRecord(
+            down_hadamard=DownHadamard(block=BLOCK), input_hadamard=InputHadamard(qkv=BLOCK), residual_scale=True
+        ),
     )
     layer = build_linear(kind, config, **arguments)
     layer.quant_method.kernel_class = next(k for k in KERNELS if k.name == kernel)

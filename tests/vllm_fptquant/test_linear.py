@@ -14,6 +14,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import (
     ActivationScheme,
     DownHadamard,
+    InputHadamard,
     TransformRecord,
     WeightScheme,
     block_hadamard,
@@ -266,6 +267,19 @@ class TestTensorParallel:
             for bias, part, full in zip(biases.values(), parts, whole, strict=True):
                 assert torch.equal(part, (full + bias).chunk(2, -1)[rank])
 
+    @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
+    def test_columns_behind_a_hadamard(self, kind: str, parallel_world: Callable[[int, int], None]) -> None:
+        """Every rank has the whole input, so that any block will do."""
+        config = quant_config(transforms=TransformRecord(input_hadamard=InputHadamard(qkv=HIDDEN, gate_up=HIDDEN)))
+        tensors, x = random_tensors(kind, config), torch.randn(5, HIDDEN)
+        rotated = block_hadamard(x, *hadamard_factors(HIDDEN))
+        whole = expected(tensors, rotated, 8).split([rows for _, _, rows in SHARDS[kind]], -1)
+        for rank in range(2):
+            parallel_world(rank, 2)
+            layer = load(build_linear(kind, config), tensors)
+            parts = layer(x)[0].split(layer.output_partition_sizes, -1)
+            assert all(torch.equal(part, full.chunk(2, -1)[rank]) for part, full in zip(parts, whole, strict=True))
+
     def test_split_hadamard_block_is_refused(self, parallel_world: Callable[[int, int], None]) -> None:
         parallel_world(0, 2)
         config = quant_config(transforms=HADAMARD)
@@ -274,6 +288,10 @@ class TestTensorParallel:
             FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*blocks of 32.*divides 3.*: 2}"
         ):
             build_linear("down", config)
+        config = quant_config(transforms=TransformRecord(input_hadamard=InputHadamard(o=128)))
+        with pytest.raises(FPTQuantError, match="o_proj: tensor-parallel size 2 .*64 .*blocks of 128.*divides 1"):
+            build_linear("o", config)
+        config = quant_config(transforms=HADAMARD)
         parallel_world(0, 3)
         assert build_linear("down", config).input_size_per_partition == 32
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fptquant import pipeline
+from fptquant.errors import FPTQuantError
 from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
@@ -17,12 +17,12 @@ from fptquant.loading import load_model, open_source
 from fptquant.run.job import Job
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
-from tests.families import BY_FAMILY, WINDOW, make_job
+from tests.families import BY_FAMILY, WINDOW, make_job, possible
 
 LENGTH = 60  # of prompts
-RECIPES: dict[str, dict[str, Any]] = {
-    "w4a8kv8": {"transforms": ["T_k", "T_v", "T_u", "T_r"]},
-    "w4a4kv4": {"transforms": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]},
+RECIPES = {  # their transforms, as far as the family can have them
+    "w4a8kv8": ["T_k", "T_v", "T_u", "T_r"],
+    "w4a4kv4": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"],
 }
 # The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
 CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
@@ -46,14 +46,15 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, one_process: None) -> None:
     """Prompts are longer than a window, and start with the constant token; prefill and decoding."""
     assert LENGTH > 2 * WINDOW
-    job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, **RECIPES[precision])
+    transforms = possible(variant, RECIPES[precision])
+    job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, transforms=transforms)
     require_served(job, tmp_path)
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_tied_head_is_served(tmp_path: Path, one_process: None) -> None:
-    kept = [name for name in RECIPES["w4a4kv4"]["transforms"] if name != "T_r"]
+    kept = [name for name in RECIPES["w4a4kv4"] if name != "T_r"]
     fields = {"precision": "w4a4kv4", "transforms": kept, "head_bits": 16, "rounding": {"method": "nearest"}}
     job = make_job("qwen2", tmp_path, **fields)
     assert job.tied
@@ -78,9 +79,11 @@ def require_served(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_windows_on_stock_attention(tmp_path: Path, one_process: None) -> None:
-    """As users serve: a tie that falls the other way moves the rows behind it, a window that is missing nearly all."""
-    job = make_job("qwen2 with windows", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
+@pytest.mark.parametrize("variant", ["qwen2 with windows", "gemma2 with windows"])
+def test_windows_on_stock_attention(variant: str, tmp_path: Path, one_process: None) -> None:
+    """As users serve: a tie that falls the other way moves the rows behind it, a window or a bound that is missing
+    nearly all."""
+    job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     engine = VLLMEngine(tmp_path / "out", 128, num_gpu_blocks_override=64)
@@ -89,3 +92,11 @@ def test_windows_on_stock_attention(tmp_path: Path, one_process: None) -> None:
     difference = torch.stack([engine.score(window) - simulated(window) for window in windows]).abs()
     engine.close()
     assert (difference < 1e-4).float().mean() > 0.6, difference
+
+
+@pytest.mark.vllm
+def test_float16_for_gemma_is_refused(tmp_path: Path, one_process: None) -> None:
+    job = make_job("gemma3_text", tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=[])
+    pipeline.quantize(job, tmp_path / "out")
+    with pytest.raises(FPTQuantError, match="^float16 doesn't hold .* Gemma3ForCausalLM: serve with --dtype bfloat16$"):
+        VLLMEngine(tmp_path / "out", 128, dtype="float16")

@@ -16,7 +16,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EVERYTHING: dict[str, Any] = {
     "activations": {"bits": 4, "symmetric": False},
     "kv_cache": {"bits": 4, "strategy": "head"},
-    "transforms": {"down_hadamard": {"block": 16}, "residual_scale": True},
+    "transforms": {
+        "down_hadamard": {"block": 16},
+        "input_hadamard": {"qkv": 64, "o": 64, "gate_up": 64},  # of 64, 128 and 64 channels; those of o are split
+        "residual_scale": True,
+    },
 }
 
 
@@ -29,7 +33,7 @@ EVERYTHING: dict[str, Any] = {
     ],
 )
 def test_served_equals_reference(kv_heads: int, flags: tuple[str, ...], tmp_path: Path) -> None:
-    """Biases, per-head KV scales, S_n and T_d; float32 sums of two ranks stay within the tolerance of one."""
+    """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one."""
     model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True, kv_heads=kv_heads)
     check_served(model, tmp_path, *flags)
 

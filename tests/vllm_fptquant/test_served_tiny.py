@@ -16,10 +16,11 @@ from tests.conftest import bound
 from tests.vllm_fptquant.serving import TOLERANCE, check_served, serve
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
+HADAMARDS = {"qkv": 64, "o": 32, "gate_up": 16}
 EVERYTHING: dict[str, Any] = {
     "activations": {"bits": 4, "symmetric": False},
     "kv_cache": {"bits": 4, "strategy": "head"},
-    "transforms": {"down_hadamard": {"block": 32}, "residual_scale": True},
+    "transforms": {"down_hadamard": {"block": 32}, "input_hadamard": HADAMARDS, "residual_scale": True},
 }
 NO_ONLINE_TRANSFORM: dict[str, Any] = {"kv_cache": {"bits": 8, "symmetric": True}}
 MIXED: dict[str, Any] = {
@@ -75,8 +76,12 @@ def test_gpu_path(flags: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"transforms": {"down_hadamard": {"block": 32}, "residual_scale": False}},
-        {"transforms": {"down_hadamard": {"block": 16}, "residual_scale": True}},
+        {"transforms": {**EVERYTHING["transforms"], "residual_scale": False}},
+        {"transforms": {**EVERYTHING["transforms"], "down_hadamard": {"block": 16}}},
+        *(
+            {"transforms": {**EVERYTHING["transforms"], "input_hadamard": {**HADAMARDS, group: None}}}
+            for group in HADAMARDS
+        ),
         {"kv_cache": {"bits": 16}},
     ],
 )

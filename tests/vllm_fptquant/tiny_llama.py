@@ -224,10 +224,9 @@ class TinyLlama:
             s = torch.ones(1, dtype=torch.float64)
         key, site = f"{layer}.{name}", PROJECTIONS[name][2]
         x = x * s
-        hadamard = self.config.transforms.down_hadamard
-        if hadamard is not None and name == "mlp.down_proj":
-            blocks = x.reshape(len(x), -1, hadamard.block)
-            x = (blocks @ sylvester(hadamard.block)).reshape(x.shape)
+        block = self.block_before(name)
+        if block is not None:
+            x = (x.reshape(len(x), -1, block) @ sylvester(block)).reshape(x.shape)
         x = self.quantized(f"{layer}.{site}", x)
         if key in self.codes:
             codes, scale = self.codes[key]
@@ -236,6 +235,17 @@ class TinyLlama:
             weight = self.weights[f"{key}.weight"].double()
         y = x @ weight.T / s
         return y + self.weights[f"{key}.bias"].double() if self.bias else y
+
+    def block_before(self, name: str) -> int | None:
+        """Size of the Hadamard's blocks at the input of a projection."""
+        down, others = self.config.transforms.down_hadamard, self.config.transforms.input_hadamard
+        if name == "mlp.down_proj":
+            return None if down is None else down.block
+        if others is None:
+            return None
+        return {"self_attn.o_proj": others.o, "mlp.gate_proj": others.gate_up, "mlp.up_proj": others.gate_up}.get(
+            name, others.qkv
+        )
 
     def attention(self, layer: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention with RoPE and a quantized cache: (T, HEADS * HEAD_DIM)."""

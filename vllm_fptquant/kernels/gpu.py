@@ -147,8 +147,8 @@ class BlockHadamard(torch.nn.Module):
         super().__init__()
         if envs.VLLM_BATCH_INVARIANT:  # the order of its sums is cuBLAS's choice, by the number of rows
             raise FPTQuantError(
-                "VLLM_BATCH_INVARIANT would change the Hadamard transform at down_proj: unset it, "
-                "or quantize without T_d"
+                "VLLM_BATCH_INVARIANT would change the online Hadamard transform: unset it, "
+                "or quantize without T_d and T_h"
             )
         size = min(block, self.largest)
         signs = torch.kron(*hadamard_factors(size)).sign()

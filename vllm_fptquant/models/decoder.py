@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
-from vllm.model_executor.layers.layernorm import RMSNorm
+from torch.nn.functional import gelu, silu
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import (
@@ -39,7 +43,8 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, position_scale, residual_scale
 from fptquant.format.binding import Watch
 from fptquant.format.schema import MODEL_TYPE_PREFIX
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, Architecture, Role
+from fptquant.wiring.lookup import require_range
 from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.dummy import keep_norms_plausible
 from vllm_fptquant.kernels.gpu import ScaledInput
@@ -47,6 +52,13 @@ from vllm_fptquant.linear import FPTQuantLinearMethod
 from vllm_fptquant.models.reload import ReloadGuard
 
 AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
+
+
+# What the configuration calls an activation: of the gate alone, on CPUs in its place; and vLLM's, of gate and up.
+ACTIVATIONS: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], torch.nn.Module]]] = {
+    "silu": lambda: (partial(silu, inplace=True), SiluAndMul()),
+    "gelu_pytorch_tanh": lambda: (partial(gelu, approximate="tanh"), GeluAndMul(approximate="tanh")),
+}
 
 
 class SinkMasks(NamedTuple):
@@ -106,9 +118,12 @@ def family_of(config: Any) -> Architecture:
     return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
 
 
-def as_llama(config: Any) -> Any:
-    """A copy of a checkpoint's configuration that names biases as vLLM's Llama looks for them."""
+def as_llama(config: Any, layer: int) -> Any:
+    """A copy of a checkpoint's configuration that says of a layer what vLLM's Llama looks for, where it does."""
     family, result = family_of(config), copy.copy(config)
+    result.rope_parameters = family.rope_parameters(config, layer)
+    if getattr(config, family.activation_name) in ACTIVATIONS:
+        result.hidden_act = "silu"  # the one that it knows; `DecoderMLP` has the right one
     for name, fact in (
         ("qkv_bias", family.qkv_bias),
         ("attention_bias", family.output_bias),
@@ -116,6 +131,13 @@ def as_llama(config: Any) -> Any:
     ):
         setattr(result, name, getattr(config, fact) if isinstance(fact, str) else fact)
     return result
+
+
+def make_norm(config: Any, size: int) -> torch.nn.Module:
+    """A norm as the family's are."""
+    kind = GemmaRMSNorm if family_of(config).gain_offset else RMSNorm  # the former add 1
+    norm: torch.nn.Module = kind(size, eps=config.rms_norm_eps)
+    return norm
 
 
 class DecoderAttention(LlamaAttention):  # type: ignore[misc]
@@ -129,9 +151,29 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
         family = family_of(config)
         self.norms = (family.query_norm, family.key_norm)
         for name in filter(None, self.norms):
-            self.add_module(name, RMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(name, make_norm(config, self.head_dim))
         self.query_scaling = family.query_scaling(config)
-        self.has_rope = family.has_rope(config, extract_layer_index(arguments["prefix"]))
+        layer = extract_layer_index(arguments["prefix"])
+        self.has_rope = family.has_rope(config, layer)
+        self.scaling, (cap, _) = family.score_factor(config), family.caps(config)
+        if cap is not None or self.scaling != self.head_dim**-0.5:
+            self._attend_anew(arguments, family.window(config, layer), cap)
+
+    def _attend_anew(self, arguments: dict[str, Any], window: int | None, cap: float | None) -> None:
+        """Makes the attention of the same name again, with what `LlamaAttention` has no argument for."""
+        name = f"{arguments['prefix']}.attn"
+        del get_current_vllm_config().compilation_config.static_forward_context[name]
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.scaling,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=arguments["cache_config"],
+            quant_config=arguments["quant_config"],
+            logits_soft_cap=cap,
+            per_layer_sliding_window=window,
+            prefix=name,
+        )
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
@@ -176,14 +218,16 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
 
 
 class DecoderMLP(LlamaMLP):  # type: ignore[misc]
-    """MLP whose down projection is scaled."""
+    """MLP whose down projection is scaled, with the family's activation."""
+
+    activate: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
         gate_up, _ = project(self.gate_up_proj, x, scale)
         if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
             gate, up = gate_up.chunk(2, -1)
-            x = silu(gate, inplace=True).mul_(up)
+            x = self.activate(gate).mul_(up)
         else:
             x = self.act_fn(gate_up)
         return scaled_projection(self.down_proj, x, scale)
@@ -197,13 +241,22 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
-        config = as_llama(config or vllm_config.model_config.hf_config)
-        super().__init__(vllm_config, prefix, config, attn_layer_type=DecoderAttention)
+        config = config or vllm_config.model_config.hf_config
+        family = family_of(config)
+        super().__init__(
+            vllm_config, prefix, as_llama(config, extract_layer_index(prefix)), attn_layer_type=DecoderAttention
+        )
         # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
         self.mlp.__class__ = DecoderMLP
+        self.mlp.activate, self.mlp.act_fn = ACTIVATIONS[getattr(config, family.activation_name)]()
         self.mlp.down_proj.skip_bias_add = True
+        del self.input_layernorm, self.post_attention_layernorm  # may be others' names
+        self.norms_before = tuple(str(family.norm_before(role)) for role in (Role.QUERY, Role.GATE))
+        self.norms_behind = family.post_norms
+        for name in (*self.norms_before, *(self.norms_behind or ())):
+            self.add_module(name, make_norm(config, self.hidden_size))
         self.residual_scaled = vllm_config.quant_config.checkpoint.transforms.residual_scale
-        eps = torch.tensor(self.input_layernorm.variance_epsilon, dtype=torch.float32)  # of both norms
+        eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32)  # of all norms
         self.register_buffer("fptquant_eps", eps, persistent=False)
 
     def forward(
@@ -211,20 +264,25 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """As `LlamaDecoderLayer.forward`, with where the first token is."""
         if not self.residual_scaled:
+            before_attention, before_mlp = (self.get_submodule(name) for name in self.norms_before)
             if residual is None:
                 residual = hidden_states
-                hidden_states = self.input_layernorm(hidden_states)
+                hidden_states = before_attention(hidden_states)
             else:
-                hidden_states, residual = self.input_layernorm(hidden_states, residual)
-            hidden_states = self.self_attn(positions, hidden_states, None, sink)
-            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-            return self.mlp(hidden_states, None), residual
+                hidden_states, residual = before_attention(hidden_states, residual)
+            hidden_states = self._behind(0, self.self_attn(positions, hidden_states, None, sink))
+            hidden_states, residual = before_mlp(hidden_states, residual)
+            return self._behind(1, self.mlp(hidden_states, None)), residual
         eps = self.fptquant_eps
         residual = hidden_states if residual is None else hidden_states.add_(residual)
         scale = residual_scale(residual, eps)
         residual = self.self_attn(positions, residual, scale, sink).add_(residual)
         scale = residual_scale(residual, eps)
         return self.mlp(residual, scale), residual
+
+    def _behind(self, block: int, output: Tensor) -> Tensor:
+        """What the attention (0) or the MLP (1) puts out, behind the block's last norm where the family has one."""
+        return output if self.norms_behind is None else self.get_submodule(self.norms_behind[block])(output)
 
 
 class DecoderModel(LlamaModel):  # type: ignore[misc]
@@ -239,6 +297,12 @@ class DecoderModel(LlamaModel):  # type: ignore[misc]
             FPTQuantError: vLLM would pass embeddings in place of all tokens, so that the first is not known.
         """
         super().__init__(vllm_config=vllm_config, **arguments)
+        if not isinstance(self.norm, PPMissingLayer):
+            self.norm = make_norm(self.config, self.config.hidden_size)
+        self.scales_embedding = family_of(self.config).scales_embedding
+        if self.scales_embedding:
+            factor = torch.tensor(self.config.hidden_size**0.5)  # of the model's type, as in transformers
+            self.register_buffer("fptquant_embedding_scale", factor, persistent=False)
         sink = vllm_config.quant_config.checkpoint.sink
         if sink is not None and vllm_config.model_config.enable_prompt_embeds:
             raise FPTQuantError(
@@ -258,6 +322,11 @@ class DecoderModel(LlamaModel):  # type: ignore[misc]
                 return tensors
 
             self.make_empty_intermediate_tensors = make_empty
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """As `LlamaModel.embed_input_ids`, times sqrt(hidden) where the family's is."""
+        embedded: Tensor = super().embed_input_ids(input_ids)
+        return embedded * self.fptquant_embedding_scale if self.scales_embedding else embedded
 
     def forward(
         self,
@@ -304,15 +373,20 @@ class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
         """Builds `LlamaForCausalLM` with our layers.
 
         Raises:
-            FPTQuantError: the checkpoint's configuration names this architecture, but another quantization or none.
+            FPTQuantError: the checkpoint's configuration names this architecture, but another quantization or none; or
+                a type was asked for that doesn't hold the family's activations.
         """
         if not isinstance(getattr(vllm_config.quant_config, "checkpoint", None), CheckpointConfig):
             raise FPTQuantError(
                 "config.json names an architecture of fptquant, but its quantization_config isn't fptquant's: "
                 "quantize the model again"
             )
+        family, model = family_of(vllm_config.model_config.hf_config), vllm_config.model_config
+        require_range(family, model.dtype, "serve with --dtype bfloat16")
         self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DecoderLayer)
+        if hasattr(self, "logits_processor"):  # on the last rank of a pipeline
+            _, self.logits_processor.soft_cap = family.caps(model.hf_config)
         keep_norms_plausible(self)
         self.guard(vllm_config)
 
@@ -350,7 +424,7 @@ class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
         """Checks what of `loaded` no layer checks."""
         for name, module in self.named_modules():
             if isinstance(module, DecoderLayer) and module.residual_scaled:
-                for norm in ("input_layernorm", "post_attention_layernorm"):
+                for norm in module.norms_before:
                     if f"{name}.{norm}.weight" not in loaded:
                         continue
                     if bool((module.get_parameter(f"{norm}.weight") != 1).any()):

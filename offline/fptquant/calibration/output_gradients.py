@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.layers.inputs import LayerInputs, first_inputs, last_states
+from fptquant.layers.inputs import LayerInputs, first_inputs, last_states, to_logits
 from fptquant.layers.residency import entered
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Architecture
@@ -47,7 +47,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     with torch.enable_grad(), entered(head), _recorded({architecture.head: [head]}, found, windows):
         for index, window in enumerate(windows):
             one, states = _leaf(inputs, index)
-            logits = head(next(last_states(model, architecture, one)))[0, :-1].float()
+            logits = to_logits(model, architecture)(next(last_states(model, architecture, one)))[0, :-1].float()
             nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
             assert states.grad is not None
             gradients.append(states.grad)

@@ -60,7 +60,16 @@ def start_from_activations(
         with entered(layer):
             for group, _ in architecture.normed_groups():
                 members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
-                weights = [transforms.merge(place, weight, None)[0] for place, weight in members]
+                weights = [_before(scale, transforms, place, weight) for place, weight in members]
                 first_place = group.first.at(index)
                 found = parallel.joined(largest[first_place][None]).amax(0)
                 scale.start(first_place, found, torch.cat(weights).abs().amax(0))
+
+
+def _before(scale: NormScale, transforms: TransformSet, place: Place, weight: Tensor) -> Tensor:
+    """The weight (out, in) as `scale` finds it, merged with the transforms that come before."""
+    for transform in transforms:
+        if transform is scale:
+            break
+        weight, _ = transform.merge(place, weight, None)
+    return weight

@@ -5,6 +5,7 @@ training code.
 """
 
 from fptquant.format.arithmetic import (
+    attention,
     block_hadamard,
     code_bounds,
     exact_attention,
@@ -14,6 +15,7 @@ from fptquant.format.arithmetic import (
     quantize_per_tensor,
     quantized_linear,
     residual_scale,
+    softcap,
 )
 from fptquant.format.packing import pack_codes, packed_words, round_scale, unpack_codes
 from fptquant.format.schema import (
@@ -23,6 +25,7 @@ from fptquant.format.schema import (
     ActivationScheme,
     CheckpointConfig,
     DownHadamard,
+    InputHadamard,
     KVCacheScheme,
     LinearScheme,
     Override,
@@ -40,12 +43,14 @@ __all__ = [
     "ActivationScheme",
     "CheckpointConfig",
     "DownHadamard",
+    "InputHadamard",
     "KVCacheScheme",
     "LinearScheme",
     "Override",
     "Sink",
     "TransformRecord",
     "WeightScheme",
+    "attention",
     "block_hadamard",
     "code_bounds",
     "exact_attention",
@@ -60,5 +65,6 @@ __all__ = [
     "residual_scale",
     "quantized_architecture",
     "round_scale",
+    "softcap",
     "unpack_codes",
 ]

@@ -129,7 +129,29 @@ def block_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.expand(y.shape[0], a, a), y).view(x.shape).float()
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+def softcap(values: Tensor, cap: float) -> Tensor:
+    """`values` bounded by `cap`, smoothly: cap tanh(values / cap)."""
+    return torch.tanh(values / cap) * cap
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """Causal attention by its definition, in the type of the arguments, which are those of `exact_attention`."""
+    groups, (length, total) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
+    keys, values = (states.repeat_interleave(groups, 0) for states in (key, value))
+    scores = torch.matmul(query * scaling, keys.mT)  # (heads, T, S)
+    if cap is not None:
+        scores = softcap(scores, cap)
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool, device=scores.device).tril(total - length)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
+    return torch.matmul(weights, values).transpose(0, 1)
+
+
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """Causal attention in float64, rounded once to float32: the same bits in whatever order it is computed.
 
     Quantizers turn a difference in the last bit into a whole code now and then, so two float32 kernels drift apart
@@ -142,14 +164,9 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, m
         value: (kv_heads, S, head_dim).
         scaling: of the scores.
         mask: bool (T, S), the positions that each of the T attends to, in place of those up to its own.
+        cap: of the scores, see `softcap`.
 
     Returns:
         (T, heads, head_dim) float32; 0 where nothing is attended to.
     """
-    groups, (length, total) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
-    keys, values = (states.double().repeat_interleave(groups, 0) for states in (key, value))
-    scores = torch.matmul(query.double() * scaling, keys.mT)  # (heads, T, S)
-    if mask is None:
-        mask = torch.ones(length, total, dtype=torch.bool, device=scores.device).tril(total - length)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-    return torch.matmul(weights, values).transpose(0, 1).float()
+    return attention(query.double(), key.double(), value.double(), scaling, mask, cap).float()

@@ -142,7 +142,8 @@ class Binding:
     @staticmethod
     def _free(rope: Mapping[str, Any] | None) -> frozenset[str]:
         """Fields that no logit depends on, under this RoPE."""
-        any_length = (rope or {}).get("rope_type", "default") in _ANY_LENGTH
+        kinds = [of_type for of_type in (rope or {}).values() if isinstance(of_type, Mapping)] or [rope or {}]
+        any_length = all(kind.get("rope_type", "default") in _ANY_LENGTH for kind in kinds)
         return FREE | ({"max_position_embeddings"} if any_length else set())
 
     def require_tensors(self, found: Mapping[str, int], *, all_of_them: bool = True) -> None:

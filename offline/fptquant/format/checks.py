@@ -22,19 +22,27 @@ def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
         config: the model's `PretrainedConfig`.
 
     Raises:
-        FPTQuantError: a sink's token outside of the vocabulary, or Hadamard blocks that don't fill `down_proj`'s input.
+        FPTQuantError: a sink's token outside of the vocabulary, or Hadamard blocks that don't fill their layer's input.
     """
     if checkpoint.sink is not None and checkpoint.sink.token >= config.vocab_size:
         raise FPTQuantError(
             f"config.json: quantization_config.sink.token is {checkpoint.sink.token}, "
             f"but the vocabulary has {config.vocab_size} tokens: {DAMAGED}"
         )
-    hadamard = checkpoint.transforms.down_hadamard
-    if hadamard is not None and config.intermediate_size % hadamard.block:
-        raise FPTQuantError(
-            f"config.json: quantization_config.transforms.down_hadamard.block is {hadamard.block}, "
-            f"which does not divide intermediate_size {config.intermediate_size}: {DAMAGED}"
-        )
+    down, inputs = checkpoint.transforms.down_hadamard, checkpoint.transforms.input_hadamard
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    outputs = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    for field, block, name, size in (
+        ("down_hadamard.block", down and down.block, "intermediate_size", config.intermediate_size),
+        ("input_hadamard.qkv", inputs and inputs.qkv, "hidden_size", hidden),
+        ("input_hadamard.gate_up", inputs and inputs.gate_up, "hidden_size", hidden),
+        ("input_hadamard.o", inputs and inputs.o, "the size of all heads,", outputs),
+    ):
+        if block is not None and size % block:
+            raise FPTQuantError(
+                f"config.json: quantization_config.transforms.{field} is {block}, "
+                f"which does not divide {name} {size}: {DAMAGED}"
+            )
 
 
 def require_fitting(

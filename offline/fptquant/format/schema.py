@@ -12,8 +12,9 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -81,25 +82,44 @@ class KVCacheScheme(Strict):
     strategy: Literal["tensor", "head"] = "tensor"
 
 
+def _power_of_two(block: int) -> int:
+    if block & (block - 1):
+        raise ValueError(f"block must be a power of two, got {block}")
+    return block
+
+
+Block = Annotated[PositiveInt, AfterValidator(_power_of_two)]  # size of a Hadamard's blocks
+
+
 class DownHadamard(Strict):
-    """Online block Hadamard at the input of `down_proj` (T_d); `block` is a power of two."""
+    """Online block Hadamard at the input of `down_proj` (T_d)."""
 
-    block: PositiveInt
+    block: Block
 
-    @field_validator("block")
-    @classmethod
-    def _power_of_two(cls, block: int) -> int:
-        if block & (block - 1):
-            raise ValueError(f"block must be a power of two, got {block}")
-        return block
+
+class InputHadamard(Strict):
+    """Online block Hadamards at the inputs of the other groups of layers (T_h): their blocks, by group."""
+
+    qkv: Block | None = None
+    o: Block | None = None
+    gate_up: Block | None = None
 
 
 class TransformRecord(Strict):
-    """Which transforms were merged (a record only) and the two that run online."""
+    """Which transforms were merged (a record only) and those that run online."""
 
     merged: tuple[str, ...] = ()
     down_hadamard: DownHadamard | None = None
+    input_hadamard: InputHadamard | None = None
     residual_scale: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `input_hadamard` out where there is none: readers that don't know it refuse it by name."""
+        content: dict[str, Any] = serialize(self)
+        if self.input_hadamard is None:
+            content.pop("input_hadamard", None)
+        return content
 
 
 class Sink(Strict):

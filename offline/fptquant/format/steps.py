@@ -118,7 +118,7 @@ class Hadamard(InputStep):
             return None
         return (
             f"splits the Hadamard blocks of {self.block}: use a size that divides {in_features * parts // self.block}, "
-            f"or quantize the model again with T_d: {{max_tensor_parallel: {parts}}} in the recipe"
+            f"or quantize the model again with T_d (at o_proj T_h): {{max_tensor_parallel: {parts}}} in the recipe"
         )
 
 
@@ -289,10 +289,23 @@ def in_floating_point(steps: Iterable[Step]) -> tuple[Step, ...]:
     return tuple(Product(None) if isinstance(step, Product) else step for step in kept)
 
 
+def _hadamard_of(group: str) -> Callable[[TransformRecord], tuple[Step, ...]]:
+    """What T_h puts in front of the layers of a group."""
+
+    def steps(record: TransformRecord) -> tuple[Step, ...]:
+        block: int | None = getattr(record.input_hadamard, group, None)
+        return () if block is None else (Hadamard(block),)
+
+    return steps
+
+
 # Which field of `transforms` puts which steps around which layers (full names), from the outside in.
 _ONLINE: tuple[tuple[str, Callable[[TransformRecord], tuple[Step, ...]]], ...] = (
     (r"(.*\.)?(o_proj|down_proj)", lambda record: (RowScale(), Undo()) if record.residual_scale else ()),
     (r"(.*\.)?down_proj", lambda record: (Hadamard(record.down_hadamard.block),) if record.down_hadamard else ()),
+    (r"(.*\.)?(q_proj|k_proj|v_proj)", _hadamard_of("qkv")),
+    (r"(.*\.)?o_proj", _hadamard_of("o")),
+    (r"(.*\.)?(gate_proj|up_proj)", _hadamard_of("gate_up")),
 )
 
 

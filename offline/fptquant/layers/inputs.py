@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from fptquant.format import softcap
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import is_large, spilled
 from fptquant.simulate.sink import SinkMasks, put_output, sink_token
@@ -184,9 +185,15 @@ def window_logits(
     inputs = first_inputs(model, architecture, windows, batch=1)
     for _ in track(through_layers(model, architecture, inputs)):
         pass
-    with entered(model.get_submodule(architecture.head)) as head:
+    with entered(model.get_submodule(architecture.head)):
         for states in last_states(model, architecture, inputs):
-            yield head(states)
+            yield to_logits(model, architecture)(states)
+
+
+def to_logits(model: PreTrainedModel, architecture: Architecture) -> Callable[[Tensor], Tensor]:
+    """The head, as it is now, with the bound of the logits behind it: (..., hidden) to (..., vocabulary)."""
+    head, (_, cap) = model.get_submodule(architecture.head), architecture.caps(model.config)
+    return head if cap is None else lambda states: softcap(head(states), cap)
 
 
 def last_states(model: PreTrainedModel, architecture: Architecture, inputs: LayerInputs) -> Iterator[Tensor]:

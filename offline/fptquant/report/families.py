@@ -28,7 +28,10 @@ transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, 
 What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
 than `model_type`, a multimodal model (give its text part as a model of its own), a sequence classifier. A transform
 that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
-says why.
+says why, and what takes its place.
+
+Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where
+scores are bounded (Gemma 2), transformers' `sdpa` leaves the bound out; here it is never left out.
 
 A first token can be constant where every layer attends to it for as long as a sequence goes on: not where
 `sliding_window` is smaller than `max_position_embeddings`, nor where RoPE scales keys (yarn, longrope with a factor).
@@ -63,7 +66,8 @@ def _transforms(family: Architecture) -> str:
     for name, transform in TRANSFORMS.items():
         obstacle, restriction = transform.obstacle(family), transform.form(shape).restriction
         if obstacle is not None:
-            limits.append(f"no {name} ({obstacle})")
+            substitute = transform.substitute
+            limits.append(f"no {name} ({obstacle})" + (f", {substitute} in its place" if substitute else ""))
         elif restriction:
             limits.append(f"{name}: {restriction}")
     return "; ".join(limits) or "all"

@@ -28,6 +28,7 @@ from fptquant.recipe import Recipe
 from fptquant.run.head import head_scheme, untied_by, was_tied
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.wiring import Role
+from fptquant.wiring.lookup import require_range
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     Args:
         model: directory, or name on the hub.
         recipe: what to do.
-        leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name.
+        leave_out: transforms that the model's family can't have, with a note, where nobody asked for them by name; what
+            can take a transform's place does.
         device: that computes.
 
     Raises:
@@ -90,6 +92,11 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     left_out = transform_obstacles(source, recipe) if leave_out else {}
     if left_out:
         kept = {name: options for name, options in recipe.to_dict()["transforms"].items() if name not in left_out}
+        for name, obstacle in left_out.items():
+            substitute = TRANSFORMS[name].substitute
+            if substitute is not None:
+                kept.setdefault(substitute, {})
+                left_out[name] = f"{obstacle}; {substitute} takes its place (--without {name} leaves both out)"
         recipe = recipe.changed("transforms", transforms=kept)
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
@@ -123,6 +130,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
             f"transforms: {in_gains} is in the norms' gains, which S_n does away with; switch one of them off"
         )
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    require_range(source.architecture, dtype, "quantize with --dtype bfloat16")
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,

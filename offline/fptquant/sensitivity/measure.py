@@ -15,7 +15,7 @@ from fptquant import parallel
 from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
-from fptquant.layers.inputs import LayerInputs, first_inputs
+from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import put_away
 from fptquant.quantize import search_input_range, weight_scales
@@ -167,7 +167,7 @@ class Probe:
             for index in range(len(self.tokens)):
                 window = inputs.sequence(index)
                 states = put_output(self.norm, self.norm(window.hidden[0]), window.masks[0] if window.masks else None)
-                yield self.head(states)[0].float()
+                yield to_logits(self.model, self.job.source.architecture)(states)[0].float()
 
     @contextmanager
     def _applied(self, sites: Mapping[Site, bool]) -> Iterator[None]:

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import KVCacheScheme, code_bounds, exact_attention, quantize
+from fptquant.format import KVCacheScheme, attention, code_bounds, exact_attention, quantize
 from fptquant.format.checks import require_positive, require_zero_point
 from fptquant.simulate.sink import KEY, STEADY, VALUE, SinkMasks, replaced
 
@@ -110,7 +110,7 @@ class QuantizedAttention(nn.Module):
             attention_mask: as for transformers' sdpa.
             cache: of codes, to which these are added.
             where: tokens that have the sink's constants, bool (batch, tokens); those stay what they are.
-            kwargs: passed on.
+            kwargs: passed on; with `softcap`, the bound of the scores, or None.
 
         Returns:
             (batch, tokens, heads, head_dim).
@@ -135,8 +135,11 @@ class QuantizedAttention(nn.Module):
             query = (query * self._of_heads(scales["k"])).to(query.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        cap: float | None = kwargs.get("softcap")
         if scales is not None and quantizer.exact:
-            output = _exactly(query, key, value, attention_mask, kwargs["scaling"])
+            output = by_rows(exact_attention, query, key, value, attention_mask, kwargs["scaling"], cap)
+        elif cap is not None:  # sdpa would leave it out
+            output = by_rows(attention, query, key, value, attention_mask, kwargs["scaling"], cap)
         else:
             output, _ = sdpa_attention_forward(self, query, key, value, attention_mask, **kwargs)
         if scales is None:
@@ -157,15 +160,23 @@ class QuantizedAttention(nn.Module):
         return scale.repeat_interleave(self.num_key_value_groups, 0) if scale.shape[0] > 1 else scale
 
 
-def _exactly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """`exact_attention` of a batch: (batch, tokens, heads, head_dim)."""
+def by_rows(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+) -> Tensor:
+    """`attention` or `exact_attention` of a batch: (batch, tokens, heads, head_dim)."""
     if mask is None and query.shape[2] > 1:  # the rest of a preallocated cache is empty
         key, value = (states[:, :, : query.shape[2]] for states in (key, value))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask == 0
     masks = [None] * len(query) if mask is None else list(mask.expand(len(query), -1, -1, -1)[:, 0])
     rows = zip(query, key, value, masks, strict=True)
-    return torch.stack([exact_attention(*row[:3], scaling, row[3]) for row in rows])
+    return torch.stack([function(*row[:3], scaling, row[3], cap) for row in rows])
 
 
 # The simulation's attention modules call `attend` themselves; the name says what masks they take.

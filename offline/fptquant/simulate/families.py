@@ -33,7 +33,6 @@ PARTS: dict[str, type[SimulatedModule]] = {
 
 def _classes_of(architecture: Architecture) -> dict[type[nn.Module], type[nn.Module]]:
     """What each of a family's classes becomes; they are importable from here, so that models can be pickled."""
-    assert not architecture.post_norms, "`SimulatedDecoderLayer` adds what a block puts out as it is"
     modeling = sys.modules[getattr(transformers, architecture.class_name).__module__]
     facts = {"__module__": __name__, "architecture": architecture, "modeling": modeling}
     found = {}

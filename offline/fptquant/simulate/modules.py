@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fptquant.format import position_scale, residual_scale
-from fptquant.simulate.attention import QuantizedAttention
+from fptquant.format import attention, position_scale, residual_scale
+from fptquant.simulate.attention import QuantizedAttention, by_rows
 from fptquant.simulate.buffers import FixedBuffers
 from fptquant.simulate.sink import SinkMasks, SinkModel, find_positions, put_output
 from fptquant.wiring import Architecture, Role
@@ -129,22 +129,28 @@ class SimulatedAttention(FixedBuffers, QuantizedAttention, SimulatedModule):
         if scaling is not None:
             query = (query * position_scale(kwargs["position_ids"], *scaling)[:, None, :, None]).to(query.dtype)
         window = {} if family.windows == "none" else {"sliding_window": family.window(self.config, self.layer_idx)}
+        cap, _ = family.caps(self.config)
         kwargs = {
             "dropout": self.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,
             **window,
+            **({} if cap is None else {"softcap": cap}),
             **kwargs,
         }
         cache, weights = past_key_values if cache is None else cache, None
+        implementation = self.config._attn_implementation
         if self.kv_quantizer is not None:
             output = self.attend(query, key, value, attention_mask, cache, where, **kwargs)
         else:
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
-            function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, self.modeling.eager_attention_forward
-            )
-            output, weights = function(self, query, key, value, attention_mask, **kwargs)
+            if cap is not None and implementation in ("sdpa", "eager"):  # sdpa would leave it out
+                output = by_rows(attention, query, key, value, attention_mask, self.scaling, cap)
+            else:
+                function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+                    implementation, self.modeling.eager_attention_forward
+                )
+                output, weights = function(self, query, key, value, attention_mask, **kwargs)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self._projection(Role.OUTPUT)(output, scale), weights
 
@@ -160,18 +166,23 @@ class SimulatedDecoderLayer(SimulatedModule):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """As the family's; the other arguments are the attention's."""
         family = self.architecture
-        attention, mlp = self.get_submodule(family.attention), self.get_submodule(family.mlp)
+        block, mlp = self.get_submodule(family.attention), self.get_submodule(family.mlp)
         scale = self.scale_of(hidden_states)
         normed = self._norm_before(Role.QUERY)(hidden_states, scale)
-        output, _ = attention(hidden_states=normed, scale=scale, **kwargs)
-        hidden_states = hidden_states + output
+        output, _ = block(hidden_states=normed, scale=scale, **kwargs)
+        hidden_states = hidden_states + self._normed_behind(0, output)
         scale = self.scale_of(hidden_states)
-        result: Tensor = hidden_states + mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
-        return result
+        output = mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
+        return hidden_states + self._normed_behind(1, output)
 
     def scale_of(self, residual: Tensor) -> Tensor | None:
         """S (..., 1) of `residual` (..., hidden); None without S_n."""
         return None if self.residual_eps is None else residual_scale(residual, self.residual_eps)
+
+    def _normed_behind(self, block: int, output: Tensor) -> Tensor:
+        """What the attention (0) or the MLP (1) puts out, behind the block's last norm where the family has one."""
+        norms = self.architecture.post_norms
+        return output if norms is None else self.get_submodule(norms[block])(output)
 
     def _norm_before(self, role: Role) -> nn.Module:
         path = self.architecture.norm_before(role)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
+from fptquant.layers.inputs import to_logits
 from fptquant.layers.residency import entered, recomputed
 from fptquant.train.fake_quant import Estimator
 from fptquant.train.objective import Objective, sequence_loss
@@ -102,7 +103,7 @@ def train_end_to_end(
     for parameter in optimization.parameters.values():
         parameter.requires_grad_(True)
     head, layers = model.get_submodule(student.architecture.head), student.architecture.layer_modules(model)
-    share = 1 / options.batch
+    logits, share = to_logits(model, student.architecture), 1 / options.batch
     with recomputed(model, layers, always=options.gradient_checkpointing):
         while optimization.step < optimization.steps:
             start, total = time.perf_counter(), 0.0
@@ -114,7 +115,7 @@ def train_end_to_end(
                     labels = nn.functional.pad(tokens[1:], (0, 1), value=_NO_LABEL)
                     with entered(head), teacher.with_head():
                         loss, gradient = sequence_loss(
-                            hidden, head, target, teacher.head, labels, options.objective, options.top, share
+                            hidden, logits, target, teacher.head, labels, options.objective, options.top, share
                         )
                     if not math.isfinite(loss):
                         raise FPTQuantError(

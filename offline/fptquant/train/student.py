@@ -50,12 +50,12 @@ class SinkInput:
     normed: Tensor  # (hidden,), without transforms
     norm: nn.Module | None = None  # of keys, over each head
 
-    def update(self, source: FloatWeight) -> None:
-        """Computes the constant with the weight of `source`, not quantized."""
+    def update(self, linear: SimulatedLinear, source: FloatWeight) -> None:
+        """Computes the constant with the online steps of `linear` and the weight of `source`, not quantized."""
         transforms = source.transforms[0]
         states = transforms.inputs(EMBEDDING, self.normed[None])
         gain = transforms.gain(source.place, states.dtype)
-        states = source.exact(states if gain is None else states * gain)
+        states = source.exact(linear.online(states if gain is None else states * gain))
         states = states.view(self.attention.get_buffer(self.name).shape)
         setattr(self.attention, self.name, states if self.norm is None else self.norm(states))
 
@@ -104,7 +104,7 @@ class TrainedLinear(nn.Module):
         y, bias = self.weight.product(self.group(x, self.weight))
         if self.sink is not None:
             assert isinstance(self.weight, FloatWeight)
-            self.sink.update(self.weight)
+            self.sink.update(linear, self.weight)
         return linear.finished(y, x, scale, bias)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.layers.inputs import first_inputs, last_states, through_layers
+from fptquant.layers.inputs import first_inputs, last_states, through_layers, to_logits
 from fptquant.layers.residency import entered
 from fptquant.wiring import Architecture
 
@@ -37,12 +37,11 @@ class Teacher:
         self.windows, self.cache = windows, cache
         self._model: PreTrainedModel | None = model
         self._architecture = architecture
-        self._head = model.get_submodule(architecture.head)
+        self._head, self._to_logits = model.get_submodule(architecture.head), to_logits(model, architecture)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) of final hidden states (tokens, hidden)."""
-        logits: Tensor = self._head(hidden)
-        return logits
+        return self._to_logits(hidden)
 
     def with_head(self) -> AbstractContextManager[nn.Module]:
         """Keeps the head in memory for as long as the context lasts."""

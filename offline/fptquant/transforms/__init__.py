@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fptquant.format import TransformRecord
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.input_hadamard import InputHadamard
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import QueryKeyTransform
 from fptquant.transforms.residual_rotation import ResidualRotation
@@ -21,8 +22,8 @@ from fptquant.transforms.up_down import UpDownTransform
 from fptquant.transforms.value import ValueTransform
 from fptquant.wiring import Place, Shape
 
-# T_u must come before T_d: W_down diag(1 / s) H; and T_r before T_s: W R diag(s). The others act on different sides or
-# roles and commute.
+# T_u must come before T_d: W_down diag(1 / s) H; T_r before T_s, and both and T_v before T_h: W R diag(s) B. The others
+# act on different sides or roles and commute.
 TRANSFORMS: dict[str, type[Transform]] = {
     transform.name: transform
     for transform in (
@@ -31,6 +32,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
         UpDownTransform,
         ResidualRotation,
         NormScale,
+        InputHadamard,
         DownHadamard,
         ResidualScale,
     )
@@ -48,7 +50,7 @@ class TransformSet(nn.Module):
         """Builds the named transforms at their starting values.
 
         Args:
-            options: transform name to its options, e.g. `{"T_d": DownHadamardOptions(block=64)}`.
+            options: transform name to its options, e.g. `{"T_d": HadamardOptions(block=64)}`.
             shape: sizes of the model.
             seed: for the random signs of Hadamard starting points.
         """

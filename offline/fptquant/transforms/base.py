@@ -24,8 +24,8 @@ class Transform(nn.Module):
 
     A layer's weight W becomes L W C, its bias L b. A transform overrides `outputs`, which multiplies by L, and
     `inputs`, which multiplies by C. Both act on the last dimension, so that they serve for weights (`merge`) and, where
-    no merged weight is wanted, for activations: (L W C) x = L (W (C x)). One that runs online (T_d, S_n) is carried out
-    by the layers themselves; what it overrides is the part that goes into the weights, if any.
+    no merged weight is wanted, for activations: (L W C) x = L (W (C x)). What runs online (T_d, T_h, S_n) is carried
+    out by the layers themselves; what it overrides is the part that goes into the weights, if any.
 
     Parameters start at fixed values and are kept in float32; everything is computed in the dtype of the values given
     (float64 when a checkpoint is written, float32 when training) and is differentiable.
@@ -37,6 +37,7 @@ class Transform(nn.Module):
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
     restriction: ClassVar[str] = ""  # what a restricted form keeps of the transform, for users to read
+    substitute: ClassVar[str | None] = None  # what shipped recipes have where a family can't have this transform
     shared: ClassVar[bool] = False  # by all layers, embedding and head; it is trained at a rate of its own
 
     def __init__(self, shape: Shape, options: Any, generator: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,8 @@ from fptquant.wiring import Place, Role, Shape
 PACKED = 8  # 4-bit weights in a packed word, which is never split
 
 
-class DownHadamardOptions(TransformOptions):
-    """Block size: a power of two that divides the intermediate size.
+class HadamardOptions(TransformOptions):
+    """Block size: a power of two that divides the number of channels.
 
     A tensor-parallel rank rotates its own share of the channels, so a block must not reach across ranks. `auto` takes
     the largest that suits every size the model can be served at, up to `max_tensor_parallel`. Larger blocks spread
@@ -39,21 +40,13 @@ class DownHadamard(Transform):
     """h' = h blockdiag(H_b / sqrt(b)) online, W_down' = W_down blockdiag(H_b / sqrt(b)) (method.md 1.4)."""
 
     name = "T_d"
-    Options = DownHadamardOptions
+    Options = HadamardOptions
 
-    def __init__(self, shape: Shape, options: DownHadamardOptions, generator: torch.Generator) -> None:
+    def __init__(self, shape: Shape, options: HadamardOptions, generator: torch.Generator) -> None:
         """Settles the block size; FPTQuantError when it does not divide the intermediate size."""
         super().__init__(shape, options, generator)
-        if options.block == "auto":
-            sizes = tensor_parallel_sizes(shape, options.max_tensor_parallel)
-            self.block = min(power_of_two_in(shape.intermediate // size) for size in sizes)
-        else:
-            self.block = options.block
-        if shape.intermediate % self.block:
-            raise FPTQuantError(
-                f"T_d: block {self.block} does not divide the intermediate size {shape.intermediate}; "
-                f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
-            )
+        sizes = tensor_parallel_sizes(shape, options.max_tensor_parallel)
+        self.block = block_size(options, shape.intermediate, sizes, "T_d", "intermediate size")
 
     def online(self) -> dict[str, Any]:
         """The block size at down_proj."""
@@ -61,11 +54,37 @@ class DownHadamard(Transform):
 
     def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """Multiplies each block of columns of down_proj by the (symmetric, orthonormal) Hadamard matrix."""
-        if place.role is not Role.DOWN:
-            return values
-        left, right = (factor.to(values.device) for factor in hadamard_factors(self.block, values.dtype))
-        blocks = values.reshape(-1, len(left), len(right))
-        return (left @ (blocks @ right)).view(values.shape)
+        return block_rotated(values, self.block) if place.role is Role.DOWN else values
+
+
+def block_rotated(values: Tensor, block: int) -> Tensor:
+    """`values` (..., K) times blockdiag(H_block / sqrt(block)), in their type."""
+    left, right = (factor.to(values.device) for factor in hadamard_factors(block, values.dtype))
+    blocks = values.reshape(-1, len(left), len(right))
+    return (left @ (blocks @ right)).view(values.shape)
+
+
+def block_size(options: HadamardOptions, channels: int, ranks: Iterable[int], name: str, what: str) -> int:
+    """The block that the options ask for.
+
+    Args:
+        options: of the transform.
+        channels: number of them, `what` by name.
+        ranks: the numbers of parts that the channels may be split into.
+        name: of the transform.
+        what: see `channels`.
+
+    Raises:
+        FPTQuantError: a chosen block does not divide the channels.
+    """
+    if options.block == "auto":
+        return min(power_of_two_in(channels // size) for size in ranks)
+    if channels % options.block:
+        raise FPTQuantError(
+            f"{name}: block {options.block} does not divide the {what} {channels}; "
+            f"use a power of two up to {power_of_two_in(channels)}, or 'auto'"
+        )
+    return options.block
 
 
 def tensor_parallel_sizes(shape: Shape, largest: int) -> list[int]:

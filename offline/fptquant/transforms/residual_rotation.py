@@ -30,6 +30,7 @@ class ResidualRotation(Transform):
 
     name = "T_r"
     Options = RotationOptions
+    substitute = "T_h"
     shared = True
 
     def __init__(self, shape: Shape, options: RotationOptions, generator: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fptquant.transforms.base import Transform
+from fptquant.wiring import Architecture
 
 
 class ResidualScale(Transform):
@@ -14,6 +15,11 @@ class ResidualScale(Transform):
 
     name = "S_n"
     merged = False
+
+    @classmethod
+    def obstacle(cls, architecture: Architecture) -> str | None:
+        """A norm behind the block makes outputs relative to their own size, whatever S is."""
+        return "blocks end in norms, to which S makes no difference" if architecture.post_norms else None
 
     def online(self) -> dict[str, Any]:
         """On."""

@@ -5,6 +5,8 @@ Nothing heavy is imported here: what transformers has to know of our checkpoints
 
 from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Place, Projection, Role, Shape
 from fptquant.wiring.ernie4_5 import ERNIE4_5
+from fptquant.wiring.gemma2 import GEMMA2
+from fptquant.wiring.gemma3 import GEMMA3
 from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
@@ -16,7 +18,7 @@ from fptquant.wiring.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Architecture] = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5)
+    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5, GEMMA3, GEMMA2)
 }
 
 __all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # the facts are read where nothing heavy may be imported (`fptquant.hf_entries`)
     from torch import nn
@@ -106,12 +106,19 @@ class Architecture:
         gain_offset: what a norm adds to its weight before it multiplies by it.
         query_norm: path, relative to the attention, of a norm over each head of the queries, before RoPE; None without.
         key_norm: the same of the keys, which are final behind it.
-        post_norms: whether blocks end in norms, before their outputs are added to the residual.
+        post_norms: paths of the norms behind attention and MLP, before the residual takes their outputs; None without.
+        scales_embedding: whether what is embedded is multiplied by sqrt(hidden).
         activation: attribute of the MLP.
+        activation_name: field of the configuration that names it.
         rotary_function: what applies RoPE, in the module of the family's classes.
         interleaved: whether RoPE turns pairs (2j, 2j + 1), not (j, j + head_dim / 2).
         rope_layers: field of the configuration that says for each layer whether it has RoPE; None where all have.
         scales_queries: whether queries grow with their position behind RoPE, by two of the `rope_parameters`.
+        score_scalar: field of the configuration by whose square root scores are divided; None for sqrt(head_dim).
+        score_cap: field of the configuration that bounds scores, by `fptquant.format.softcap`; None without.
+        logit_cap: the same of logits.
+        float16: whether activations stay within the range of float16.
+        impossible: fields of the configuration that have to be off, and what they would mean.
         windows: which layers attend to the last `sliding_window` tokens only, where the configuration names a number:
             none of them; all; or those whose `layer_types` say so.
         multipliers: fields of the configuration by which something is multiplied, and what that is; the weights take
@@ -135,12 +142,19 @@ class Architecture:
     gain_offset: float = 0.0
     query_norm: str | None = None
     key_norm: str | None = None
-    post_norms: bool = False
+    post_norms: tuple[str, str] | None = None
+    scales_embedding: bool = False
     activation: str = "act_fn"
+    activation_name: str = "hidden_act"
     rotary_function: str = "apply_rotary_pos_emb"
     interleaved: bool = False
     rope_layers: str | None = None
     scales_queries: bool = False
+    score_scalar: str | None = None
+    score_cap: str | None = None
+    logit_cap: str | None = None
+    float16: bool = True
+    impossible: Mapping[str, str] = field(default_factory=dict)
     windows: Literal["none", "all", "by type"] = "none"
     multipliers: Mapping[str, Multiplier] = field(default_factory=dict)
     qkv_bias: bool | str = "attention_bias"
@@ -198,6 +212,21 @@ class Architecture:
             return None
         found = config.rope_parameters
         return found["llama_4_scaling_beta"], found["original_max_position_embeddings"]
+
+    def rope_parameters(self, config: PretrainedConfig, layer: int) -> Mapping[str, Any]:
+        """RoPE of a layer, where types of layers may have one each."""
+        found: Mapping[str, Any] = config.rope_parameters
+        return found if "rope_type" in found else found[config.layer_types[layer]]
+
+    def score_factor(self, config: PretrainedConfig) -> float:
+        """What the attention's scores are multiplied by."""
+        size = self.shape(config).head_dim if self.score_scalar is None else getattr(config, self.score_scalar)
+        return float(size**-0.5)
+
+    def caps(self, config: PretrainedConfig) -> tuple[float | None, float | None]:
+        """Bounds of scores and of logits; None without."""
+        scores, logits = (None if name is None else getattr(config, name) for name in (self.score_cap, self.logit_cap))
+        return scores, logits
 
     def neutral(self, config: PretrainedConfig, name: str) -> float:
         """The value of a multiplier by which nothing is changed, beside the weights that it was taken into."""

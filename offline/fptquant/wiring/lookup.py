@@ -44,6 +44,9 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             f"{found} is not supported: of this model_type, only {family.class_name} is; where config.json is wrong, "
             "correct it"
         )
+    for field, meaning in family.impossible.items():
+        if config.get(field):
+            raise FPTQuantError(f"{found} has {field}: {meaning}, which is not supported")
     if family.windows == "none" and config.get("sliding_window"):
         raise FPTQuantError(
             f"{found} has a sliding_window, which transformers leaves out of account and vLLM doesn't: remove it from "
@@ -55,3 +58,18 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             "remove them from config.json where they are wrong; a model that needs them is not supported"
         )
     return family
+
+
+def require_range(architecture: Architecture, dtype: Any, remedy: str) -> None:
+    """Refuses a type that a family's activations don't fit into.
+
+    Args:
+        architecture: the family.
+        dtype: torch's, that is computed in or stored.
+        remedy: what to do.
+
+    Raises:
+        FPTQuantError: names the type, the family and the remedy.
+    """
+    if str(dtype) == "torch.float16" and not architecture.float16:
+        raise FPTQuantError(f"float16 doesn't hold the activations of a {architecture.class_name}: {remedy}")

@@ -79,8 +79,8 @@ def quantized(job: Job) -> Any:
 @pytest.mark.parametrize("kind", ["gqa", "bias", "tied"])
 @pytest.mark.parametrize(
     "names",
-    [NAMES, ["T_k", "T_v", "T_u"], ["T_v", "T_r", "T_s"]],
-    ids=["all", "no T_r, T_d, S_n", "T_s"],
+    [NAMES, ["T_k", "T_v", "T_u"], ["T_v", "T_r", "T_s"], ["T_v", "T_s", "T_h"]],
+    ids=["all", "no T_r, T_d, S_n", "T_s", "T_h"],
 )
 def test_transform_student_is_the_quantized_model(kind: str, names: list[str], tmp_path: Path) -> None:
     """Weights through the transforms in every step give what merging them gives, the sink included."""
