@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
@@ -21,6 +21,8 @@ SIZES = {
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16,
@@ -61,6 +63,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
     ),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
+    "qwen3_moe with windows": (
+        "qwen3_moe",
+        {**_SLIDING, "head_dim": 32, "attention_bias": True, "mlp_only_layers": [0], **_EXPERTS},
+    ),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
@@ -71,15 +78,22 @@ BY_FAMILY = {
 
 
 def family_of(variant: str) -> Architecture:
-    return FAMILIES[VARIANTS[variant][0]]
+    """As it is in the variant's model."""
+    return FAMILIES[VARIANTS[variant][0]].of(config_of(variant))
+
+
+def config_of(variant: str) -> PretrainedConfig:
+    family = FAMILIES[VARIANTS[variant][0]]
+    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
+    config.architectures = [family.class_name]
+    return config
 
 
 def build(variant: str, seed: int = 0) -> PreTrainedModel:
     """In float32, with gains of mean 1 and deviation 0.4, and biases: ones and zeros would hide errors."""
-    family = family_of(variant)
-    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
-    config.architectures = [family.class_name]
-    return trained_looking(getattr(transformers, family.class_name)(config), seed)
+    model = getattr(transformers, family_of(variant).class_name)(config_of(variant))
+    model.config._experts_implementation = "eager"  # the one that computes in float64
+    return trained_looking(model, seed)
 
 
 def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

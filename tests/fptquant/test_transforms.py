@@ -62,8 +62,10 @@ def merge(model: Any, transforms: TransformSet, family: Architecture = LLAMA) ->
             blocks = args[0].unflatten(-1, (-1, hadamard.shape[0]))
             return ((blocks @ hadamard.to(args[0].dtype)).flatten(-2),)
 
-        for layer in family.layer_modules(model):
-            layer.get_submodule(family.projection_of(Role.DOWN).path).register_forward_pre_hook(rotate)
+        for index, layer in enumerate(family.layer_modules(model)):
+            for projection in family.projections_of(index):
+                if projection.role is Role.DOWN:
+                    layer.get_submodule(projection.path).register_forward_pre_hook(rotate)
     return model
 
 

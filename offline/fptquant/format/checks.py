@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import FPTQuantError
-from fptquant.format.schema import CheckpointConfig
+from fptquant.format.schema import MODEL_TYPE_PREFIX, CheckpointConfig
+from fptquant.wiring import FAMILIES
 
 DAMAGED = "the checkpoint is damaged, fetch it again or quantize again"
 
@@ -30,11 +31,14 @@ def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
             f"but the vocabulary has {config.vocab_size} tokens: {DAMAGED}"
         )
     hadamard = checkpoint.transforms.down_hadamard
-    if hadamard is not None and config.intermediate_size % hadamard.block:
-        raise FPTQuantError(
-            f"config.json: quantization_config.transforms.down_hadamard.block is {hadamard.block}, "
-            f"which does not divide intermediate_size {config.intermediate_size}: {DAMAGED}"
-        )
+    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    widths = () if hadamard is None or family is None else family.shape(config).widths
+    for width in widths:
+        if hadamard is not None and width % hadamard.block:
+            raise FPTQuantError(
+                f"config.json: quantization_config.transforms.down_hadamard.block is {hadamard.block}, "
+                f"which does not divide intermediate_size {width}: {DAMAGED}"
+            )
 
 
 def require_fitting(

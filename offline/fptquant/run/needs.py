@@ -47,7 +47,7 @@ class Sizes:
             layer=sum(sizes) // shape.layers,
             ends=vocabulary,
             total=sum(sizes) + 2 * vocabulary,
-            widest=max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim),
+            widest=max(shape.hidden, *shape.widths, shape.heads * shape.head_dim),
             matrix=max(sizes),
         )
 
@@ -91,7 +91,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
 
     def trained(length: int, layers: int) -> int:
         """Activations that autograd keeps."""
-        return _FLOAT32 * length * (12 * shape.hidden + 6 * shape.intermediate + shape.heads * length) * layers
+        return _FLOAT32 * length * (12 * shape.hidden + 6 * shape.active_width + shape.heads * length) * layers
 
     length, kept = recipe.training.length, 1 if streamed else shape.layers
     end_to_end = model + trained(length, kept) + _FLOAT32 * 2 * sizes.ends + pair

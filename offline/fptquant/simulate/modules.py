@@ -147,14 +147,21 @@ class SimulatedDecoderLayer(SimulatedModule):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """As the family's; the other arguments are the attention's."""
-        family = self.architecture
-        attention, mlp = self.get_submodule(family.attention), self.get_submodule(family.mlp)
+        hidden_states = self.attended(hidden_states, **kwargs)
+        return hidden_states + self.through(self.get_submodule(self.architecture.mlp), hidden_states)
+
+    def attended(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The residual (..., hidden) behind the attention."""
         scale = self.scale_of(hidden_states)
         normed = self._norm_before(Role.QUERY)(hidden_states, scale)
-        output, _ = attention(hidden_states=normed, scale=scale, **kwargs)
-        hidden_states = hidden_states + output
+        output, _ = self.get_submodule(self.architecture.attention)(hidden_states=normed, scale=scale, **kwargs)
+        result: Tensor = hidden_states + output
+        return result
+
+    def through(self, mlp: Callable[[Tensor, Tensor | None], Tensor], hidden_states: Tensor) -> Tensor:
+        """What `mlp`, or a part of a mixture, makes of the normed residual behind the attention."""
         scale = self.scale_of(hidden_states)
-        result: Tensor = hidden_states + mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
+        result: Tensor = mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
         return result
 
     def scale_of(self, residual: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ PACKED = 8  # 4-bit weights in a packed word, which is never split
 
 
 class DownHadamardOptions(TransformOptions):
-    """Block size: a power of two that divides the intermediate size.
+    """Block size: a power of two that divides the intermediate size, that of MLPs and that of experts.
 
     A tensor-parallel rank rotates its own share of the channels, so a block must not reach across ranks. `auto` takes
     the largest that suits every size the model can be served at, up to `max_tensor_parallel`. Larger blocks spread
@@ -46,14 +46,15 @@ class DownHadamard(Transform):
         super().__init__(shape, options, generator)
         if options.block == "auto":
             sizes = tensor_parallel_sizes(shape, options.max_tensor_parallel)
-            self.block = min(power_of_two_in(shape.intermediate // size) for size in sizes)
+            self.block = min(power_of_two_in(width // size) for width in shape.widths for size in sizes)
         else:
             self.block = options.block
-        if shape.intermediate % self.block:
-            raise FPTQuantError(
-                f"T_d: block {self.block} does not divide the intermediate size {shape.intermediate}; "
-                f"use a power of two up to {power_of_two_in(shape.intermediate)}, or 'auto'"
-            )
+        for width in shape.widths:
+            if width % self.block:
+                raise FPTQuantError(
+                    f"T_d: block {self.block} does not divide the intermediate size {width}; "
+                    f"use a power of two up to {min(map(power_of_two_in, shape.widths))}, or 'auto'"
+                )
 
     def online(self) -> dict[str, Any]:
         """The block size at down_proj."""
@@ -77,7 +78,7 @@ def tensor_parallel_sizes(shape: Shape, largest: int) -> list[int]:
 
     def fits(size: int) -> bool:
         kv_heads = shape.kv_heads % size == 0 or size % shape.kv_heads == 0
-        columns = (shape.heads * shape.head_dim, shape.intermediate)
+        columns = (shape.heads * shape.head_dim, *shape.widths)
         return shape.heads % size == 0 and kv_heads and all(count % (size * PACKED) == 0 for count in columns)
 
     return [1, *filter(fits, range(2, largest + 1))]
