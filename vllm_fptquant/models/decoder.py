@@ -103,7 +103,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | 
 
 def family_of(config: Any) -> Architecture:
     """Family of a checkpoint's configuration, whose model type is ours or, in format version 1, the original's."""
-    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)].of(config)
 
 
 def as_llama(config: Any) -> Any:
@@ -181,12 +181,14 @@ class DecoderMLP(LlamaMLP):  # type: ignore[misc]
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
         gate_up, _ = project(self.gate_up_proj, x, scale)
-        if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
-            gate, up = gate_up.chunk(2, -1)
-            x = silu(gate, inplace=True).mul_(up)
-        else:
-            x = self.act_fn(gate_up)
+        x = gated(gate_up) if gate_up.is_cpu else self.act_fn(gate_up)
         return scaled_projection(self.down_proj, x, scale)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half of (..., 2 N) times the second: vLLM's activation, without two large temporaries."""
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate, inplace=True).mul_(up)
 
 
 class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -198,10 +200,18 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         """Builds `LlamaDecoderLayer` with our attention and MLP."""
         config = as_llama(config or vllm_config.model_config.hf_config)
+        family = family_of(config)
+        has_experts = extract_layer_index(prefix) in (family.mixtures or ())
+        if has_experts:  # LlamaDecoderLayer makes an MLP in any case: a small one
+            config.intermediate_size = family.shape(config).expert_width
         super().__init__(vllm_config, prefix, config, attn_layer_type=DecoderAttention)
-        # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
-        self.mlp.__class__ = DecoderMLP
-        self.mlp.down_proj.skip_bias_add = True
+        if has_experts:
+            from vllm_fptquant.models.experts import DecoderExperts  # which is made of what is here
+
+            self.mlp = DecoderExperts(family, config, vllm_config, f"{prefix}.{family.mlp}")
+        else:  # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
+            self.mlp.__class__ = DecoderMLP
+            self.mlp.down_proj.skip_bias_add = True
         self.residual_scaled = vllm_config.quant_config.checkpoint.transforms.residual_scale
         eps = torch.tensor(self.input_layernorm.variance_epsilon, dtype=torch.float32)  # of both norms
         self.register_buffer("fptquant_eps", eps, persistent=False)
