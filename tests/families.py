@@ -68,6 +68,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_SLIDING, "head_dim": 32, "attention_bias": True, "mlp_only_layers": [0], **_EXPERTS},
     ),
+    "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 80, **_EXPERTS}),
+    "qwen2_moe with windows": (
+        "qwen2_moe",
+        {
+            **_SLIDING,
+            "shared_expert_intermediate_size": 80,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            **_EXPERTS,
+        },
+    ),
+    "mixtral": ("mixtral", {"head_dim": 64, "num_local_experts": 4}),
+    "mixtral with windows": ("mixtral", {"sliding_window": WINDOW, "num_local_experts": 3, "num_experts_per_tok": 1}),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }

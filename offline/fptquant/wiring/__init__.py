@@ -9,7 +9,9 @@ from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
+from fptquant.wiring.mixtral import MIXTRAL
 from fptquant.wiring.qwen2 import QWEN2
+from fptquant.wiring.qwen2_moe import QWEN2_MOE
 from fptquant.wiring.qwen3 import QWEN3
 from fptquant.wiring.qwen3_moe import QWEN3_MOE
 from fptquant.wiring.seed_oss import SEED_OSS
@@ -17,7 +19,20 @@ from fptquant.wiring.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Architecture] = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5, QWEN3_MOE)
+    for family in (
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        MISTRAL,
+        MINISTRAL3,
+        SEED_OSS,
+        GRANITE,
+        SMOLLM3,
+        ERNIE4_5,
+        QWEN3_MOE,
+        QWEN2_MOE,
+        MIXTRAL,
+    )
 }
 
 __all__ = [
