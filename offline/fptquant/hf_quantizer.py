@@ -63,8 +63,9 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         binding = Binding.of_files(files)
         if binding is not None:
             binding.require_config(model.config, config)
-        require_consistent(config, model.config)
-        install_simulation(model, architecture_of(model.config), config)
+        architecture = architecture_of(model.config)
+        require_consistent(config, model.config, architecture.shape(model.config).widths)
+        install_simulation(model, architecture, config)
         drop_quantized_weights(model)
         if files:
             require_tensors(model, self._weights)

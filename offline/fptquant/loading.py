@@ -293,7 +293,7 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
     binding = Binding.of_files(stored.files)
     if Watch(binding).require_bound(model.config, config, all_of_them=binding is None) is False:
         _log.warning(UNBOUND, source.path)
-    require_consistent(config, model.config)
+    require_consistent(config, model.config, source.architecture.shape(model.config).widths)
     install_simulation(model, source.architecture, config)
     drop_quantized_weights(model)
     put_buffers(model, source.device)

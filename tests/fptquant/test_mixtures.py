@@ -251,4 +251,5 @@ def test_fused_files(tmp_path: Path) -> None:
 def test_a_block_that_does_not_fit_experts() -> None:
     checkpoint = CheckpointConfig.model_validate({"transforms": {"down_hadamard": {"block": 32}}})
     with pytest.raises(FPTQuantError, match="block is 32, which does not divide intermediate_size 48"):
-        require_consistent(checkpoint, config_of("qwen3_moe"))
+        config = config_of("qwen3_moe")
+        require_consistent(checkpoint, config, family_of("qwen3_moe").shape(config).widths)

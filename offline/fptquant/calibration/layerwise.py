@@ -26,7 +26,7 @@ from fptquant.simulate.mixture import SparseMLP
 from fptquant.wiring import Architecture, InputGroup, Role
 
 _TOKENS = 4096  # handled at once, where a copy is needed
-_WEIGHTS = 1 << 26  # of experts rounded at once
+WEIGHTS = 1 << 26  # of experts that are rounded at once
 _COLUMNS = 512  # of a Hessian computed in one product
 
 
@@ -204,7 +204,7 @@ def _quantize_group(
 
 def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:
     """Layers that share an input, in parts that are rounded together: three, or as many experts' as are no larger."""
-    largest = max(_WEIGHTS, 3 * max(linear.in_features * linear.out_features for linear in linears))
+    largest = max(WEIGHTS, 3 * max(linear.in_features * linear.out_features for linear in linears))
     parts: list[list[SimulatedLinear]] = [[]]
     size = 0
     for linear in linears:

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import FPTQuantError
-from fptquant.format.schema import MODEL_TYPE_PREFIX, CheckpointConfig
-from fptquant.wiring import FAMILIES
+from fptquant.format.schema import CheckpointConfig
 
 DAMAGED = "the checkpoint is damaged, fetch it again or quantize again"
 
 
-def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
+def require_consistent(checkpoint: CheckpointConfig, config: Any, widths: Sequence[int]) -> None:
     """Refuses a `quantization_config` that the model of config.json can't have.
 
     Args:
         checkpoint: the `quantization_config`.
         config: the model's `PretrainedConfig`.
+        widths: input features that its `down_proj` have.
 
     Raises:
         FPTQuantError: a sink's token outside of the vocabulary, or Hadamard blocks that don't fill `down_proj`'s input.
@@ -31,8 +31,6 @@ def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
             f"but the vocabulary has {config.vocab_size} tokens: {DAMAGED}"
         )
     hadamard = checkpoint.transforms.down_hadamard
-    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
-    widths = () if hadamard is None or family is None else family.shape(config).widths
     for width in widths:
         if hadamard is not None and width % hadamard.block:
             raise FPTQuantError(

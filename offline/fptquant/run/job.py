@@ -354,6 +354,8 @@ def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype)
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
     linears = {**linear_sizes(source), architecture.head: vocabulary}
+    shape = architecture.shape(source.config)
+    total += shape.mixtures * (shape.experts + bool(shape.shared_width)) * shape.hidden * dtype.itemsize  # routers
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
