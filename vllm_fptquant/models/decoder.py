@@ -208,7 +208,7 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         if has_experts:
             from vllm_fptquant.models.experts import DecoderExperts  # which is made of what is here
 
-            self.mlp = DecoderExperts(family, config, vllm_config, f"{prefix}.{family.mlp}")
+            self.add_module("mlp", DecoderExperts(family, config, vllm_config, f"{prefix}.{family.mlp}"))
         else:  # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
             self.mlp.__class__ = DecoderMLP
             self.mlp.down_proj.skip_bias_add = True

@@ -50,7 +50,7 @@ class DecoderExperts(Module):
         self.split = get_tensor_model_parallel_world_size() > 1
 
         def mlp(number: int, name: str) -> DecoderMLP:
-            made = LlamaMLP(
+            made: DecoderMLP = LlamaMLP(
                 hidden_size=shape.hidden,
                 intermediate_size=shape.width(number),
                 hidden_act=config.hidden_act,
@@ -106,7 +106,7 @@ class DecoderExperts(Module):
         codes: dict[object, Tensor] = {}  # of x, by quantizer: that of all experts is the same
 
         def through(number: int, tokens: Tensor) -> Tensor:
-            expert = self.experts[number]
+            expert: Any = self.experts[number]
             prepared: PreparedLinear | None = getattr(expert.gate_up_proj, "fptquant_prepared", None)
             if prepared is None or not prepared.plain:
                 gate_up, _ = expert.gate_up_proj(x[tokens])
