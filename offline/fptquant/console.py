@@ -73,7 +73,9 @@ def plan_table(job: Job, output: Path) -> Table:
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
     table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
-    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
+    experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
+    sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
+    table.add_row("architecture", f"{job.source.architecture.class_name}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     table.add_row("weights", bits(config.weights))
     table.add_row("activations", bits(config.activations))
@@ -106,7 +108,8 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("training", f"{count} sequences of {length} tokens")
     if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
-    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
+    routers = ", routers" if shape.mixtures else ""
+    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases{routers}")
     table.add_row("expected size", megabytes(job.output_bytes))
     disk = ", ".join(f"{name} {megabytes(size)}" for name, size in expected_disk(job).items() if size)
     table.add_row("disk", f"{disk}, until it is finished")

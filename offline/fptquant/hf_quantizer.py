@@ -63,9 +63,10 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         binding = Binding.of_files(files)
         if binding is not None:
             binding.require_config(model.config, config)
-        require_consistent(config, model.config)
-        require_range(architecture_of(model.config), model.dtype, "load it with dtype=torch.bfloat16")
-        install_simulation(model, architecture_of(model.config), config)
+        architecture = architecture_of(model.config)
+        require_consistent(config, model.config, architecture.shape(model.config).widths)
+        require_range(architecture, model.dtype, "load it with dtype=torch.bfloat16")
+        install_simulation(model, architecture, config)
         drop_quantized_weights(model)
         if files:
             require_tensors(model, self._weights)

@@ -32,6 +32,7 @@ from fptquant.report.families import page, rows
 from fptquant.run.models import folded, transformed
 from fptquant.run.state import RunState
 from fptquant.run.training import MetricsFile, train_transforms
+from fptquant.simulate.mixture import separate_experts
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
@@ -69,7 +70,8 @@ def test_the_page_is_what_the_code_says() -> None:
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Norms and RoPE compute in torch.float32, whatever they get; which is float64 here."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     yield
 
@@ -163,9 +165,10 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
     """Names of the tensors that the family's facts name."""
     named = {f"{path}.weight" for path in (family.embedding, family.final_norm, family.head)}
     for index, layer in enumerate(family.layer_modules(model)):
-        paths = [path for _, path in (*family.normed_groups(), *family.head_norm_places(index))]
+        paths = [path for _, path in (*family.normed_groups(index), *family.head_norm_places(index))]
         paths += family.post_norms or ()
-        paths += [projection.path for projection in family.projections]
+        readers = [projection for group in family.groups_of(index) for projection in group.readers]
+        paths += [projection.path for projection in (*family.projections_of(index), *readers)]
         tensors = [f"{path}.{kind}" for path in paths for kind in dict(layer.get_submodule(path).named_parameters())]
         named |= {f"{family.layer_name(index)}.{tensor}" for tensor in tensors}
     return named
@@ -173,7 +176,7 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tensor_has_a_role(variant: str) -> None:
-    model = build(variant)
+    model = separate_experts(build(variant), family_of(variant))
     assert roles(family_of(variant), model) == set(model.state_dict())
 
 
