@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fptquant.loading import attention_for
 from fptquant.recipe import Recipe
@@ -24,6 +24,8 @@ SIZES = {
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16,
@@ -88,6 +90,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {**_GEMMA, **_CAPS, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
     ),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
+    "qwen3_moe with windows": (
+        "qwen3_moe",
+        {**_SLIDING, "head_dim": 32, "attention_bias": True, "mlp_only_layers": [0], **_EXPERTS},
+    ),
+    "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 80, **_EXPERTS}),
+    "qwen2_moe with windows": (
+        "qwen2_moe",
+        {
+            **_SLIDING,
+            "shared_expert_intermediate_size": 80,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            **_EXPERTS,
+        },
+    ),
+    "mixtral": ("mixtral", {"head_dim": 64, "num_local_experts": 4}),
+    "mixtral with windows": ("mixtral", {"sliding_window": WINDOW, "num_local_experts": 3, "num_experts_per_tok": 1}),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
@@ -98,16 +119,25 @@ BY_FAMILY = {
 
 
 def family_of(variant: str) -> Architecture:
-    return FAMILIES[VARIANTS[variant][0]]
+    """As it is in the variant's model."""
+    return FAMILIES[VARIANTS[variant][0]].of(config_of(variant))
+
+
+def config_of(variant: str) -> PretrainedConfig:
+    family = FAMILIES[VARIANTS[variant][0]]
+    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
+    config.architectures = [family.class_name]
+    return config
 
 
 def build(variant: str, seed: int = 0) -> PreTrainedModel:
     """In float32, with gains of mean 1 and deviation 0.4, and biases: ones and zeros would hide errors."""
+    config = config_of(variant)
     family = family_of(variant)
-    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
-    config.architectures = [family.class_name]
     config._attn_implementation = attention_for(config).get("attn_implementation", "sdpa")
-    model = trained_looking(getattr(transformers, family.class_name)(config), seed)
+    model = getattr(transformers, family.class_name)(config)
+    model.config._experts_implementation = "eager"  # the one that computes in float64
+    model = trained_looking(model, seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.sub_(family.gain_offset)

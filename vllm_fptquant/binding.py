@@ -12,6 +12,8 @@ from vllm.logger import init_logger
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.format.binding import UNBOUND, Binding, Watch
 from fptquant.format.checks import DAMAGED, require_consistent
+from fptquant.format.schema import MODEL_TYPE_PREFIX
+from fptquant.wiring import FAMILIES
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -28,7 +30,8 @@ def require_bound_config(vllm_config: Any) -> Binding | None:
         FPTQuantError: names the field; or a weight file is truncated.
     """
     model, checkpoint = vllm_config.model_config, vllm_config.quant_config.checkpoint
-    require_consistent(checkpoint, model.hf_config)
+    family = FAMILIES[model.hf_config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
+    require_consistent(checkpoint, model.hf_config, family.shape(model.hf_config).widths)
     binding = Binding.of_directory(Path(model.model))
     if binding is not None:
         binding.require_config(model.hf_config, checkpoint)

@@ -205,6 +205,8 @@ def quantize(
     out.print(table)
     if summary.budget:
         out.print(summary.budget, soft_wrap=True)
+    for note in summary.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     precise = "" if on_gpu() else " --dtype float32"  # vLLM takes 16 bits otherwise
     out.print(f"serve it: vllm serve {output} --quantization fptquant{precise}", soft_wrap=True)
 
@@ -377,7 +379,7 @@ def sensitivity(
     from fptquant.run.job import open_job
     from fptquant.run.memory import choose_residency, room_for
     from fptquant.run.needs import scratch_limit
-    from fptquant.sensitivity import KINDS, Probe, sites_of
+    from fptquant.sensitivity import KINDS, Probe, require_measurable, sites_of
     from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
 
     options = {"source": calibration, "sequences": sequences}
@@ -393,6 +395,7 @@ def sensitivity(
     place = choose_device(device)
     job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
     show_notes(job.source)
+    require_measurable(job)
     sites = sites_of(job, [part.strip() for part in kinds.split(",") if part.strip()] or KINDS)
     if not sites:
         raise FPTQuantError(f"recipe '{job.recipe.name}' quantizes none of these sites")

@@ -73,13 +73,16 @@ def plan_table(job: Job, output: Path) -> Table:
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
     table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
-    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
+    experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
+    sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
+    table.add_row("architecture", f"{job.source.architecture.class_name}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     table.add_row("weights", bits(config.weights))
     table.add_row("activations", bits(config.activations))
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
-    table.add_row("head", f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized")
+    quantized = f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized"
+    table.add_row("head", f"{quantized}{_tying(job)}")
     if job.recipe.budget is not None:
         table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
@@ -105,7 +108,8 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("training", f"{count} sequences of {length} tokens")
     if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
-    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases")
+    routers = ", routers" if shape.mixtures else ""
+    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases{routers}")
     table.add_row("expected size", megabytes(job.output_bytes))
     disk = ", ".join(f"{name} {megabytes(size)}" for name, size in expected_disk(job).items() if size)
     table.add_row("disk", f"{disk}, until it is finished")
@@ -121,6 +125,16 @@ def plan_table(job: Job, output: Path) -> Table:
         table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
     table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
     return table
+
+
+def _tying(job: Job) -> str:
+    """What becomes of a head that has the embedding's weight."""
+    from fptquant.run.head import untied_by, was_tied
+
+    if not was_tied(job.source):
+        return ""
+    reason = untied_by(job.source, job.config, job.transforms)
+    return "; has the embedding's weight" if reason is None else f"; gets a weight of its own: {reason}"
 
 
 def needs_table(job: Job) -> Table:

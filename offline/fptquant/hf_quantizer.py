@@ -63,9 +63,10 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         binding = Binding.of_files(files)
         if binding is not None:
             binding.require_config(model.config, config)
-        require_consistent(config, model.config)
-        require_range(architecture_of(model.config), model.dtype, "load it with dtype=torch.bfloat16")
-        install_simulation(model, architecture_of(model.config), config)
+        architecture = architecture_of(model.config)
+        require_consistent(config, model.config, architecture.shape(model.config).widths)
+        require_range(architecture, model.dtype, "load it with dtype=torch.bfloat16")
+        install_simulation(model, architecture, config)
         drop_quantized_weights(model)
         if files:
             require_tensors(model, self._weights)
@@ -84,7 +85,7 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the tensors, bound again to the configuration that it writes beside them."""
-        state = dict(model.state_dict())
+        state = _stored_state(model)
         if self.quantization_config.checkpoint.format_version > 1:
             state[BINDING] = bind(model.config.to_diff_dict(), checksums(state))
         return state, {}
@@ -99,13 +100,18 @@ class FPTQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """By name, the tensors that a checkpoint of a model holds: all but a tied head."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
 def require_tensors(model: PreTrainedModel, weights: WeightFiles) -> None:
     """Refuses weight files without all tensors, which transformers would replace by random values, or with other ones.
 
     Raises:
         FPTQuantError: the first tensor that is missing, unknown, or of another type or shape, is named.
     """
-    expected, stored = model.state_dict(), weights.tensors
+    expected, stored = _stored_state(model), weights.tensors
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys() - {BINDING})
     if missing:
         raise FPTQuantError(f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}: it is damaged")

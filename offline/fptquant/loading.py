@@ -30,6 +30,7 @@ from fptquant.hf_quantizer import require_tensors
 from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
 from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
+from fptquant.simulate.mixture import separate_experts
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.simulate.sink import use_sink
@@ -292,27 +293,31 @@ def _streamed_checkpoint(source: Source) -> PreTrainedModel:
     binding = Binding.of_files(stored.files)
     if Watch(binding).require_bound(model.config, config, all_of_them=binding is None) is False:
         _log.warning(UNBOUND, source.path)
-    require_consistent(config, model.config)
+    require_consistent(config, model.config, source.architecture.shape(model.config).widths)
     install_simulation(model, source.architecture, config)
     drop_quantized_weights(model)
     put_buffers(model, source.device)
     require_tensors(model, stored)
 
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        watch = Watch(binding)
-        tensors = ((name, tensor.to(source.device)) for name, tensor in watch(stored.read(names)))
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+    names = {name: name for name in stored.tensors if name != BINDING} | model.all_tied_weights_keys
+
+    def read(wanted: Iterable[str]) -> dict[str, Tensor]:
+        by_stored_name = {names[name]: name for name in wanted}
+        found = {}
+        for name, tensor in Watch(binding)(stored.read(by_stored_name)):
+            tensor = tensor.to(source.device)
+            found[by_stored_name[name]] = tensor.float() if tensor.is_floating_point() else tensor
+        return found
 
     found = parts(model, source.architecture)
     for name, module in found.items():
 
-        def fill(module: nn.Module, prefix: str = f"{name}.") -> None:
-            tensors = read(name for name in stored.tensors if name.startswith(prefix))
-            set_tensors(module, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        def fill(module: nn.Module, part: str = name) -> None:
+            set_tensors(module, _within(part, read(_named(part, names))))
             finish_loading(module)
 
         make_part(module, fill, "streamed")
-    set_tensors(model, read(outside(found, stored.tensors.keys() - {BINDING})))
+    set_tensors(model, read(outside(found, names)))
     if config.sink is not None:
         use_sink(model)
     return model
@@ -359,7 +364,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """A model whose parameters are on the meta device; what it computes from its configuration, as RoPE does, is there.
 
     Args:
-        config: of any family in transformers; it is copied.
+        config: of any family; it is copied.
 
     Raises:
         FPTQuantError: it describes no model.
@@ -369,6 +374,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32, **attention_for(config)
             )
+        separate_experts(model, architecture_of(config))
     except Exception as error:  # an impossible configuration fails in many ways
         raise FPTQuantError(f"config.json describes no model: {type(error).__name__}: {first_line(error)}") from None
     return model.eval().requires_grad_(False)
@@ -400,15 +406,18 @@ def _check_tensors(config: PretrainedConfig, weights: WeightFiles) -> tuple[torc
         raise FPTQuantError(f"{path}: {error}") from None
     tied: Mapping[str, str] = model.all_tied_weights_keys
     used: dict[str, str] = {}  # the model's name -> the stored one, without the prefix in files of base models
+    architecture = architecture_of(config)
     for name, tensor in model.state_dict().items():
-        stored = [n for n in dict.fromkeys((name, name.removeprefix(f"{model.base_model_prefix}."))) if n in weights]
+        in_files = architecture.stored_name(name)
+        candidates = dict.fromkeys((in_files, in_files.removeprefix(f"{model.base_model_prefix}.")))
+        stored = [candidate for candidate in candidates if candidate in weights]
         if len(stored) > 1:
             raise FPTQuantError(f"'{path}' holds both {stored[0]} and {stored[1]}, for one weight: remove one")
         if stored:
             _check_stored(stored[0], weights.tensors[stored[0]], list(tensor.shape))
             used[name] = stored[0]
         elif name not in tied:
-            raise FPTQuantError(f"'{path}' lacks the tensor {name}: {_remedy(weights)}")
+            raise FPTQuantError(f"'{path}' lacks the tensor {in_files}: {_remedy(weights)}")
     for name, original in tied.items():
         used.setdefault(name, used[original])
     names = set(used.values())
@@ -457,6 +466,9 @@ def _check_stored(name: str, stored: StoredTensor, shape: list[int]) -> None:
 
 def _remedy(weights: WeightFiles) -> str:
     """For a tensor that isn't there."""
+    fused = sorted(name for name in weights.tensors if name.endswith("experts.gate_up_proj"))
+    if fused:
+        return f"{fused[0]} holds all experts: load the model with transformers and save it again, expert by expert"
     integer = sorted(name for name, tensor in weights.tensors.items() if tensor.dtype not in _FLOATS)
     if integer:
         return f"{integer[0]} looks quantized, but config.json has no quantization_config: give the original model"

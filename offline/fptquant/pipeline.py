@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fptquant import parallel
+from fptquant.calibration.experts import unreached
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.smoothing import start_is_measured
 from fptquant.errors import FPTQuantError
@@ -58,6 +59,7 @@ class Summary:
     output_bytes: int
     source_fingerprint: str = ""
     budget: str = ""
+    notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
     peak_bytes: dict[str, int] = field(default_factory=dict)  # of each stage
 
 
@@ -109,6 +111,7 @@ def quantize(
             for _ in stages.track(rounding, job.layers):
                 pass
             before, after = floats.finish()
+            notes = tuple(unreached(model))
             del floats
         if recipe.scales.steps:
             assert teacher is not None
@@ -132,6 +135,7 @@ def quantize(
             output_bytes=WeightFiles.of(staging).size,
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
+            notes=notes,
         )
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:

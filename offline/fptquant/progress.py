@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
-
-import psutil
 
 from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory
 from fptquant.files import first_line
+from fptquant.process_memory import peak_memory, reset_peak, trim_memory
 
 Item = TypeVar("Item")
 
@@ -38,7 +36,7 @@ class Stages:
             FPTQuantError: out of memory, or a device failed.
         """
         start = time.perf_counter()
-        _reset_peak()
+        reset_peak()
         self.begin(name)
         try:
             yield
@@ -59,6 +57,7 @@ class Stages:
         finally:
             self.peaks[name] = peak_memory()
             gc.collect()  # models and their hooks refer to each other, and are as large as the next stage's
+            trim_memory()
             self.seconds[name] = round(time.perf_counter() - start, 2)
             self.end(name)
 
@@ -82,19 +81,3 @@ class Stages:
 
     def end(self, name: str) -> None:
         """A stage is over."""
-
-
-def _reset_peak() -> None:
-    """Has `peak_memory` start over, where the system can (Linux, with /proc)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process, in bytes: since the last stage began, or since its start."""
-    info = psutil.Process().memory_info()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(getattr(info, "peak_wset", info.rss))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

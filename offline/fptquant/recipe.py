@@ -158,7 +158,7 @@ class Recipe(BaseModel):
     budget: BudgetOptions | None = Field(None, description="adds overrides where measurements say they help most")
     ignore: tuple[ModulePattern, ...] = ()
     head_bits: Literal[4, 7, 8, 16] = Field(
-        7, description="of lm_head's weights, on 8-bit activations; 16 leaves it in floating point"
+        7, description="of lm_head's weights, on 8-bit activations; 16 leaves it in floating point, tied if T_r is off"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays in floating point; auto keeps the source's"

@@ -248,9 +248,9 @@ def test_an_unused_field_is_not_written() -> None:
 )
 def test_blocks_that_do_not_fill_their_layers_input(transforms: dict[str, object], message: str) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=24, vocab_size=8)
-    require_consistent(CheckpointConfig(), config)
+    require_consistent(CheckpointConfig(), config, [96])
     with pytest.raises(FPTQuantError, match=f"^config.json: quantization_config.transforms.{message}: "):
-        require_consistent(CheckpointConfig.parse({"transforms": transforms}), config)
+        require_consistent(CheckpointConfig.parse({"transforms": transforms}), config, [96])
 
 
 def test_scheme_for_a_module() -> None:

@@ -5,19 +5,23 @@ What is served is in tests/vllm_fptquant/test_served_families.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs
@@ -28,16 +32,18 @@ from fptquant.report.families import page, rows
 from fptquant.run.models import folded, transformed
 from fptquant.run.state import RunState
 from fptquant.run.training import MetricsFile, train_transforms
+from fptquant.simulate.mixture import separate_experts
 from fptquant.train.student import transform_student
-from fptquant.transforms import FPTQUANT, Transform
+from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
 from fptquant.wiring import FAMILIES, Architecture, Place
 from tests.conftest import ROOT, VOCABULARY, edit_json
-from tests.families import BY_FAMILY, VARIANTS, WINDOW, build, family_of, make_job, possible
+from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, possible
 from tests.fptquant.test_transforms import SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
 LAST = [names[-1] for names in BY_FAMILY.values()]  # one variant of each family
+TIED = [variant for variant in VARIANTS if build(variant).config.tie_word_embeddings]
 NORMED = [variant for variant in VARIANTS if family_of(variant).head_norms]
 
 
@@ -64,7 +70,8 @@ def test_the_page_is_what_the_code_says() -> None:
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Norms and RoPE compute in torch.float32, whatever they get; which is float64 here."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     yield
 
@@ -158,9 +165,10 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
     """Names of the tensors that the family's facts name."""
     named = {f"{path}.weight" for path in (family.embedding, family.final_norm, family.head)}
     for index, layer in enumerate(family.layer_modules(model)):
-        paths = [path for _, path in (*family.normed_groups(), *family.head_norm_places(index))]
+        paths = [path for _, path in (*family.normed_groups(index), *family.head_norm_places(index))]
         paths += family.post_norms or ()
-        paths += [projection.path for projection in family.projections]
+        readers = [projection for group in family.groups_of(index) for projection in group.readers]
+        paths += [projection.path for projection in (*family.projections_of(index), *readers)]
         tensors = [f"{path}.{kind}" for path in paths for kind in dict(layer.get_submodule(path).named_parameters())]
         named |= {f"{family.layer_name(index)}.{tensor}" for tensor in tensors}
     return named
@@ -168,7 +176,7 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tensor_has_a_role(variant: str) -> None:
-    model = build(variant)
+    model = separate_experts(build(variant), family_of(variant))
     assert roles(family_of(variant), model) == set(model.state_dict())
 
 
@@ -188,6 +196,70 @@ def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
         expected = original(tokens).logits
         for found in (model, load_model(job.source)):
             assert relative_error(found(tokens).logits, expected) < 1e-4
+
+
+# -- tied heads --
+
+
+@pytest.mark.parametrize("variant", [v for v in TIED if not family_of(v).multipliers])
+def test_a_head_stays_tied_without_a_rotation(variant: str, tmp_path: Path) -> None:
+    """On the disk, in either kind of memory, in transformers and saved again; the final norm keeps its gain."""
+    kept = [name for name in possible(variant, TRANSFORMS) if name not in ("T_r", "T_s")]
+    recipe = {"precision": "w4a8kv8", "transforms": kept, "head_bits": 16, "rounding": {"method": "nearest"}}
+    trained = {"local": {"steps": 1}, "end_to_end": {"steps": 1}, "scales": {"steps": 1}}
+    job, family = make_job(variant, tmp_path, **recipe), family_of(variant)
+    model, original = transformed(job), load_model(job.source)
+    record_sink(model, family, job.first_tokens)
+    tokens = torch.cat((torch.zeros(2, 1, dtype=torch.int64), TOKENS), 1)
+    assert job.tied and relative_error(model(tokens).logits, original(tokens).logits) < 1e-4
+    written = []
+    for residency in ("resident", "streamed"):
+        job = replace(make_job(variant, tmp_path, **recipe, **trained), residency=residency)
+        pipeline.quantize(job, tmp_path / residency)
+        written.append(load_file(tmp_path / residency / "model.safetensors"))
+    assert all(torch.equal(written[0][name], written[1][name]) for name in written[0].keys() | written[1].keys())
+    assert f"{family.head}.weight" not in written[0]
+    assert not torch.equal(written[0][f"{family.final_norm}.weight"], torch.ones(SIZES["hidden_size"]))
+    size = (tmp_path / "streamed" / "model.safetensors").stat().st_size
+    assert size < job.output_bytes + VOCABULARY * SIZES["hidden_size"] * 2
+    assert json.loads((tmp_path / "streamed" / "config.json").read_text())["tie_word_embeddings"] is True
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    loaded.save_pretrained(tmp_path / "again")
+    for again in (open_source(tmp_path / "streamed"), tmp_path / "again"):
+        found = (
+            AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32)
+            if isinstance(again, Path)
+            else load_model(again, residency="streamed")
+        )
+        assert torch.equal(found(tokens).logits, loaded(tokens).logits)
+
+
+def test_a_head_that_stays_tied_by_mistake_is_noticed(tmp_path: Path) -> None:
+    job = make_job("qwen2", tmp_path, transforms=["T_r"], head_bits=16, sink="none")
+    assert not job.tied
+    expected = load_model(job.source)(TOKENS).logits
+    assert relative_error(transformed(replace(job, tied=True))(TOKENS).logits, expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "why"),
+    [
+        ("granite", {"transforms": [], "head_bits": 16}, "multipliers make it another one than the embedding's"),
+        ("qwen2", {"transforms": []}, "it is quantized, and the embedding isn't"),
+        ("qwen2", {"transforms": ["T_r"], "head_bits": 16}, "because T_r rotates what the norm reads"),
+        ("qwen2", {"transforms": ["T_u"], "precision": "w4a16"}, "head not quantized; has the embedding's weight"),
+    ],
+)
+def test_the_plan_says_what_becomes_of_a_tied_head(
+    variant: str, fields: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    job = make_job(variant, tmp_path, **fields)
+    console = Console(width=300, record=True, file=StringIO())
+    console.print(plan_table(job, tmp_path / "out"))
+    shown = " ".join(console.export_text().replace("│", " ").split())
+    assert why in shown
+    assert job.tied == ("has the embedding's weight" in shown)
 
 
 def test_impossible_multipliers(tmp_path: Path) -> None:

@@ -58,17 +58,16 @@ def merge(model: Any, transforms: TransformSet, family: Architecture = LLAMA) ->
     blocks: dict[str, int | None] = dict.fromkeys(group.name for group in family.groups)
     blocks.update(record.input_hadamard or {})
     blocks["down"] = None if record.down_hadamard is None else record.down_hadamard.block
-    for group in family.groups:
-        block = blocks[group.name]
-        if block is None:
-            continue
-        hadamard = dense_hadamard(block)
+    for index, layer in enumerate(family.layer_modules(model)):
+        for group in family.groups_of(index):
+            if (block := blocks[group.name]) is None:
+                continue
+            hadamard = dense_hadamard(block)
 
-        def rotate(module: torch.nn.Module, args: tuple[Tensor], hadamard: Tensor = hadamard) -> tuple[Tensor]:
-            parts = args[0].unflatten(-1, (-1, hadamard.shape[0]))
-            return ((parts @ hadamard.to(args[0].dtype)).flatten(-2),)
+            def rotate(module: torch.nn.Module, args: tuple[Tensor], hadamard: Tensor = hadamard) -> tuple[Tensor]:
+                parts = args[0].unflatten(-1, (-1, hadamard.shape[0]))
+                return ((parts @ hadamard.to(args[0].dtype)).flatten(-2),)
 
-        for layer in family.layer_modules(model):
             for projection in group.members:
                 layer.get_submodule(projection.path).register_forward_pre_hook(rotate)
     return model

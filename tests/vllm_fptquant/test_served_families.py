@@ -14,6 +14,7 @@ from fptquant.evaluation.equivalence import check_greedy, check_served_exactly
 from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
+from fptquant.run.job import Job
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
 from tests.families import BY_FAMILY, WINDOW, make_job, possible
@@ -47,6 +48,21 @@ def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, o
     assert LENGTH > 2 * WINDOW
     transforms = possible(variant, RECIPES[precision])
     job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, transforms=transforms)
+    require_served(job, tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_tied_head_is_served(tmp_path: Path, one_process: None) -> None:
+    kept = [name for name in RECIPES["w4a4kv4"] if name != "T_r"]
+    fields = {"precision": "w4a4kv4", "transforms": kept, "head_bits": 16, "rounding": {"method": "nearest"}}
+    job = make_job("qwen2", tmp_path, **fields)
+    assert job.tied
+    require_served(job, tmp_path)
+
+
+def require_served(job: Job, tmp_path: Path) -> None:
+    """As the simulation computes, in exact mode."""
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     model = load_model(source)

@@ -36,6 +36,8 @@ class PreparedLinear:
         self.undone = steps.undone
         self.input_scale = weights.input_scale
         self.low, self.high = (bound.item() for bound in weights.bounds)
+        scale = None if self.input_scale is None else self.input_scale.item()
+        self.quantizer = scale, self.low, self.high  # of the input: layers that have the same make the same codes
 
     def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
         """Computes (..., N) of the type of `x` (..., K), rounded to it once.

@@ -116,7 +116,7 @@ def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | 
 
 def family_of(config: Any) -> Architecture:
     """Family of a checkpoint's configuration, whose model type is ours or, in format version 1, the original's."""
-    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)].of(config)
 
 
 def as_llama(config: Any, layer: int) -> Any:
@@ -223,15 +223,25 @@ class DecoderMLP(LlamaMLP):  # type: ignore[misc]
 
     activate: Callable[[Tensor], Tensor]
 
+    @staticmethod
+    def become(mlp: LlamaMLP, family: Architecture, config: Any) -> None:
+        """Makes one of ours of an MLP of vLLM's, which has the same parameters."""
+        mlp.__class__ = DecoderMLP
+        mlp.activate, mlp.act_fn = ACTIVATIONS[getattr(config, family.activation_name)]()
+
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
         gate_up, _ = project(self.gate_up_proj, x, scale)
+        x = self.activated(gate_up)
+        return scaled_projection(self.down_proj, x, scale)
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """The activation of the first half of (..., 2 N), times the second."""
         if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
             gate, up = gate_up.chunk(2, -1)
-            x = self.activate(gate).mul_(up)
-        else:
-            x = self.act_fn(gate_up)
-        return scaled_projection(self.down_proj, x, scale)
+            return self.activate(gate).mul_(up)
+        result: Tensor = self.act_fn(gate_up)
+        return result
 
 
 class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -247,14 +257,19 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
             FPTQuantError: a residual scale, which norms behind blocks don't go with.
         """
         config = config or vllm_config.model_config.hf_config
-        family = family_of(config)
-        super().__init__(
-            vllm_config, prefix, as_llama(config, extract_layer_index(prefix)), attn_layer_type=DecoderAttention
-        )
-        # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
-        self.mlp.__class__ = DecoderMLP
-        self.mlp.activate, self.mlp.act_fn = ACTIVATIONS[getattr(config, family.activation_name)]()
-        self.mlp.down_proj.skip_bias_add = True
+        family, index = family_of(config), extract_layer_index(prefix)
+        layer_config = as_llama(config, index)
+        has_experts = index in (family.mixtures or ())
+        if has_experts:  # LlamaDecoderLayer makes an MLP in any case: a small one
+            layer_config.intermediate_size = family.shape(config).expert_width
+        super().__init__(vllm_config, prefix, layer_config, attn_layer_type=DecoderAttention)
+        if has_experts:
+            from vllm_fptquant.models.experts import DecoderExperts  # which is made of what is here
+
+            self.add_module("mlp", DecoderExperts(family, config, vllm_config, f"{prefix}.{family.mlp}"))
+        else:  # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
+            DecoderMLP.become(self.mlp, family, config)
+            self.mlp.down_proj.skip_bias_add = True
         del self.input_layernorm, self.post_attention_layernorm  # may be others' names
         self.norms_before = tuple(str(family.norm_before(role)) for role in (Role.QUERY, Role.GATE))
         self.norms_behind = family.post_norms
@@ -376,6 +391,8 @@ class DecoderModel(LlamaModel):  # type: ignore[misc]
 
 class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
     """`LlamaForCausalLM` made of these layers, which serves all families."""
+
+    logits_processor: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         """Builds `LlamaForCausalLM` with our layers.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
+from fptquant.calibration.experts import ExpertInputs
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
@@ -21,9 +22,11 @@ from fptquant.quantize import channel_scale, search_input_range, search_range, w
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.mixture import SparseMLP
 from fptquant.wiring import Architecture, InputGroup, Role
 
 _TOKENS = 4096  # handled at once, where a copy is needed
+WEIGHTS = 1 << 26  # of experts that are rounded at once
 _COLUMNS = 512  # of a Hessian computed in one product
 
 
@@ -73,8 +76,14 @@ def calibrate_and_round(
             finished = _is_finished(layer, name)
             if not finished:
                 catch_up()
-            for group in () if finished else architecture.groups:
-                _quantize_input_group(layer, index, group, architecture, inputs, recipe, importance, clipping)
+            experts: ExpertInputs | None = None
+            for group in () if finished else architecture.groups_of(index):
+                entering, part, number = inputs, layer, group.first.expert
+                if number is not None:
+                    experts = experts or _expert_inputs(layer, architecture, inputs)
+                    entering, part = experts.of(number)
+                _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, importance, clipping)
+            del experts
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
             if not finished and is_streamed(layer) and (index + 1 < len(layers) or isinstance(head, SimulatedLinear)):
@@ -110,22 +119,40 @@ def _is_finished(part: nn.Module, name: str) -> bool:
     return finished
 
 
+def _expert_inputs(layer: nn.Module, architecture: Architecture, inputs: LayerInputs) -> ExpertInputs:
+    mixture = layer.get_submodule(architecture.mlp)
+    assert isinstance(mixture, SparseMLP)
+    return ExpertInputs(layer, mixture, inputs)
+
+
 def _quantize_input_group(
     layer: nn.Module,
     index: int,
     group: InputGroup,
     architecture: Architecture,
-    inputs: LayerInputs,
+    entering: tuple[LayerInputs, nn.Module],
     recipe: QuantizeOptions,
     importance: Mapping[str, Tensor],
     clipping: Mapping[str, Tensor] | None,
 ) -> None:
-    """`_quantize_group` of a layer's group; and keys and values, once they are final."""
+    """`_quantize_group` of a layer's group; and keys and values, once they are final.
+
+    Args:
+        layer: with the group.
+        index: of the layer.
+        group: to be quantized.
+        architecture: of the model.
+        entering: inputs, and what they go through up to the group: the layer, or a part of it.
+        recipe: ranges and rounding.
+        importance: of tokens, by name of a group's first layer.
+        clipping: learned, by layer name.
+    """
+    inputs, part = entering
     modules = [layer.get_submodule(projection.path) for projection in group.members]
     linears = [x for x in modules if isinstance(x, SimulatedLinear)]
     names = architecture.group_names(index, group)
     log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
-    _quantize_group(linears, names[0], inputs, layer, recipe, importance.get(names[0]), log_clip)
+    _quantize_group(linears, names[0], inputs, part, recipe, importance.get(names[0]), log_clip)
     if any(projection.role is Role.VALUE for projection in group.members):
         set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
 
@@ -165,10 +192,28 @@ def _quantize_group(
             part.copy_(linears[0].quantized_input(part))
     hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
     del seen  # as large as a Hessian
-    codes, scales = rounded_weights(linears, scheme.weights.bits, hessian, recipe, log_clip)
-    sizes = [linear.out_features for linear in linears]
-    for linear, part, scale in zip(linears, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
-        linear.set_weight_codes(part, scale)
+    for some in _at_once(linears):
+        sizes = [linear.out_features for linear in some]
+        clip = None
+        if log_clip is not None:
+            clip, log_clip = log_clip[: sum(sizes)], log_clip[sum(sizes) :]
+        codes, scales = rounded_weights(some, scheme.weights.bits, hessian, recipe, clip)
+        for linear, part, scale in zip(some, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
+            linear.set_weight_codes(part, scale)
+
+
+def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:
+    """Layers that share an input, in parts that are rounded together: three, or as many experts' as are no larger."""
+    largest = max(WEIGHTS, 3 * max(linear.in_features * linear.out_features for linear in linears))
+    parts: list[list[SimulatedLinear]] = [[]]
+    size = 0
+    for linear in linears:
+        size += linear.in_features * linear.out_features
+        if size > largest:
+            parts.append([])
+            size = linear.in_features * linear.out_features
+        parts[-1].append(linear)
+    return parts
 
 
 def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:

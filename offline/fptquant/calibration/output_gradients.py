@@ -77,7 +77,7 @@ def _groups(layer: nn.Module, index: int, architecture: Architecture) -> dict[st
         architecture.group_names(index, group)[0]: [
             layer.get_submodule(projection.path) for projection in group.members
         ]
-        for group in architecture.groups
+        for group in architecture.groups_of(index)
     }
 
 

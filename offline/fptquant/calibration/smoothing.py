@@ -50,7 +50,7 @@ def start_from_activations(
     handles = [
         layer.get_submodule(norm).register_forward_hook(watch(group.first.at(index)))
         for index, layer in enumerate(layers)
-        for group, norm in architecture.normed_groups()
+        for group, norm in architecture.normed_groups(index)
     ]
     for _ in through_layers(model, architecture, first_inputs(model, architecture, parallel.part(windows), batch=1)):
         pass
@@ -58,12 +58,12 @@ def start_from_activations(
         handle.remove()
     for index, layer in enumerate(layers):
         with entered(layer):
-            for group, _ in architecture.normed_groups():
+            for group, _ in architecture.normed_groups(index):
                 members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
-                weights = [_before(scale, transforms, place, weight) for place, weight in members]
+                weights = [_before(scale, transforms, place, weight).abs().amax(0) for place, weight in members]
                 first_place = group.first.at(index)
                 found = parallel.joined(largest[first_place][None]).amax(0)
-                scale.start(first_place, found, torch.cat(weights).abs().amax(0))
+                scale.start(first_place, found, torch.stack(weights).amax(0))
 
 
 def _before(scale: NormScale, transforms: TransformSet, place: Place, weight: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from fptquant.format.schema import CheckpointConfig
 DAMAGED = "the checkpoint is damaged, fetch it again or quantize again"
 
 
-def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
+def require_consistent(checkpoint: CheckpointConfig, config: Any, widths: Sequence[int]) -> None:
     """Refuses a `quantization_config` that the model of config.json can't have.
 
     Args:
         checkpoint: the `quantization_config`.
         config: the model's `PretrainedConfig`.
+        widths: input features that its `down_proj` have.
 
     Raises:
         FPTQuantError: a sink's token outside of the vocabulary, or Hadamard blocks that don't fill their layer's input.
@@ -33,7 +34,7 @@ def require_consistent(checkpoint: CheckpointConfig, config: Any) -> None:
     hidden, heads = config.hidden_size, config.num_attention_heads
     outputs = heads * (getattr(config, "head_dim", None) or hidden // heads)
     for field, block, name, size in (
-        ("down_hadamard.block", down and down.block, "intermediate_size", config.intermediate_size),
+        *(("down_hadamard.block", down and down.block, "intermediate_size", width) for width in widths),
         ("input_hadamard.qkv", inputs and inputs.qkv, "hidden_size", hidden),
         ("input_hadamard.gate_up", inputs and inputs.gate_up, "hidden_size", hidden),
         ("input_hadamard.o", inputs and inputs.o, "the size of all heads,", outputs),

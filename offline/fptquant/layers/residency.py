@@ -16,15 +16,16 @@ Nothing here knows where a part's tensors come from; see `fptquant.run.models`.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from fptquant.process_memory import trim_memory
 
 Residency = Literal["resident", "streamed"]
 Fill = Callable[[nn.Module], None]
@@ -224,13 +225,7 @@ def _leave(module: nn.Module) -> None:
     if part.entered == 0 and part.residency == "streamed":
         release(module)
         part.filled = False
-        _trim()
-
-
-def _trim() -> None:
-    """Gives freed memory back to the system; glibc keeps it for later otherwise, more than a layer of it."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()
 
 
 def _on_call(module: nn.Module, args: Any) -> None:

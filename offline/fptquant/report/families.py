@@ -23,7 +23,8 @@ Written by `python -m fptquant.report.families`; `fptquant families` prints the 
 {table}
 
 All are served by the plugin's own class, S_n and a constant first token included: on CPUs as the simulation in
-transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run.
+transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run, and mixtures of
+experts are refused.
 
 What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
 than `model_type`, a multimodal model (give its text part as a model of its own), a sequence classifier. A transform

@@ -49,7 +49,7 @@ class RangeObserver:
     """What reaches the quantizers of a model that isn't quantized, on the first calibration sequences; by layer.
 
     Inputs are seen as the quantizer would see them, behind the online transforms, and keys behind RoPE. A constant
-    first token doesn't count: no range has to hold it.
+    first token doesn't count: no range has to hold it. What enters each expert's down projection isn't seen.
     """
 
     def __init__(self, job: Job, model: PreTrainedModel) -> None:
@@ -62,7 +62,7 @@ class RangeObserver:
         self.found: dict[Site, Spread] = {}
         self._job, self._model = job, model
         self._first = 0 if sink_token(model) is None else 1
-        self._sites = sites_of(job, (*INPUTS, *CACHES))
+        self._sites = [site for site in sites_of(job, (*INPUTS, *CACHES)) if site.kind in CACHES or site.watched(job)]
         if self.observes:
             self._inputs = first_inputs(model, job.source.architecture, job.windows[:_SEQUENCES])
 
@@ -76,9 +76,9 @@ class RangeObserver:
         """Runs a layer; layers come in order."""
         here = [site for site in self._sites if site.layer == index]
         undo = [
-            _watch(self._model.get_submodule(site.modules(self._job)[0]), site, self._first, self.found)
+            _watch(self._model.get_submodule(name), site, self._first, self.found)
             for site in here
-            if site.is_input
+            if site.is_input and (name := site.watched(self._job)) is not None
         ]
         cache = DynamicCache()
         self._inputs.cached(cache).advance(layer)

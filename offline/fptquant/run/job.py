@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,23 +20,15 @@ from fptquant.calibration.text import calibration_windows, fingerprint, sink_tok
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import (
-    ActivationScheme,
-    CheckpointConfig,
-    Override,
-    Sink,
-    TransformRecord,
-    WeightScheme,
-    match_name,
-    packed_words,
-)
+from fptquant.format import CheckpointConfig, Sink, TransformRecord, match_name, packed_words
 from fptquant.format.schema import EXTRAS
 from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
+from fptquant.run.head import head_scheme, untied_by, was_tied
 from fptquant.transforms import TRANSFORMS, TransformSet
-from fptquant.wiring import Role
+from fptquant.wiring import Architecture, Projection, Role
 from fptquant.wiring.lookup import require_range
 
 
@@ -54,6 +47,7 @@ class Job:
     residency: Residency = "resident"  # of the model while it is worked on; the checkpoint is the same
     room: int = sys.maxsize  # bytes that the run may take; what is too large a share of it goes into files
     left_out: Mapping[str, str] = field(default_factory=dict)  # transforms of a shipped recipe, and why
+    tied: bool = False  # whether the head has the embedding's weight, in the checkpoint too
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +123,8 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
+    if source.architecture.mixtures:
+        _check_mixture(source, recipe)
     transforms = TransformSet(recipe.transforms, shape, recipe.seed).to(source.device)
     record = transforms.record()
     in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)
@@ -146,7 +142,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         transforms=record,
         sink=_sink(source, recipe),
         overrides=(*head_override, *recipe.overrides),
-        ignore=(*recipe.ignore, *head_ignore),
+        ignore=(*recipe.ignore, *head_ignore, *_float_patterns(source.architecture)),
         producer={
             "package": f"vllm-fptquant {fptquant.__version__}",
             "recipe": recipe.name,
@@ -157,8 +153,20 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
     _check_online(source, config, transforms)
-    size = estimate_bytes(source, config, dtype)
-    return Job(source, recipe, config, windows, training_windows, transforms, dtype, size)
+    tied = was_tied(source) and untied_by(source, config, transforms) is None
+    size = estimate_bytes(source, config, dtype, tied=tied)
+    return Job(source, recipe, config, windows, training_windows, transforms, dtype, size, tied=tied)
+
+
+def _check_mixture(source: Source, recipe: Recipe) -> None:
+    """What isn't there yet for experts, who see a part of the tokens each."""
+    name = source.architecture.class_name
+    if recipe.rounding.hessian == "output":
+        raise FPTQuantError(
+            f"rounding.hessian: output weighs tokens that all layers see, experts of a {name} don't; take 'input'"
+        )
+    if recipe.budget is not None:
+        raise FPTQuantError(f"budget: experts of a {name} can't be measured one by one yet; leave it out")
 
 
 def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -207,16 +215,6 @@ def _sink(source: Source, recipe: Recipe) -> Sink | None:
     return None if token is None else Sink(token=token)
 
 
-def head_scheme(head: str, recipe: Recipe) -> tuple[tuple[Override, ...], tuple[str, ...]]:
-    """What the configuration says of the layer named `head`: an override, or that it is ignored."""
-    if any(match_name(head, name) for name in recipe.ignore):
-        return (), ()
-    if recipe.head_bits == 16 or recipe.precision.activations.bits == 16:
-        return (), (head,)  # integer weights alone would make nothing faster
-    weights, activations = WeightScheme(bits=recipe.head_bits), ActivationScheme(bits=8)
-    return (Override(modules=head, weights=weights, activations=activations),), ()
-
-
 def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -> Job:
     """The job that wrote `checkpoint` from `model`, with the transforms at the values it was written with.
 
@@ -251,7 +249,8 @@ def _check_patterns(source: Source, config: CheckpointConfig) -> None:
     """A pattern that matches no layer is a slip of the pen."""
     architecture = source.architecture
     layers = range(architecture.shape(source.config).layers)
-    names = [architecture.projection_name(layer, item) for layer in layers for item in architecture.projections]
+    members = [(layer, projection) for layer in layers for projection in architecture.projections_of(layer)]
+    names = [*(architecture.projection_name(*member) for member in members), *_readers(source)]
     for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
         if not any(match_name(name, pattern) for name in (*names, architecture.head)):
             raise FPTQuantError(
@@ -264,7 +263,7 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
     """Layers that share an input share its quantizer, so overrides may not tell them apart."""
     architecture = source.architecture
     for layer in range(architecture.shape(source.config).layers):
-        for group in architecture.groups:
+        for group in architecture.groups_of(layer):
             names = architecture.group_names(layer, group)
             schemes = [config.scheme_for(name) for name in names]
             if any(scheme != schemes[0] for scheme in schemes):
@@ -297,28 +296,58 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     architecture = source.architecture
     shape = architecture.shape(source.config)
     queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {
-        Role.QUERY: (queries, shape.hidden),
-        Role.KEY: (values, shape.hidden),
-        Role.VALUE: (values, shape.hidden),
-        Role.OUTPUT: (shape.hidden, queries),
-        Role.GATE: (shape.intermediate, shape.hidden),
-        Role.UP: (shape.intermediate, shape.hidden),
-        Role.DOWN: (shape.hidden, shape.intermediate),
-    }
+
+    def size_of(projection: Projection) -> tuple[int, int]:
+        width = shape.width(projection.expert)
+        sizes = {
+            Role.QUERY: (queries, shape.hidden),
+            Role.KEY: (values, shape.hidden),
+            Role.VALUE: (values, shape.hidden),
+            Role.OUTPUT: (shape.hidden, queries),
+            Role.GATE: (width, shape.hidden),
+            Role.UP: (width, shape.hidden),
+            Role.DOWN: (shape.hidden, width),
+        }
+        return sizes[projection.role]
+
     return {
-        architecture.projection_name(layer, projection): sizes[projection.role]
+        architecture.projection_name(layer, projection): size_of(projection)
         for layer in range(shape.layers)
-        for projection in architecture.projections
+        for projection in architecture.projections_of(layer)
     }
 
 
-def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> int:
-    """Expected size of the checkpoint's weights."""
+def _float_patterns(architecture: Architecture) -> tuple[str, ...]:
+    """Patterns of the linear layers that stay in floating point whatever a recipe says: routers and the like."""
+    layers = re.escape(architecture.layers)
+    paths = {
+        reader.path: None
+        for groups in (architecture.mixtures or {}).values()
+        for group in groups
+        for reader in group.readers
+    }
+    return tuple(rf"re:{layers}\.\d+\.{re.escape(path)}$" for path in paths)
+
+
+def _readers(source: Source) -> list[str]:
+    """Full names of the layers that `_float_patterns` match."""
+    architecture = source.architecture
+    return [
+        architecture.projection_name(layer, reader)
+        for layer in range(architecture.shape(source.config).layers)
+        for group in architecture.groups_of(layer)
+        for reader in group.readers
+    ]
+
+
+def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype, *, tied: bool) -> int:
+    """Expected size of the checkpoint's weights; `tied`: the head has the embedding's."""
     architecture = source.architecture
     vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
     total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    linears = {**linear_sizes(source), architecture.head: vocabulary}
+    linears = linear_sizes(source) | ({} if tied else {architecture.head: vocabulary})
+    shape = architecture.shape(source.config)
+    total += shape.mixtures * (shape.experts + bool(shape.shared_width)) * shape.hidden * dtype.itemsize  # routers
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)

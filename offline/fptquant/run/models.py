@@ -19,7 +19,10 @@ from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer
 
 
 def folded(job: Job) -> PreTrainedModel:
-    """The source in transformers' classes, with the norms' gains in the weights behind them and a head of its own."""
+    """The source in transformers' classes, with the norms' gains in the weights behind them.
+
+    A head that stays tied has none in front of it: the final norm keeps its gain.
+    """
     return _merged(job, job.residency, [nothing(job)], simulated=False)
 
 
@@ -46,14 +49,15 @@ def nothing(job: Job) -> TransformSet:
 def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulated: bool) -> PreTrainedModel:
     """A model whose parts are read and folded when they are entered, and merged with one set after another."""
     model, architecture = skeleton(job.source.config), job.source.architecture
-    model.config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = job.tied
     if simulated:
         install_simulation(model, architecture, job.config)
     put_buffers(model, job.device)
     set_tensors(model, job.source.read(outside(parts(model, architecture), job.source.names)))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
-    set_norm_gain(final_norm, architecture, None)
+    if not job.tied:
+        set_norm_gain(final_norm, architecture, None)
 
     read_layer = job.source.layer_reader()
 
@@ -71,7 +75,12 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
             merge_embedding(embedding, transforms)
 
     def fill_head(head: nn.Module) -> None:
+        if job.tied and residency == "resident":
+            set_tensors(head, {"weight": model.get_submodule(architecture.embedding).get_parameter("weight")})
+            return
         set_tensors(head, job.source.read_part(architecture.head))
+        if job.tied:  # nothing acts on the embedding either
+            return
         merge_head(head, gain, sets[0])
         for transforms in sets[1:]:
             merge_head(head, torch.ones_like(gain), transforms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fptquant import parallel
+from fptquant.calibration.layerwise import WEIGHTS
 from fptquant.calibration.smoothing import start_is_measured
 from fptquant.layers.residency import Residency
 from fptquant.run.job import Job, linear_sizes
@@ -35,20 +36,21 @@ class Sizes:
     ends: int  # of embedding and head, the larger one
     total: int
     widest: int  # largest number of inputs of a linear layer
-    matrix: int  # largest matrix of a decoder layer
+    matrix: int  # largest matrix of a decoder layer; of experts, as much as is rounded at once
 
     @classmethod
     def of(cls, job: Job) -> Sizes:
         """Of a job's model."""
         shape = job.source.architecture.shape(job.source.config)
         sizes = [rows * columns for rows, columns in linear_sizes(job.source).values()]
+        experts = shape.expert_width * shape.hidden * 2 * shape.experts
         vocabulary: int = job.source.config.vocab_size * shape.hidden
         return cls(
             layer=sum(sizes) // shape.layers,
             ends=vocabulary,
             total=sum(sizes) + 2 * vocabulary,
-            widest=max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim),
-            matrix=max(sizes),
+            widest=max(shape.hidden, *shape.widths, shape.heads * shape.head_dim),
+            matrix=max(*sizes, min(experts, WEIGHTS)),
         )
 
 
@@ -91,7 +93,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
 
     def trained(length: int, layers: int) -> int:
         """Activations that autograd keeps."""
-        return _FLOAT32 * length * (12 * shape.hidden + 6 * shape.intermediate + shape.heads * length) * layers
+        return _FLOAT32 * length * (12 * shape.hidden + 6 * shape.active_width + shape.heads * length) * layers
 
     length, kept = recipe.training.length, 1 if streamed else shape.layers
     end_to_end = model + trained(length, kept) + _FLOAT32 * 2 * sizes.ends + pair

@@ -25,6 +25,8 @@ _VOCABULARY = 256  # rows of the embedding and the head, whose number the format
 def rehearse(job: Job, folder: Path) -> None:
     """Writes a layer of the job's sizes and schemes, with random weights, and reads it back as a user would.
 
+    Where some layers have experts, it is the first of those, with the layers in front of it.
+
     Args:
         job: about to be done.
         folder: to write into, and to remove again.
@@ -33,13 +35,16 @@ def rehearse(job: Job, folder: Path) -> None:
         FPTQuantError: what is read back does not compute what was written, so that the run would fail at its end.
     """
     config = copy.deepcopy(job.source.config)
-    config.num_hidden_layers, config.vocab_size = 1, min(config.vocab_size, _VOCABULARY)
-    config.tie_word_embeddings = False  # as in every checkpoint
+    mixtures = job.source.architecture.mixtures
+    config.num_hidden_layers = 1 + min(mixtures or (0,))  # a layer of the kind that most are of
+    config.vocab_size = min(config.vocab_size, _VOCABULARY)
+    config.tie_word_embeddings = job.tied
     scheme = job.config if job.config.sink is None else job.config.model_copy(update={"sink": Sink(token=0)})
-    small = replace(job, source=replace(job.source, config=config), config=scheme)
+    architecture = job.source.architecture.of(config)
+    small = replace(job, source=replace(job.source, config=config, architecture=architecture), config=scheme)
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay what they are
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    install_simulation(model, job.source.architecture, scheme)
+    install_simulation(model, architecture, scheme)
     round_floats(model, job.dtype)
     _quantize(model)
     tokens = torch.arange(8)[None] % config.vocab_size

@@ -15,7 +15,7 @@ def state_bytes(job: Job) -> int:
     shape = job.source.architecture.shape(job.source.config)
     vocabulary: int = job.source.config.vocab_size
     # rounded layers, with what stays in floating point in float32; the embedding is not among them
-    total = estimate_bytes(job.source, job.config, torch.float32) - vocabulary * shape.hidden * float32
+    total = estimate_bytes(job.source, job.config, torch.float32, tied=job.tied) - vocabulary * shape.hidden * float32
     if any(stage.steps and stage.teacher == "cached" for stage in (recipe.end_to_end, recipe.scales)):
         total += job.training_windows.numel() * shape.hidden * float32
     transforms: int = sum(tensor.numel() for tensor in job.transforms.state_dict().values())

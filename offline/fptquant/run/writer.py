@@ -69,6 +69,8 @@ def _tensors(job: Job, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Everything that goes into the weight files, a part of the model at a time, on the CPU."""
     found = parts(model, job.source.architecture)
     for part, module in found.items():
+        if job.tied and part == job.source.architecture.head:
+            continue
         with entered(module):
             for name, tensor in checkpoint_tensors(module, job.dtype):
                 yield f"{part}.{name}", tensor.cpu()
@@ -89,7 +91,7 @@ def _config_dict(job: Job) -> dict[str, Any]:
     config.update(
         architectures=[quantized_architecture(family.class_name)],
         model_type=f"{MODEL_TYPE_PREFIX}{family.model_type}",
-        tie_word_embeddings=False,
+        tie_word_embeddings=job.tied,
         dtype=str(job.dtype).removeprefix("torch."),
         quantization_config=job.config.to_dict(),
     )

@@ -2,6 +2,6 @@
 
 from fptquant.sensitivity.budget import Spending, spend
 from fptquant.sensitivity.measure import Effect, Probe
-from fptquant.sensitivity.sites import KINDS, Site, sites_of
+from fptquant.sensitivity.sites import KINDS, Site, require_measurable, sites_of
 
-__all__ = ["KINDS", "Effect", "Probe", "Site", "Spending", "sites_of", "spend"]
+__all__ = ["KINDS", "Effect", "Probe", "Site", "Spending", "require_measurable", "sites_of", "spend"]

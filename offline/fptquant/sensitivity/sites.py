@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fptquant.errors import unknown
+from fptquant.errors import FPTQuantError, unknown
 from fptquant.format import LinearScheme
 from fptquant.run.job import Job
-from fptquant.wiring import Projection
+from fptquant.wiring import InputGroup, Projection
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # names of input groups (`fptquant.wiring`)
 INPUTS = tuple(f"{name}_input" for name in GROUPS)
@@ -24,11 +24,14 @@ class Site:
     kind: str  # one of KINDS
     layer: int
 
+    def groups(self, job: Job) -> list[InputGroup]:
+        """Of its linear layers: several where each expert of a mixture has an input of its own."""
+        name = self.kind.removesuffix("_input").removesuffix("_weights")
+        return [group for group in job.source.architecture.groups_of(self.layer) if group.name == name]
+
     def projections(self, job: Job) -> tuple[Projection, ...]:
         """Linear layers that an input or weights site belongs to; none for keys and values."""
-        name = self.kind.removesuffix("_input").removesuffix("_weights")
-        groups = [group for group in job.source.architecture.groups if group.name == name]
-        return groups[0].members if groups else ()
+        return tuple(projection for group in self.groups(job) for projection in group.members)
 
     @property
     def is_input(self) -> bool:
@@ -45,10 +48,29 @@ class Site:
         architecture = job.source.architecture
         return [architecture.projection_name(self.layer, projection) for projection in self.projections(job)]
 
+    def watched(self, job: Job) -> str | None:
+        """Module whose input is an input site's at all tokens; None where each expert of a mixture has its own."""
+        architecture, groups = job.source.architecture, self.groups(job)
+        if groups[0].first.expert is None:
+            return architecture.projection_name(self.layer, groups[0].first)
+        return f"{architecture.layer_name(self.layer)}.{architecture.mlp}" if len(groups) == 1 else None
+
     def scheme(self, job: Job) -> LinearScheme | None:
         """How the job quantizes the linear layers; None for layers in floating point, and for keys and values."""
         modules = self.modules(job)
         return job.config.scheme_for(modules[0]) if modules else None
+
+
+def require_measurable(job: Job) -> None:
+    """Refuses models that sites can't be measured in.
+
+    Raises:
+        FPTQuantError: the model has mixtures of experts.
+    """
+    if job.source.architecture.mixtures:
+        raise FPTQuantError(
+            f"sensitivity: experts of a {job.source.architecture.class_name} can't be measured one by one yet"
+        )
 
 
 def sites_of(job: Job, kinds: Iterable[str] = KINDS) -> list[Site]:

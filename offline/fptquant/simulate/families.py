@@ -37,6 +37,8 @@ def _classes_of(architecture: Architecture) -> dict[type[nn.Module], type[nn.Mod
     facts = {"__module__": __name__, "architecture": architecture, "modeling": modeling}
     found = {}
     for part, simulated in PARTS.items():
+        if part in architecture.lacks:
+            continue
         original = getattr(modeling, architecture.class_of(part))
         made = type(f"Simulated{original.__name__}", (simulated, original), {**facts, "__doc__": simulated.__doc__})
         globals()[made.__name__] = found[original] = made

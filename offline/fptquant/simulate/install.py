@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig
 from fptquant.format.checks import require_shared
+from fptquant.format.steps import in_floating_point
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulate.families import CLASSES
 from fptquant.simulate.linear import SimulatedLinear
+from fptquant.simulate.mixture import SparseMLP, separate_experts
 from fptquant.simulate.sink import finish_loading_sink, install_sink
 from fptquant.wiring import Architecture
 
@@ -27,12 +29,15 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
     """
     shape = architecture.shape(model.config)
+    separate_experts(model, architecture)
     become_simulation(model, architecture, config.transforms.residual_scale)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for projection in architecture.projections:
+        readers = [projection for group in architecture.groups_of(index) for projection in group.readers]
+        for projection in (*architecture.projections_of(index), *readers):
             linear = layer.get_submodule(projection.path)
             assert isinstance(linear, nn.Linear)
             steps = config.steps_for(architecture.projection_name(index, projection))
+            steps = in_floating_point(steps) if projection in readers else steps
             layer.set_submodule(projection.path, SimulatedLinear.from_linear(linear, steps))
         if config.kv_cache.bits < 16:
             attention = layer.get_submodule(architecture.attention)
@@ -101,7 +106,7 @@ def require_shared_inputs(model: PreTrainedModel, architecture: Architecture) ->
         FPTQuantError: names the layers and their values.
     """
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for group in architecture.groups:
+        for group in architecture.groups_of(index):
             names = architecture.group_names(index, group)
             linears = [layer.get_submodule(projection.path) for projection in group.members]
             first = linears[0]
@@ -134,7 +139,7 @@ def exactly(model: PreTrainedModel) -> Iterator[None]:
 def _exact_settings(model: PreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
     """Owner, attribute and value of what exact mode sets."""
     for module in model.modules():
-        if isinstance(module, SimulatedLinear):
+        if isinstance(module, SimulatedLinear | SparseMLP):
             yield module, "exact", True
         elif isinstance(getattr(module, "kv_quantizer", None), KVQuantizer):
             yield module.kv_quantizer, "exact", True

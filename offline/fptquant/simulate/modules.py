@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -64,7 +65,18 @@ class SimulatedMLP(SimulatedModule):
         gate, up, down = (
             self.get_submodule(family.path_within(family.mlp, role)) for role in (Role.GATE, Role.UP, Role.DOWN)
         )
-        y: Tensor = down(getattr(self, family.activation)(gate(x)) * up(x), scale)
+        activation = getattr(self, family.activation)
+
+        def gated(gates: Tensor, ups: Tensor) -> Tensor:
+            product: Tensor = activation(gates) * ups
+            return product
+
+        parts = gate(x), up(x)
+        if torch.is_grad_enabled():  # computed again backward: the widest of what would be kept
+            product = checkpoint(gated, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            product = gated(*parts)
+        y: Tensor = down(product, scale)
         return y
 
 
@@ -153,15 +165,23 @@ class SimulatedDecoderLayer(SimulatedModule):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """As the family's; the other arguments are the attention's."""
-        family = self.architecture
-        block, mlp = self.get_submodule(family.attention), self.get_submodule(family.mlp)
+        hidden_states = self.attended(hidden_states, **kwargs)
+        output = self.through(self.get_submodule(self.architecture.mlp), hidden_states)
+        return hidden_states + self._normed_behind(1, output)
+
+    def attended(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The residual (..., hidden) behind the attention."""
         scale = self.scale_of(hidden_states)
         normed = self._norm_before(Role.QUERY)(hidden_states, scale)
-        output, _ = block(hidden_states=normed, scale=scale, **kwargs)
-        hidden_states = hidden_states + self._normed_behind(0, output)
+        output, _ = self.get_submodule(self.architecture.attention)(hidden_states=normed, scale=scale, **kwargs)
+        result: Tensor = hidden_states + self._normed_behind(0, output)
+        return result
+
+    def through(self, mlp: Callable[[Tensor, Tensor | None], Tensor], hidden_states: Tensor) -> Tensor:
+        """What `mlp`, or a part of a mixture, makes of the normed residual behind the attention."""
         scale = self.scale_of(hidden_states)
-        output = mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
-        return hidden_states + self._normed_behind(1, output)
+        result: Tensor = mlp(self._norm_before(Role.GATE)(hidden_states, scale), scale)
+        return result
 
     def scale_of(self, residual: Tensor) -> Tensor | None:
         """S (..., 1) of `residual` (..., hidden); None without S_n."""

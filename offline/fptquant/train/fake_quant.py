@@ -16,15 +16,15 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, trust: bool) -> Tensor:
         ratio = x / scale
-        codes = torch.clamp(torch.round(ratio), low, high)
-        ctx.save_for_backward(ratio, codes, scale, low, high)
+        ctx.save_for_backward(ratio, scale, low, high)  # codes are rounded again: a tensor less to keep
         ctx.trust = trust
-        return codes * scale
+        return torch.round(ratio).clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
-        ratio, codes, scale, low, high = ctx.saved_tensors
+        ratio, scale, low, high = ctx.saved_tensors
+        codes = torch.round(ratio).clamp_(low, high)
         below, above = ratio < low, ratio > high
         inside = ~(below | above)
         passed = (ratio - codes).abs_() <= 0.5 if ctx.trust else inside

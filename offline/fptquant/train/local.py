@@ -72,7 +72,7 @@ def train_local(
             for index, layer in layers:
                 terms = []
                 with entered(layer):
-                    for projection in architecture.projections:
+                    for projection in architecture.projections_of(index):
                         weight = layer.get_submodule(projection.path).get_parameter("weight")
                         merged, _ = transforms.merge(projection.at(index), weight, None)
                         terms.append(weight_norm(merged, options.p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +39,7 @@ from fptquant.train.student_weights import (
     TransformedWeight,
 )
 from fptquant.transforms import TransformSet
-from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place, Role
+from fptquant.wiring import EMBEDDING, HEAD, Architecture, InputGroup, Place, Role
 
 
 @dataclass
@@ -79,6 +80,12 @@ class GroupInput:
         if self._left == 0:  # nothing is held on to
             self._seen = None
         return result
+
+
+def group_inputs(group: InputGroup, quantizer: StaticQuantizer | None) -> dict[int | None, GroupInput]:
+    """What the layers of a group read: by expert, for each sees other tokens, with one quantizer for all."""
+    readers = Counter(projection.expert for projection in group.members)
+    return {expert: GroupInput(count, quantizer) for expert, count in readers.items()}
 
 
 class TrainedLinear(nn.Module):
@@ -231,15 +238,16 @@ def integer_student(model: PreTrainedModel, architecture: Architecture, estimato
     student = Student(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
         twin = copy.deepcopy(layer) if is_streamed(layer) else None
-        for members in architecture.groups:  # a group has one scheme, so one layer of it stands for all
+        for members in architecture.groups_of(index):  # a group has one scheme, so one layer of it stands for all
             linears = [layer.get_submodule(projection.path) for projection in members.members]
             first = linears[0]
             if not isinstance(first, SimulatedLinear) or first.codes is None:
                 continue
-            group = GroupInput(len(linears), _input_quantizer(first, estimator))
-            for name, linear in zip(architecture.group_names(index, members), linears, strict=True):
+            inputs = group_inputs(members, _input_quantizer(first, estimator))
+            for projection, linear in zip(members.members, linears, strict=True):
                 assert isinstance(linear, SimulatedLinear)
-                _replace(student, name, linear, group)
+                name = architecture.projection_name(index, projection)
+                _replace(student, name, linear, inputs[projection.expert])
         attention = layer.get_submodule(architecture.attention)
         _replace_cache(student, attention, attention, estimator)
         if twin is not None:
@@ -292,13 +300,15 @@ def transform_student(
             attention.get_buffer(STEADY).copy_(quantized.get_submodule(architecture.attention).get_buffer(STEADY))
         twin = copy.deepcopy(layer) if is_streamed(layer) else None
         with entered(layer):
-            for members in architecture.groups:
-                group = None
-                for projection in members.members:
+            for members in architecture.groups_of(index):
+                first = quantized.get_submodule(members.first.path)
+                assert isinstance(first, SimulatedLinear)
+                inputs = group_inputs(members, _input_quantizer(first, estimator))
+                for projection in (*members.members, *members.readers):
                     path, role = projection.path, projection.role
                     linear, example = layer.get_submodule(path), quantized.get_submodule(path)
                     assert isinstance(linear, nn.Linear) and isinstance(example, SimulatedLinear)
-                    group = group or GroupInput(len(members.members), _input_quantizer(example, estimator))
+                    group = GroupInput(1, None) if projection in members.readers else inputs[projection.expert]
                     weight: FloatWeight
                     if float_weights or example.scheme is None:
                         weight = TransformedWeight(linear, transforms, projection.at(index))
@@ -368,7 +378,7 @@ def scale_norms(model: PreTrainedModel, architecture: Architecture, transforms: 
         return hook
 
     for index, layer in enumerate(architecture.layer_modules(model)):
-        for group, norm in architecture.normed_groups():
+        for group, norm in architecture.normed_groups(index):
             layer.get_submodule(norm).register_forward_hook(scale(group.first.at(index), transforms.gain))
         for place, norm in architecture.head_norm_places(index):
             layer.get_submodule(norm).register_forward_hook(scale(place, transforms.head_gain))

@@ -38,6 +38,20 @@ class StudentWeight(nn.Module):
         raise NotImplementedError
 
 
+class _IntegerProduct(torch.autograd.Function):
+    """X W^T of integers W, which are widened again for the gradient of X instead of being kept wide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        return nn.functional.linear(x, codes.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return gradients[0] @ codes.to(gradients[0].dtype), None
+
+
 class IntegerWeight(StudentWeight):
     """Frozen integers with trainable channel scales."""
 
@@ -52,7 +66,8 @@ class IntegerWeight(StudentWeight):
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `StudentWeight`; W is not formed."""
-        return self._times(x, self.codes) * self.log_scale.exp().flatten(), self.bias
+        product: Tensor = _IntegerProduct.apply(x.to(self.compute_dtype), self.codes)  # type: ignore[no-untyped-call]
+        return product.to(x.dtype) * self.log_scale.exp().flatten(), self.bias
 
 
 class FloatWeight(StudentWeight):

@@ -46,7 +46,7 @@ class DownHadamard(Transform):
         """Settles the block size; FPTQuantError when it does not divide the intermediate size."""
         super().__init__(shape, options, generator)
         sizes = tensor_parallel_sizes(shape, options.max_tensor_parallel)
-        self.block = block_size(options, shape.intermediate, sizes, "T_d", "intermediate size")
+        self.block = min(block_size(options, width, sizes, "T_d", "intermediate size") for width in shape.widths)
 
     def online(self) -> dict[str, Any]:
         """The block size at down_proj."""
@@ -96,7 +96,7 @@ def tensor_parallel_sizes(shape: Shape, largest: int) -> list[int]:
 
     def fits(size: int) -> bool:
         kv_heads = shape.kv_heads % size == 0 or size % shape.kv_heads == 0
-        columns = (shape.heads * shape.head_dim, shape.intermediate)
+        columns = (shape.heads * shape.head_dim, *shape.widths)
         return shape.heads % size == 0 and kv_heads and all(count % (size * PACKED) == 0 for count in columns)
 
     return [1, *filter(fits, range(2, largest + 1))]

@@ -14,11 +14,11 @@ _VALUES = 1 << 23  # of an embedding or a head that are in float64 at a time
 @torch.no_grad()
 def merge_layer(layer: nn.Module, index: int, architecture: Architecture, transforms: TransformSet) -> None:
     """Folds the norms of a decoder layer and merges `transforms` into its weights, in place."""
-    for group in architecture.groups:
+    for group in architecture.groups_of(index):
         gain = None if group.norm is None else norm_gain(layer.get_submodule(group.norm), architecture)
-        for projection in group.members:
+        for projection in (*group.members, *group.readers):
             _merge_weight(layer.get_submodule(projection.path), transforms, projection.at(index), gain)
-    for group, norm in architecture.normed_groups():
+    for group, norm in architecture.normed_groups(index):
         gain = transforms.gain(group.first.at(index), torch.float64)
         set_norm_gain(layer.get_submodule(norm), architecture, gain)
     for place, path in architecture.head_norm_places(index):

@@ -12,7 +12,9 @@ from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.wiring import Place, Role, Shape
 
 _SMALLEST = 1e-5  # of a channel's largest magnitude
-_NORMS = {Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1}  # which of a layer's norms is read
+_NORMS = {  # which of a layer's norms is read
+    Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1, Role.ROUTER: 1, Role.SHARED_GATE: 1,
+}  # fmt: skip
 
 
 class NormScaleOptions(TransformOptions):

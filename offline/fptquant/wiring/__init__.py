@@ -3,7 +3,7 @@
 Nothing heavy is imported here: what transformers has to know of our checkpoints at its start follows from these facts.
 """
 
-from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Place, Projection, Role, Shape
+from fptquant.wiring.base import EMBEDDING, HEAD, SHARED, Architecture, InputGroup, Place, Projection, Role, Shape
 from fptquant.wiring.ernie4_5 import ERNIE4_5
 from fptquant.wiring.gemma2 import GEMMA2
 from fptquant.wiring.gemma3 import GEMMA3
@@ -11,14 +11,43 @@ from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
+from fptquant.wiring.mixtral import MIXTRAL
 from fptquant.wiring.qwen2 import QWEN2
+from fptquant.wiring.qwen2_moe import QWEN2_MOE
 from fptquant.wiring.qwen3 import QWEN3
+from fptquant.wiring.qwen3_moe import QWEN3_MOE
 from fptquant.wiring.seed_oss import SEED_OSS
 from fptquant.wiring.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Architecture] = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5, GEMMA3, GEMMA2)
+    for family in (
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        MISTRAL,
+        MINISTRAL3,
+        SEED_OSS,
+        GRANITE,
+        SMOLLM3,
+        ERNIE4_5,
+        GEMMA3,
+        GEMMA2,
+        QWEN3_MOE,
+        QWEN2_MOE,
+        MIXTRAL,
+    )
 }
 
-__all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]
+__all__ = [
+    "EMBEDDING",
+    "FAMILIES",
+    "HEAD",
+    "SHARED",
+    "Architecture",
+    "InputGroup",
+    "Place",
+    "Projection",
+    "Role",
+    "Shape",
+]

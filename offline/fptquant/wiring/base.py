@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # the facts are read where nothing heavy may be imported (`fptquant.hf_entries`)
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from fptquant.wiring.mixture import Mixture
 
 
 class Role(Enum):
@@ -23,7 +26,12 @@ class Role(Enum):
     GATE = "gate"
     UP = "up"
     DOWN = "down"
+    ROUTER = "router"
+    SHARED_GATE = "shared_gate"
     HEAD = "head"
+
+
+SHARED = -1  # number of the expert that every token goes through
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Place:
 
     role: Role
     layer: int = -1  # -1 outside the layers
+    expert: int | None = None  # its number in a mixture
 
 
 EMBEDDING, HEAD = Place(Role.EMBEDDING), Place(Role.HEAD)
@@ -43,10 +52,11 @@ class Projection:
 
     role: Role
     path: str  # of the module, relative to the decoder layer
+    expert: int | None = None  # which expert of a mixture it belongs to
 
     def at(self, layer: int) -> Place:
         """Its place in the decoder layer of this index."""
-        return Place(self.role, layer)
+        return Place(self.role, layer, self.expert)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class InputGroup:
     name: str  # in reports and overrides: "qkv"
     members: tuple[Projection, ...]
     norm: str | None = None  # path of the norm whose output they read; None where that isn't a norm's
+    readers: tuple[Projection, ...] = ()  # linear layers that read the tensor, too, and stay in floating point
 
     @property
     def first(self) -> Projection:
@@ -90,6 +101,30 @@ class Shape:
     layers: int
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
     interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
+    experts: int = 0  # of each mixture, apart from a shared one
+    expert_width: int = 0  # intermediate size of an expert
+    shared_width: int = 0  # of the shared expert
+    chosen: int = 0  # experts that a token goes through
+    mixtures: int = 0  # layers that have a mixture in the place of an MLP
+
+    def width(self, expert: int | None) -> int:
+        """Intermediate size of an MLP (None), a shared expert, or any other one."""
+        if expert is None:
+            return self.intermediate
+        return self.shared_width if expert == SHARED else self.expert_width
+
+    @property
+    def active_width(self) -> int:
+        """Intermediate numbers that a layer computes for a token, at most."""
+        return max(self.widths[0], self.chosen * self.expert_width + self.shared_width)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All intermediate sizes in the model."""
+        found = [self.intermediate] if self.mixtures < self.layers else []
+        if self.mixtures:
+            found += [self.expert_width, self.shared_width] if self.shared_width else [self.expert_width]
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -101,7 +136,9 @@ class Architecture:
         name: what its classes in transformers begin with, "Llama".
         models: known ones, for users to read.
         embedding: module path, as those of `layers`, `final_norm` and `head`.
-        groups: of a decoder layer, in the order its forward pass reaches them; keys and values come out of the first.
+        groups: of a decoder layer that has an MLP, in the order its forward pass reaches them; keys and values come out
+            of the first.
+        mixture: of experts, in the place of the MLP in some or all layers; then `of` says what holds for a model.
         attention: module path relative to a decoder layer, as that of `mlp`.
         gain_offset: what a norm adds to its weight before it multiplies by it.
         query_norm: path, relative to the attention, of a norm over each head of the queries, before RoPE; None without.
@@ -125,6 +162,7 @@ class Architecture:
             them in before anything else is done.
         qkv_bias: whether queries, keys and values have biases; or the field of the configuration that says so.
         output_bias: the same of the attention's output, as `mlp_bias` of all of the MLP's.
+        lacks: parts for which it has no class in transformers: "MLP", where all layers have mixtures.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
             by that part.
     """
@@ -139,6 +177,7 @@ class Architecture:
     attention: str
     mlp: str
     groups: tuple[InputGroup, ...]
+    mixture: Mixture | None = None
     gain_offset: float = 0.0
     query_norm: str | None = None
     key_norm: str | None = None
@@ -160,7 +199,28 @@ class Architecture:
     qkv_bias: bool | str = "attention_bias"
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = "mlp_bias"
+    lacks: tuple[str, ...] = ()
     class_names: Mapping[str, str] = field(default_factory=dict)
+    mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None  # by layer, its groups; set by `of`
+
+    def of(self, config: PretrainedConfig) -> Architecture:
+        """The family as it is in the model of a configuration, which says what layers have experts and how many."""
+        if self.mixture is None:
+            return self
+        before = [group for group in self.groups if not group.first.path.startswith(f"{self.mlp}.")]
+        experts = self.mixture.groups(config, self.mlp, self.norm_before(Role.GATE))
+        return replace(self, mixtures=dict.fromkeys(self.mixture.layers(config), (*before, *experts)))
+
+    def groups_of(self, layer: int) -> tuple[InputGroup, ...]:
+        """Groups of a decoder layer, as `groups`."""
+        if self.mixture is None:
+            return self.groups
+        assert self.mixtures is not None, "experts are counted in a configuration: `of`"
+        return self.mixtures.get(layer, self.groups)
+
+    def projections_of(self, layer: int) -> tuple[Projection, ...]:
+        """All linear layers of a decoder layer that are quantized, in order."""
+        return tuple(projection for group in self.groups_of(layer) for projection in group.members)
 
     def class_of(self, part: str) -> str:
         """Name of a class in transformers, by the part it plays in the family: "Model", "Attention"."""
@@ -173,12 +233,19 @@ class Architecture:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All linear layers of a decoder layer, in order."""
+        """All linear layers of a decoder layer that has an MLP, in order."""
         return tuple(projection for group in self.groups for projection in group.members)
 
     def shape(self, config: PretrainedConfig) -> Shape:
         """Sizes from a configuration."""
-        heads = config.num_attention_heads
+        heads, mixture = config.num_attention_heads, self.mixture
+        experts = mixture and {
+            "experts": getattr(config, mixture.experts),
+            "expert_width": getattr(config, mixture.width),
+            "shared_width": mixture.shared(config),
+            "chosen": getattr(config, mixture.chosen),
+            "mixtures": len(mixture.layers(config)),
+        }
         return Shape(
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -188,6 +255,7 @@ class Architecture:
             layers=config.num_hidden_layers,
             head_norms=self.head_norms,
             interleaved=self.interleaved,
+            **(experts or {}),
         )
 
     @property
@@ -247,7 +315,7 @@ class Architecture:
             if role in roles:
                 yield name
         for layer in range(layers):
-            yield from (self.projection_name(layer, item) for item in self.projections if item.role in roles)
+            yield from (self.projection_name(layer, item) for item in self.projections_of(layer) if item.role in roles)
 
     def layer_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers in order."""
@@ -264,6 +332,12 @@ class Architecture:
     def group_names(self, layer: int, group: InputGroup) -> list[str]:
         """Full names of a group's linear layers."""
         return [self.projection_name(layer, projection) for projection in group.members]
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in the files of an original model."""
+        for pattern, stored in self.mixture.stored.items() if self.mixture else ():
+            name = re.sub(pattern, stored, name)
+        return name
 
     def attention_name(self, layer: int) -> str:
         """Full name of a layer's attention module."""
@@ -292,8 +366,8 @@ class Architecture:
             if norm is not None:
                 yield Place(role, layer), f"{self.attention}.{norm}"
 
-    def normed_groups(self) -> Iterator[tuple[InputGroup, str]]:
-        """Groups that read a norm's output, and the norm's path."""
-        for group in self.groups:
+    def normed_groups(self, layer: int) -> Iterator[tuple[InputGroup, str]]:
+        """Groups of a decoder layer that read a norm's output, and the norm's path."""
+        for group in self.groups_of(layer):
             if group.norm is not None:
                 yield group, group.norm

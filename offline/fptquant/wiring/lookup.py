@@ -13,12 +13,12 @@ from fptquant.wiring import FAMILIES, Architecture
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Family of a loaded configuration.
+    """Family of a loaded configuration, as it is in its model.
 
     Raises:
         FPTQuantError: the model type or class is not one we know.
     """
-    return check_model_type({"model_type": config.model_type, "architectures": config.architectures})
+    return check_model_type({"model_type": config.model_type, "architectures": config.architectures}).of(config)
 
 
 def check_model_type(config: Mapping[str, Any]) -> Architecture:

@@ -1,0 +1,125 @@
+"""A mixture of experts with a linear layer for each projection of each expert, in the place of a family's own.
+
+transformers keeps all experts in two tensors. Here each projection is a module, as in a checkpoint, that may become a
+`SimulatedLinear`. With float weights it computes what the family's own does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from fptquant.format.routing import float_linear, mixture, route
+from fptquant.wiring import SHARED, Architecture
+
+
+class Expert(nn.Module):
+    """An MLP without biases."""
+
+    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, act_fn: nn.Module) -> None:
+        """Takes its projections."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Args: x (..., hidden), and S (..., 1) where `down_proj` scales by it. Returns: (..., hidden)."""
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.down_proj(h) if scale is None else self.down_proj(h, scale)
+        return y
+
+
+class SparseMLP(nn.Module):
+    """Router and experts; `format.routing` has what is computed."""
+
+    def __init__(self, gate: nn.Linear, experts: nn.ModuleList, count: int, renormalize: bool) -> None:
+        """Takes the parts.
+
+        Args:
+            gate: the router.
+            experts: each an `Expert`.
+            count: how many a token goes through.
+            renormalize: whether their weights are made to add up to one.
+        """
+        super().__init__()
+        self.gate, self.experts, self.count, self.renormalize = gate, experts, count, renormalize
+        self.shared_expert: nn.Module | None = None
+        self.shared_expert_gate: nn.Module | None = None
+        self.exact = False  # see `fptquant.simulate.install.set_exact`
+        self.routed: Tensor | None = None  # tokens of the calibration text that each expert got, (experts,)
+
+    def expert(self, number: int) -> nn.Module:
+        """One of the experts, or the shared one (`SHARED`)."""
+        found = self.shared_expert if number == SHARED else self.experts[number]
+        assert found is not None
+        return found
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `fptquant.format.routing.route`; `x` (tokens, hidden)."""
+        return route(self._read(self.gate, x), self.count, self.renormalize)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Args: x (..., hidden), and S (..., 1) where down projections scale by it. Returns: (..., hidden)."""
+        rows = x.reshape(-1, x.shape[-1])
+        scales = None if scale is None else scale.reshape(-1, 1)
+
+        def through(number: int, tokens: Tensor) -> Tensor:
+            y: Tensor = self.experts[number](rows[tokens], None if scales is None else scales[tokens])
+            return y
+
+        y = mixture(*self.route(rows), x.shape[-1], through)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            y = y + torch.sigmoid(self._read(self.shared_expert_gate, rows)) * self.shared_expert(rows, scales)
+        return y.view(x.shape).to(x.dtype)
+
+    def _read(self, reader: nn.Module, x: Tensor) -> Tensor:
+        if self.exact:
+            return float_linear(x, reader.get_parameter("weight"), exact=True)
+        y: Tensor = reader(x).float()
+        return y
+
+
+@torch.no_grad()
+def separate_experts(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+    """Puts a `SparseMLP` in the place of each of a model's mixtures, which shares its tensors; in place.
+
+    Args:
+        model: of transformers' own classes, on any device.
+        architecture: its family, `of` its configuration; most have no mixtures.
+
+    Returns:
+        The model.
+    """
+    if architecture.mixture is not None:
+        for index, layer in enumerate(architecture.layer_modules(model)):
+            before = layer.get_submodule(architecture.mlp)
+            if index in (architecture.mixtures or ()) and not isinstance(before, SparseMLP):
+                layer.set_submodule(architecture.mlp, _separated(before, architecture, model.config))
+    return model
+
+
+def _separated(before: nn.Module, architecture: Architecture, config: PretrainedConfig) -> SparseMLP:
+    facts = architecture.mixture
+    assert facts is not None
+    activation = ACT2FN[config.hidden_act]
+    width = getattr(config, facts.width)
+    experts = before.get_submodule("experts")
+    found = []
+    for both, down in zip(experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj"), strict=True):
+        found.append(Expert(_linear(both[:width]), _linear(both[width:]), _linear(down), activation))
+    gate = _linear(before.get_submodule("gate").get_parameter("weight"))
+    result = SparseMLP(gate, nn.ModuleList(found), getattr(config, facts.chosen), facts.renormalizes(config))
+    if facts.shared(config):
+        shared = before.get_submodule("shared_expert")
+        gate, up, down = (_linear(shared.get_parameter(f"{name}_proj.weight")) for name in ("gate", "up", "down"))
+        result.shared_expert = Expert(gate, up, down, activation)
+        result.shared_expert_gate = _linear(before.get_submodule("shared_expert_gate").get_parameter("weight"))
+    return result.train(before.training)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A layer without bias, with this weight (N, K)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -1,0 +1,53 @@
+"""Mixtures of experts through vLLM in the ways beside those of `test_served_families.py`: split, and compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fptquant import pipeline
+from fptquant.loading import load_model, open_source
+from tests.families import make_job
+from tests.vllm_fptquant.serving import TOLERANCE, serve
+
+PROMPTS = [[0, 17, 5, 99, 3, 8, 120, 44, 7, 61], [7, 211, 30, 4, 4, 18, 9], [0, 300, 2, 71, 33]]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "flags"),
+    [("qwen2_moe", ("--tensor-parallel", "2")), ("qwen3_moe with windows", ("--compile", "eager"))],
+    ids=["split", "compiled"],
+)
+def test_served_is_simulated(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Not in exact mode: a tie that falls the other way moves the rows behind it; a part of an expert, nearly all."""
+    transforms = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
+    job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=transforms)
+    pipeline.quantize(job, tmp_path / "out")
+    process = serve(tmp_path / "out", PROMPTS, *flags)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    model, differences = load_model(open_source(tmp_path / "out")), []
+    for prompt, answer in zip(PROMPTS, json.loads((tmp_path / "out" / "answer.json").read_text()), strict=True):
+        expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
+        differences.append((torch.tensor(answer["logprobs"]) - expected).abs().amax(-1))
+    assert (torch.cat(differences) < TOLERANCE).float().mean() > 0.6, differences
+
+
+@pytest.mark.vllm
+def test_refused_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from fptquant.errors import FPTQuantError
+    from tests.families import family_of
+    from vllm_fptquant.models import experts
+
+    split = SimpleNamespace(parallel_config=SimpleNamespace(enable_expert_parallel=True))
+    with pytest.raises(FPTQuantError, match="leave --enable-expert-parallel out"):
+        experts.require_servable(family_of("mixtral"), split)
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(FPTQuantError, match="experts of a MixtralForCausalLM are served on CPUs only yet"):
+        experts.require_servable(family_of("mixtral"), split)
