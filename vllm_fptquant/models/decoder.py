@@ -42,6 +42,7 @@ from vllm.sequence import IntermediateTensors
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, position_scale, residual_scale
 from fptquant.format.binding import Watch
+from fptquant.format.checks import DAMAGED
 from fptquant.format.schema import MODEL_TYPE_PREFIX
 from fptquant.wiring import FAMILIES, Architecture, Role
 from fptquant.wiring.lookup import require_range
@@ -250,7 +251,11 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
-        """Builds `LlamaDecoderLayer` with our attention and MLP."""
+        """Builds `LlamaDecoderLayer` with our attention, MLP and norms.
+
+        Raises:
+            FPTQuantError: a residual scale, which norms behind blocks don't go with.
+        """
         config = config or vllm_config.model_config.hf_config
         family, index = family_of(config), extract_layer_index(prefix)
         layer_config = as_llama(config, index)
@@ -271,6 +276,8 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         for name in (*self.norms_before, *(self.norms_behind or ())):
             self.add_module(name, make_norm(config, self.hidden_size))
         self.residual_scaled = vllm_config.quant_config.checkpoint.transforms.residual_scale
+        if self.residual_scaled and self.norms_behind:
+            raise FPTQuantError(f"config.json: a {family.class_name} can't have transforms.residual_scale: {DAMAGED}")
         eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32)  # of all norms
         self.register_buffer("fptquant_eps", eps, persistent=False)
 
@@ -403,8 +410,9 @@ class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
         require_range(family, model.dtype, "serve with --dtype bfloat16")
         self.binding = require_bound_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DecoderLayer)
-        if hasattr(self, "logits_processor"):  # on the last rank of a pipeline
-            _, self.logits_processor.soft_cap = family.caps(model.hf_config)
+        processor: Any = getattr(self, "logits_processor", None)  # on the last rank of a pipeline
+        if processor is not None:
+            _, processor.soft_cap = family.caps(model.hf_config)
         keep_norms_plausible(self)
         self.guard(vllm_config)
 

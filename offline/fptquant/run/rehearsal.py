@@ -15,7 +15,7 @@ from fptquant.format import Sink, round_scale
 from fptquant.run.job import Job
 from fptquant.run.writer import write_model
 from fptquant.simulate.attention import KVQuantizer
-from fptquant.simulate.install import install_simulation, simulated_linears
+from fptquant.simulate.install import install_simulation, round_floats, simulated_linears
 from fptquant.simulate.sink import sink_token, use_sink
 
 _VOCABULARY = 256  # rows of the embedding and the head, whose number the format doesn't depend on
@@ -43,8 +43,9 @@ def rehearse(job: Job, folder: Path) -> None:
     architecture = job.source.architecture.of(config)
     small = replace(job, source=replace(job.source, config=config, architecture=architecture), config=scheme)
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay what they are
-        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype).float().eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     install_simulation(model, architecture, scheme)
+    round_floats(model, job.dtype)
     _quantize(model)
     tokens = torch.arange(8)[None] % config.vocab_size
     expected = model(tokens, use_cache=False).logits
