@@ -165,6 +165,7 @@ class Architecture:
         lacks: parts for which it has no class in transformers: "MLP", where all layers have mixtures.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
             by that part.
+        mixtures: by layer, the groups of those that have experts; None before `of`, and where a family has none.
     """
 
     model_type: str
@@ -201,7 +202,7 @@ class Architecture:
     mlp_bias: bool | str = "mlp_bias"
     lacks: tuple[str, ...] = ()
     class_names: Mapping[str, str] = field(default_factory=dict)
-    mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None  # by layer, its groups; set by `of`
+    mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None
 
     def of(self, config: PretrainedConfig) -> Architecture:
         """The family as it is in the model of a configuration, which says what layers have experts and how many."""
