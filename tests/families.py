@@ -1,17 +1,23 @@
-"""Tiny random models of every family, in the variants that compute differently; what is in `FAMILIES` must be here."""
+"""Tiny random models of every family, in the variants that compute differently.
+
+What is in `FAMILIES` or `FUSED` must be here.
+"""
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
 WINDOW = 12
@@ -61,25 +67,44 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW, "attention_bias": True},
     ),
+    "phi3": ("phi3", {"tie_word_embeddings": True}),
+    "phi3 with windows": ("phi3", {"head_dim": 64, "sliding_window": WINDOW}),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
 
 BY_FAMILY = {
-    model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type] for model_type in FAMILIES
+    model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type]
+    for model_type in (*FAMILIES, *FUSED)
 }
 
 
 def family_of(variant: str) -> Architecture:
-    return FAMILIES[VARIANTS[variant][0]]
+    """As which a model of the variant is read."""
+    model_type, fields = VARIANTS[variant]
+    return FUSED[model_type].becomes(fields) if model_type in FUSED else FAMILIES[model_type]
 
 
 def build(variant: str, seed: int = 0) -> PreTrainedModel:
     """In float32, with gains of mean 1 and deviation 0.4, and biases: ones and zeros would hide errors."""
-    family = family_of(variant)
-    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
-    config.architectures = [family.class_name]
-    return trained_looking(getattr(transformers, family.class_name)(config), seed)
+    model_type, fields = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    config.architectures = [FUSED[model_type].class_name if model_type in FUSED else FAMILIES[model_type].class_name]
+    return trained_looking(AutoModelForCausalLM.from_config(config), seed)
+
+
+def read(variant: str) -> PreTrainedModel:
+    """As `build`, in the classes that it is worked on in: those of the family that a fused one becomes."""
+    return copy.deepcopy(split(variant)) if VARIANTS[variant][0] in FUSED else build(variant)
+
+
+@cache
+def split(variant: str) -> PreTrainedModel:
+    """A fused model, saved and read."""
+    with TemporaryDirectory() as folder:
+        build(variant).save_pretrained(folder)
+        build_tokenizer(bos=True).save_pretrained(folder)
+        return load_model(open_source(folder))
 
 
 def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

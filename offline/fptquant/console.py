@@ -73,7 +73,7 @@ def plan_table(job: Job, output: Path) -> Table:
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
     table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
-    table.add_row("architecture", f"{job.source.architecture.class_name}, {shape.layers} layers, hidden {shape.hidden}")
+    table.add_row("architecture", f"{job.source.kind}, {shape.layers} layers, hidden {shape.hidden}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     table.add_row("weights", bits(config.weights))
     table.add_row("activations", bits(config.activations))

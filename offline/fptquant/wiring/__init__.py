@@ -3,12 +3,13 @@
 Nothing heavy is imported here: what transformers has to know of our checkpoints at its start follows from these facts.
 """
 
-from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, InputGroup, Place, Projection, Role, Shape
+from fptquant.wiring.base import EMBEDDING, HEAD, Architecture, Fused, InputGroup, Place, Projection, Role, Shape
 from fptquant.wiring.ernie4_5 import ERNIE4_5
 from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
+from fptquant.wiring.phi3 import PHI3
 from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen3 import QWEN3
 from fptquant.wiring.seed_oss import SEED_OSS
@@ -18,5 +19,19 @@ FAMILIES: dict[str, Architecture] = {
     family.model_type: family
     for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL3, SEED_OSS, GRANITE, SMOLLM3, ERNIE4_5)
 }
+# Those that are read as one of these: nothing that is written, or served, knows of them.
+FUSED: dict[str, Fused] = {fused.model_type: fused for fused in (PHI3,)}
 
-__all__ = ["EMBEDDING", "FAMILIES", "HEAD", "Architecture", "InputGroup", "Place", "Projection", "Role", "Shape"]
+__all__ = [
+    "EMBEDDING",
+    "FAMILIES",
+    "FUSED",
+    "HEAD",
+    "Architecture",
+    "Fused",
+    "InputGroup",
+    "Place",
+    "Projection",
+    "Role",
+    "Shape",
+]
