@@ -130,6 +130,28 @@ def test_a_mistake_under_head_norms_is_noticed(
     assert error_of(variant, ["T_k"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", BY_FAMILY["smollm3"])
+def test_a_matrix_where_there_is_rope_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Architecture.shape
+    assert original(family_of(variant), build(variant).config).unrotated == (1,)
+    monkeypatch.setattr(Architecture, "shape", lambda self, config: replace(original(self, config), unrotated=(0, 1)))
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
+def test_only_scales_where_there_is_no_rope(float64: None) -> None:
+    """As a recipe may ask for; and matrices stay far from singular, whatever their parameters are."""
+    model, family = build("smollm3").double(), family_of("smollm3")
+    for options in ({"only": "scale"}, {}):
+        transforms = transform_set(["T_k"], family.shape(model.config), T_k=options)
+        transforms.randomize_(torch.Generator().manual_seed(0), 30.0 if options else 3.0)
+        assert {name for name, _ in transforms.named_parameters() if "left" in name or "angle" in name} == (
+            set() if options else {"transforms.T_k.left", "transforms.T_k.angle"}
+        )
+        assert transforms.metrics()["T_k/condition"] < 100.0001
+        if not options:
+            assert relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits) < 1e-9
+
+
 @pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
 def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Architecture.shape

@@ -90,6 +90,7 @@ class Shape:
     layers: int
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
     interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
+    unrotated: tuple[int, ...] = ()  # layers without RoPE
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class Architecture:
             layers=config.num_hidden_layers,
             head_norms=self.head_norms,
             interleaved=self.interleaved,
+            unrotated=tuple(i for i in range(config.num_hidden_layers) if not self.has_rope(config, i)),
         )
 
     @property
