@@ -38,7 +38,7 @@ from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
 from fptquant.wiring import FAMILIES, FUSED, Architecture, Place, Role
 from tests.conftest import ROOT, VOCABULARY, edit_json
-from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, possible, read, split
+from tests.families import BY_FAMILY, VARIANTS, WINDOW, build, family_of, make_job, possible, read, split
 from tests.fptquant.test_transforms import SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
@@ -151,6 +151,28 @@ def test_gains_that_are_not_what_is_stored(variant: str, float64: None, monkeypa
     assert error_of(variant, ["T_h"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", BY_FAMILY["smollm3"])
+def test_a_matrix_where_there_is_rope_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Architecture.shape
+    assert original(family_of(variant), build(variant).config).unrotated == (1,)
+    monkeypatch.setattr(Architecture, "shape", lambda self, config: replace(original(self, config), unrotated=(0, 1)))
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
+def test_only_scales_where_there_is_no_rope(float64: None) -> None:
+    """As a recipe may ask for; and matrices stay far from singular, whatever their parameters are."""
+    model, family = build("smollm3").double(), family_of("smollm3")
+    for options in ({"only": "scale"}, {}):
+        transforms = transform_set(["T_k"], family.shape(model.config), T_k=options)
+        transforms.randomize_(torch.Generator().manual_seed(0), 30.0 if options else 3.0)
+        assert {name for name, _ in transforms.named_parameters() if "left" in name or "angle" in name} == (
+            set() if options else {"transforms.T_k.left", "transforms.T_k.angle"}
+        )
+        assert transforms.metrics()["T_k/condition"] < 100.0001
+        if not options:
+            assert relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits) < 1e-9
+
+
 @pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
 def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Architecture.shape
@@ -223,9 +245,9 @@ def test_a_head_stays_tied_without_a_rotation(variant: str, tmp_path: Path) -> N
         written.append(load_file(tmp_path / residency / "model.safetensors"))
     assert all(torch.equal(written[0][name], written[1][name]) for name in written[0].keys() | written[1].keys())
     assert f"{family.head}.weight" not in written[0]
-    assert not torch.equal(written[0][f"{family.final_norm}.weight"], torch.ones(SIZES["hidden_size"]))
+    assert not torch.equal(written[0][f"{family.final_norm}.weight"], torch.ones(model.config.hidden_size))
     size = (tmp_path / "streamed" / "model.safetensors").stat().st_size
-    assert size < job.output_bytes + VOCABULARY * SIZES["hidden_size"] * 2
+    assert size < job.output_bytes + VOCABULARY * model.config.hidden_size * 2
     assert json.loads((tmp_path / "streamed" / "config.json").read_text())["tie_word_embeddings"] is True
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

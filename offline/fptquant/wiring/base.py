@@ -101,6 +101,7 @@ class Shape:
     layers: int
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
     interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
+    unrotated: tuple[int, ...] = ()  # layers without RoPE
     experts: int = 0  # of each mixture, apart from a shared one
     expert_width: int = 0  # intermediate size of an expert
     shared_width: int = 0  # of the shared expert
@@ -257,6 +258,7 @@ class Architecture:
             head_norms=self.head_norms,
             interleaved=self.interleaved,
             **(experts or {}),
+            unrotated=tuple(i for i in range(config.num_hidden_layers) if not self.has_rope(config, i)),
         )
 
     @property
