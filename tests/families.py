@@ -1,20 +1,26 @@
-"""Tiny random models of every family, in the variants that compute differently; what is in `FAMILIES` must be here."""
+"""Tiny random models of every family, in the variants that compute differently.
+
+What is in `FAMILIES` or `FUSED` must be here.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from fptquant.loading import attention_for
+from fptquant.loading import attention_for, load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
 from fptquant.transforms import TRANSFORMS
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
 WINDOW = 12
@@ -109,24 +115,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", {"head_dim": 64, "num_local_experts": 4}),
     "mixtral with windows": ("mixtral", {"sliding_window": WINDOW, "num_local_experts": 3, "num_experts_per_tok": 1}),
+    "phi3": ("phi3", {"tie_word_embeddings": True}),
+    "phi3 with windows": ("phi3", {"head_dim": 64, "sliding_window": WINDOW}),
     "ernie4_5": ("ernie4_5", {"head_dim": 64}),
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
 
 BY_FAMILY = {
-    model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type] for model_type in FAMILIES
+    model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type]
+    for model_type in (*FAMILIES, *FUSED)
 }
 
 
 def family_of(variant: str) -> Architecture:
-    """As it is in the variant's model."""
-    return FAMILIES[VARIANTS[variant][0]].of(config_of(variant))
+    """As which a model of the variant is read."""
+    model_type, fields = VARIANTS[variant]
+    return FUSED[model_type].becomes(fields) if model_type in FUSED else FAMILIES[model_type].of(config_of(variant))
 
 
 def config_of(variant: str) -> PretrainedConfig:
-    family = FAMILIES[VARIANTS[variant][0]]
-    config = getattr(transformers, family.class_of("Config"))(**{**SIZES, **VARIANTS[variant][1]})
-    config.architectures = [family.class_name]
+    model_type, fields = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    config.architectures = [(FUSED | FAMILIES)[model_type].class_name]
     return config
 
 
@@ -135,13 +145,32 @@ def build(variant: str, seed: int = 0) -> PreTrainedModel:
     config = config_of(variant)
     family = family_of(variant)
     config._attn_implementation = attention_for(config).get("attn_implementation", "sdpa")
-    model = getattr(transformers, family.class_name)(config)
+    model = getattr(transformers, config.architectures[0])(config)
     model.config._experts_implementation = "eager"  # the one that computes in float64
     model = trained_looking(model, seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.sub_(family.gain_offset)
     return model
+
+
+def read(variant: str) -> PreTrainedModel:
+    """As `build`, in the classes that it is worked on in: those of the family that a fused one becomes."""
+    if VARIANTS[variant][0] not in FUSED:
+        return build(variant)
+    model = copy.deepcopy(split(variant))
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(model.config)  # in float64 where a test computes so
+    return model
+
+
+@cache
+def split(variant: str) -> PreTrainedModel:
+    """A fused model, saved and read."""
+    with TemporaryDirectory() as folder:
+        build(variant).save_pretrained(folder)
+        build_tokenizer(bos=True).save_pretrained(folder)
+        return load_model(open_source(folder))
 
 
 def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -75,7 +75,7 @@ def plan_table(job: Job, output: Path) -> Table:
     table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
-    table.add_row("architecture", f"{job.source.architecture.class_name}, {sizes}")
+    table.add_row("architecture", f"{job.source.kind}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     table.add_row("weights", bits(config.weights))
     table.add_row("activations", bits(config.activations))

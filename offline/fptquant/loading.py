@@ -26,6 +26,7 @@ from fptquant.format import QUANT_METHOD, CheckpointConfig
 from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
 from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX
+from fptquant.fused import unfused_config, unfused_weights
 from fptquant.hf_quantizer import require_tensors
 from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
@@ -35,7 +36,7 @@ from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.simulate.sink import use_sink
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture
 from fptquant.wiring.lookup import architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -64,6 +65,7 @@ class Source:
     device: torch.device  # where its models are
     factors: Mapping[str, float] = field(default_factory=dict)  # by the model's names, of what takes multipliers in
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
+    kind: str = ""  # class of the model, for the user to read
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,6 +200,10 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
     weights = WeightFiles.of(path)
     quantization = getattr(config, "quantization_config", None)
     stored, names, notes, factors = torch.float32, dict[str, str](), list[str](), dict[str, float]()
+    fused = FUSED.get(config.model_type) if quantization is None else None
+    if fused is not None:
+        config = unfused_config(config, fused)
+        weights = unfused_weights(weights, config, fused, architecture)
     if quantization is None:
         stored, names, notes = _check_tensors(config, weights)
         config, factors = without_multipliers(config, architecture)
@@ -212,7 +218,8 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    return Source(path, config, architecture, tokenizer, weights, stored, names, device, factors, tuple(notes))
+    kind = architecture.class_name if fused is None else f"{fused.class_name}, as {architecture.class_name}"
+    return Source(path, config, architecture, tokenizer, weights, stored, names, device, factors, tuple(notes), kind)
 
 
 def without_multipliers(

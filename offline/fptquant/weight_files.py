@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,8 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it, "BF16"
+    fused: str = ""  # the tensor of the file whose rows these are, where it isn't one of its own
+    start: int = 0  # of these rows
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,38 @@ class WeightFiles:
         """Of the files, in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
+    def split(self, placed: Mapping[str, list[tuple[str, int]]]) -> WeightFiles:
+        """The same files, with tensors that are some rows of stored ones in place of these.
+
+        Args:
+            placed: by the name of a stored tensor, names and numbers of rows of what it holds, in order.
+
+        Raises:
+            FPTQuantError: a tensor isn't stored, or has another number of rows.
+        """
+        found = dict(self.tensors)
+        for fused, parts in placed.items():
+            if fused not in found:
+                raise FPTQuantError(f"'{self.directory}' lacks the tensor {fused}: fetch the model again")
+            whole, start = found.pop(fused), 0
+            expected = sum(rows for _, rows in parts)
+            if whole.shape[0] != expected:
+                raise FPTQuantError(
+                    f"'{self.directory}': {fused} has {whole.shape[0]} rows, but config.json asks for {expected}: "
+                    "weights and config.json do not belong together"
+                )
+            for name, rows in parts:
+                found[name] = replace(whole, shape=(rows, *whole.shape[1:]), fused=fused, start=start)
+                start += rows
+        return WeightFiles(self.directory, found)
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Name and content of every tensor, mapped from its file: a tensor that isn't looked at takes no memory."""
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 for name, tensor in self.tensors.items():
                     if tensor.file == file:
-                        yield name, opened.get_tensor(name)
+                        yield name, _content(opened, name, tensor)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and content of some tensors, each copied when it is asked for, so that no file stays mapped.
@@ -117,7 +145,7 @@ class WeightFiles:
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in here:
-                        tensor = opened.get_tensor(name)
+                        tensor = _content(opened, name, self.tensors[name])
                         if tuple(tensor.shape) != self.tensors[name].shape:
                             raise FPTQuantError(f"'{file}' was changed while it was in use: start again")
                         yield name, tensor.clone()
@@ -137,6 +165,15 @@ class WeightFiles:
             raise FPTQuantError(
                 f"'{others[0]}' is no part of the checkpoint beside it, but vLLM may load it: remove it"
             )
+
+
+def _content(opened: Any, name: str, stored: StoredTensor) -> Tensor:
+    """A tensor of an open file, or the rows of one."""
+    if not stored.fused:
+        whole: Tensor = opened.get_tensor(name)
+        return whole
+    rows: Tensor = opened.get_slice(stored.fused)[stored.start : stored.start + stored.shape[0]]
+    return rows
 
 
 def _single_file(directory: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -36,9 +36,9 @@ from fptquant.simulate.mixture import separate_experts
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
-from fptquant.wiring import FAMILIES, Architecture, Place
+from fptquant.wiring import FAMILIES, FUSED, Architecture, Place, Role
 from tests.conftest import ROOT, VOCABULARY, edit_json
-from tests.families import BY_FAMILY, SIZES, VARIANTS, WINDOW, build, family_of, make_job, possible
+from tests.families import BY_FAMILY, VARIANTS, WINDOW, build, family_of, make_job, possible, read, split
 from tests.fptquant.test_transforms import SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
@@ -48,16 +48,18 @@ NORMED = [variant for variant in VARIANTS if family_of(variant).head_norms]
 
 
 def test_every_family_is_here() -> None:
-    assert {model_type for model_type, _ in VARIANTS.values()} == FAMILIES.keys()
+    assert {model_type for model_type, _ in VARIANTS.values()} == FAMILIES.keys() | FUSED.keys()
     windowed = {model_type for model_type, fields in VARIANTS.values() if fields.get("sliding_window")}
-    assert windowed == {model_type for model_type, family in FAMILIES.items() if family.windows != "none"}
+    assert windowed == FUSED.keys() | {name for name, family in FAMILIES.items() if family.windows != "none"}
 
 
 def test_the_page_is_what_the_code_says() -> None:
     """Where this fails: python -m fptquant.report.families > docs/families.md."""
     assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == page()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for family, row in zip(FAMILIES.values(), rows(), strict=True):
+    for fused, row in zip(FUSED.values(), rows()[len(FAMILIES) :], strict=True):
+        assert fused.models in readme and row[:2] == (fused.model_type, fused.models)
+    for family, row in zip(FAMILIES.values(), rows()[: len(FAMILIES)], strict=True):
         assert family.models in readme
         assert ("one scale per RoPE pair" in row[2]) == family.head_norms and ("window" in row[3]) == (
             "window" in row[4]
@@ -70,6 +72,8 @@ def test_the_page_is_what_the_code_says() -> None:
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Norms and RoPE compute in torch.float32, whatever they get; which is float64 here."""
+    for variant in (variant for model_type in FUSED for variant in BY_FAMILY[model_type]):
+        split(variant)  # no file can be read then
     for name in ("float32", "float"):
         monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
@@ -78,10 +82,10 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def error_of(variant: str, names: list[str]) -> float:
     """Of the merged model's logits, relative to the largest, with the transforms at random values."""
-    model, family = build(variant).double(), family_of(variant)
+    model, family = read(variant).double(), family_of(variant)
     transforms = transform_set(names, family.shape(model.config))
     transforms.randomize_(torch.Generator().manual_seed(0))
-    return relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits)
+    return relative_error(merge(model, transforms, family)(TOKENS).logits, build(variant).double()(TOKENS).logits)
 
 
 @pytest.mark.parametrize("names", SETS, ids=SET_IDS)
@@ -147,6 +151,28 @@ def test_gains_that_are_not_what_is_stored(variant: str, float64: None, monkeypa
     assert error_of(variant, ["T_h"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", BY_FAMILY["smollm3"])
+def test_a_matrix_where_there_is_rope_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Architecture.shape
+    assert original(family_of(variant), build(variant).config).unrotated == (1,)
+    monkeypatch.setattr(Architecture, "shape", lambda self, config: replace(original(self, config), unrotated=(0, 1)))
+    assert error_of(variant, ["T_k"]) > 1e-3
+
+
+def test_only_scales_where_there_is_no_rope(float64: None) -> None:
+    """As a recipe may ask for; and matrices stay far from singular, whatever their parameters are."""
+    model, family = build("smollm3").double(), family_of("smollm3")
+    for options in ({"only": "scale"}, {}):
+        transforms = transform_set(["T_k"], family.shape(model.config), T_k=options)
+        transforms.randomize_(torch.Generator().manual_seed(0), 30.0 if options else 3.0)
+        assert {name for name, _ in transforms.named_parameters() if "left" in name or "angle" in name} == (
+            set() if options else {"transforms.T_k.left", "transforms.T_k.angle"}
+        )
+        assert transforms.metrics()["T_k/condition"] < 100.0001
+        if not options:
+            assert relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits) < 1e-9
+
+
 @pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
 def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Architecture.shape
@@ -176,7 +202,7 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tensor_has_a_role(variant: str) -> None:
-    model = separate_experts(build(variant), family_of(variant))
+    model = separate_experts(read(variant), family_of(variant))
     assert roles(family_of(variant), model) == set(model.state_dict())
 
 
@@ -219,9 +245,9 @@ def test_a_head_stays_tied_without_a_rotation(variant: str, tmp_path: Path) -> N
         written.append(load_file(tmp_path / residency / "model.safetensors"))
     assert all(torch.equal(written[0][name], written[1][name]) for name in written[0].keys() | written[1].keys())
     assert f"{family.head}.weight" not in written[0]
-    assert not torch.equal(written[0][f"{family.final_norm}.weight"], torch.ones(SIZES["hidden_size"]))
+    assert not torch.equal(written[0][f"{family.final_norm}.weight"], torch.ones(model.config.hidden_size))
     size = (tmp_path / "streamed" / "model.safetensors").stat().st_size
-    assert size < job.output_bytes + VOCABULARY * SIZES["hidden_size"] * 2
+    assert size < job.output_bytes + VOCABULARY * model.config.hidden_size * 2
     assert json.loads((tmp_path / "streamed" / "config.json").read_text())["tie_word_embeddings"] is True
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
@@ -269,6 +295,62 @@ def test_impossible_multipliers(tmp_path: Path) -> None:
         open_source(folder)
 
 
+# -- fused weights --
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"self_attn.qkv_proj": (Role.QUERY, Role.VALUE, Role.KEY), "mlp.gate_up_proj": (Role.GATE, Role.UP)},
+        {"self_attn.qkv_proj": (Role.QUERY, Role.KEY, Role.VALUE), "mlp.gate_up_proj": (Role.UP, Role.GATE)},
+    ],
+)
+def test_another_order_of_fused_rows_is_noticed(
+    weights: dict[str, tuple[Role, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_job("phi3", tmp_path, transforms=[]).source.path
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+    assert relative_error(load_model(open_source(folder))(TOKENS).logits, expected) < 1e-5
+    monkeypatch.setitem(FUSED, "phi3", replace(FUSED["phi3"], weights=weights))
+    assert relative_error(load_model(open_source(folder))(TOKENS).logits, expected) > 1e-3
+
+
+def test_a_fused_base_model_is_read(tmp_path: Path) -> None:
+    """Names without a prefix."""
+    folder = make_job("phi3", tmp_path, transforms=[]).source.path
+    expected = load_model(open_source(folder))(TOKENS).logits
+    stored = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in stored.items()}, folder / "model.safetensors")
+    assert torch.equal(load_model(open_source(folder), residency="streamed")(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+                                 "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}},
+            r"^config.json: a Phi3ForCausalLM with RoPE of type longrope \(rope_parameters, .* is not supported",
+        ),
+        ({"partial_rotary_factor": 0.75, "rope_parameters": None}, "RoPE of type default of 0.75 of each head"),
+        ({"intermediate_size": 128}, "mlp.gate_up_proj.weight has 192 rows, but config.json asks for 256: weights"),
+        ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2.self_attn.qkv_proj.weight: fetch the model again"),
+        ({"architectures": ["PhiForCausalLM"]}, "of this model_type, only Phi3ForCausalLM is"),
+    ],
+)  # fmt: skip
+def test_what_is_no_fused_model(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = make_job("phi3", tmp_path, transforms=[]).source.path
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(FPTQuantError, match=message):
+        open_source(folder)
+
+
+def test_the_plan_names_both_families(tmp_path: Path) -> None:
+    for variant, name in (("phi3", "LlamaForCausalLM"), ("phi3 with windows", "MistralForCausalLM")):
+        (tmp_path / name).mkdir()
+        assert make_job(variant, tmp_path / name).source.kind == f"Phi3ForCausalLM, as {name}"
+
+
 # -- training --
 
 
@@ -314,7 +396,7 @@ def require_replayed(model: PreTrainedModel, family: Architecture) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_are_replayed(variant: str) -> None:
-    require_replayed(build(variant), family_of(variant))
+    require_replayed(read(variant), family_of(variant))
 
 
 # -- whole runs --

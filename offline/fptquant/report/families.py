@@ -8,7 +8,7 @@ from __future__ import annotations
 import transformers
 
 from fptquant.transforms import TRANSFORMS
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture, Fused
 
 COLUMNS = ("model_type", "models", "transforms", "attention", "constant first token")
 _WINDOWS = {
@@ -26,6 +26,7 @@ All are served by the plugin's own class, S_n and a constant first token include
 transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run, and mixtures of
 experts are refused.
 
+{fused}
 What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
 than `model_type`, a multimodal model (give its text part as a model of its own), a sequence classifier. A transform
 that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
@@ -43,22 +44,34 @@ To add a family see [CONTRIBUTING](../CONTRIBUTING.md).
 
 def rows() -> list[tuple[str, ...]]:
     """A row of `COLUMNS` for each family."""
+    listed = [(family.model_type, family.models, family) for family in FAMILIES.values()]
+    listed += [(fused.model_type, fused.models, fused.windowed) for fused in FUSED.values()]
     return [
         (
-            family.model_type,
-            family.models,
+            model_type,
+            models,
             _transforms(family),
             _WINDOWS[family.windows],
             "yes" if family.windows == "none" else "yes, without windows",
         )
-        for family in FAMILIES.values()
+        for model_type, models, family in listed
     ]
 
 
 def page() -> str:
     """The content of docs/families.md."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
-    return _PAGE.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines))
+    fused = [_fused(fused) for fused in FUSED.values()]
+    return _PAGE.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines), fused="\n".join(fused))
+
+
+def _fused(fused: Fused) -> str:
+    weights = " and ".join(f"`{path.rpartition('.')[2]}`" for path in fused.weights)
+    return (
+        f"{fused.model_type} stores {weights} fused: their rows are read apart, and what is written is a "
+        f"{fused.family.model_type},\nor with a `sliding_window` a {fused.windowed.model_type}. RoPE of a part of each "
+        "head or of type longrope is refused.\n"
+    )
 
 
 def _transforms(family: Architecture) -> str:

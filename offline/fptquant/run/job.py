@@ -242,6 +242,11 @@ def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -
         job.transforms.load_state_dict(load_file(transforms_file))
     except SafetensorError as error:
         raise FPTQuantError(f"'{transforms_file}' is corrupt or truncated ({error})") from None
+    except RuntimeError:
+        raise FPTQuantError(
+            f"'{transforms_file}' holds other transforms than this version of fptquant makes of its recipe: verify it "
+            "with the version that wrote it, or quantize again"
+        ) from None
     return job
 
 

@@ -16,6 +16,7 @@ from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import to_logits
 from fptquant.layers.residency import entered, recomputed
+from fptquant.process_memory import trim_memory
 from fptquant.train.fake_quant import Estimator
 from fptquant.train.objective import Objective, sequence_loss
 from fptquant.train.optimization import Optimization
@@ -122,11 +123,13 @@ def train_end_to_end(
                             f"step {optimization.step}: the loss is not finite; {_first_not_finite(student, tokens)}; "
                             "lower the learning rates"
                         )
+                    trim_memory()  # what logits took: the gradients come next
                     if hidden.requires_grad:  # not where only the head is quantized
                         hidden.backward(gradient)
                     total += loss
             total = parallel.sum_gradients(optimization.parameters.values(), total)
             norms = optimization.update()
+            trim_memory()
             yield {
                 "loss": total,
                 **{f"gradient/{name}": norm for name, norm in norms.items()},

@@ -36,7 +36,7 @@ class Transform(nn.Module):
     in_weights: ClassVar[bool] = True  # both halves are, so that an objective on weights alone sees all of it
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
-    restriction: ClassVar[str] = ""  # what a restricted form keeps of the transform, for users to read
+    restriction: ClassVar[str] = ""  # what another form of the transform is, for users to read
     substitute: ClassVar[str | None] = None  # what shipped recipes have where a family can't have this transform
     shared: ClassVar[bool] = False  # by all layers, embedding and head; it is trained at a rate of its own
 

@@ -9,9 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.transforms.head_matrices import bounded, by_head, condition, matrix_pair
+from fptquant.transforms.orthogonal import cayley
 from fptquant.wiring import Architecture, Place, Role, Shape
 
 _ROLES = (Role.QUERY, Role.KEY)
+_MAX_CONDITION = 100.0  # of a matrix in a layer without RoPE
 
 
 class QueryKeyOptions(TransformOptions):
@@ -49,8 +52,10 @@ class QueryKeyTransform(Transform):
 
     @classmethod
     def form(cls, shape: Shape) -> type[Transform]:
-        """In the norms' gains where there are norms."""
-        return NormedQueryKeyTransform if shape.head_norms else cls
+        """In the norms' gains where there are norms; any matrix where there is no RoPE."""
+        if shape.head_norms:
+            return NormedQueryKeyTransform
+        return PartlyRotatedQueryKeyTransform if shape.unrotated else cls
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Rotates and scales queries and keys."""
@@ -67,6 +72,45 @@ class QueryKeyTransform(Transform):
         sizes = (cos.shape[1], 2) if self.shape.interleaved else (2, cos.shape[1])
         first, second = values.view(*values.shape[:-1], cos.shape[0], *sizes).unbind(pair)
         return torch.stack((cos * first - sin * second, cos * second + sin * first), pair).flatten(-3)
+
+
+class PartlyRotatedQueryKeyTransform(QueryKeyTransform):
+    """T_k with any invertible matrix per KV head in layers without RoPE: k' = k A, q' = q A^-T.
+
+    Nothing stands between the weights and the scores there that A would have to commute with. A = U diag(lambda) V^T
+    with U, V orthogonal; its condition number stays below `_MAX_CONDITION`.
+    """
+
+    name = "T_k"
+    Options = QueryKeyOptions
+    restriction = "scaled rotations of RoPE pairs; any matrix per KV head in layers without RoPE"
+
+    def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
+        """Starts at the identity."""
+        super().__init__(shape, options, generator)
+        square = (len(shape.unrotated), shape.kv_heads, shape.head_dim, shape.head_dim)
+        self._add("left", square, trained=options.only != "scale")
+        self._add("right", square, trained=options.only != "scale")
+        self._add("log_lambda", square[:-1])
+        self.left: Tensor
+        self.right: Tensor
+        self.log_lambda: Tensor
+
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
+        """Multiplies queries and keys by the matrices where there is no RoPE."""
+        if place.role not in _ROLES or place.layer not in self.shape.unrotated:
+            return super().outputs(place, values)
+        index, dtype = self.shape.unrotated.index(place.layer), values.dtype
+        left, right = cayley(self.left[index].to(dtype)), cayley(self.right[index].to(dtype))
+        log_lambda = bounded(self.log_lambda[index].to(dtype), _MAX_CONDITION)
+        matrix, inverse_transpose = matrix_pair(left, log_lambda, right)
+        if place.role is Role.KEY:
+            return by_head(values, matrix)
+        return by_head(values, inverse_transpose.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))
+
+    def metrics(self) -> dict[str, float]:
+        """The largest condition number of all matrices."""
+        return {"condition": condition(bounded(self.log_lambda.detach(), _MAX_CONDITION))}
 
 
 class NormedQueryKeyTransform(Transform):

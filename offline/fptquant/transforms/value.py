@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.transforms.head_matrices import bounded, by_head, condition, matrix_pair
 from fptquant.transforms.orthogonal import cayley, starting_rotation
 from fptquant.wiring import Place, Role, Shape
 
@@ -52,26 +52,19 @@ class ValueTransform(Transform):
 
     def matrices(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """T and T^-T of a layer, each (kv_heads, head_dim, head_dim)."""
-        log_scale = self._bounded(self.log_scale[layer].to(dtype))
+        log_scale = bounded(self.log_scale[layer].to(dtype), self.options.max_condition)
         left = self.start.to(dtype) @ cayley(self.left[layer].to(dtype))
-        right = cayley(self.right[layer].to(dtype)).mT
-        scale = log_scale.exp()[:, None, :]  # scales the columns of `left`
-        return (left * scale) @ right, (left / scale) @ right
+        return matrix_pair(left, log_scale, cayley(self.right[layer].to(dtype)))
 
     def metrics(self) -> dict[str, float]:
         """The largest condition number of all heads."""
-        log_scale = self._bounded(self.log_scale.detach())
-        return {"condition": float((log_scale.amax(-1) - log_scale.amin(-1)).max().exp())}
-
-    def _bounded(self, log_scale: Tensor) -> Tensor:
-        bound = math.log(self.options.max_condition) / 2
-        return bound * torch.tanh(log_scale / bound)
+        return {"condition": condition(bounded(self.log_scale.detach(), self.options.max_condition))}
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Values times T, head by head: W_v' = T^T W_v, b_v' = b_v T."""
         if place.role is not Role.VALUE:
             return values
-        return _by_head(values, self.matrices(place.layer, values.dtype)[0])
+        return by_head(values, self.matrices(place.layer, values.dtype)[0])
 
     def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
         """W_o' = W_o T^-T per query head."""
@@ -79,10 +72,4 @@ class ValueTransform(Transform):
             return values
         inverse_transpose = self.matrices(place.layer, values.dtype)[1]
         matrix = inverse_transpose.mT if transposed else inverse_transpose
-        return _by_head(values, matrix.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))
-
-
-def _by_head(values: Tensor, matrices: Tensor) -> Tensor:
-    """`values` (..., heads * head_dim) times the matrix (heads, head_dim, head_dim) of each head."""
-    heads = values.view(*values.shape[:-1], *matrices.shape[:2])
-    return torch.einsum("...hd,hde->...he", heads, matrices).flatten(-2)
+        return by_head(values, matrix.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))

@@ -3,7 +3,18 @@
 Nothing heavy is imported here: what transformers has to know of our checkpoints at its start follows from these facts.
 """
 
-from fptquant.wiring.base import EMBEDDING, HEAD, SHARED, Architecture, InputGroup, Place, Projection, Role, Shape
+from fptquant.wiring.base import (
+    EMBEDDING,
+    HEAD,
+    SHARED,
+    Architecture,
+    Fused,
+    InputGroup,
+    Place,
+    Projection,
+    Role,
+    Shape,
+)
 from fptquant.wiring.ernie4_5 import ERNIE4_5
 from fptquant.wiring.gemma2 import GEMMA2
 from fptquant.wiring.gemma3 import GEMMA3
@@ -12,6 +23,7 @@ from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
 from fptquant.wiring.mixtral import MIXTRAL
+from fptquant.wiring.phi3 import PHI3
 from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen2_moe import QWEN2_MOE
 from fptquant.wiring.qwen3 import QWEN3
@@ -38,13 +50,17 @@ FAMILIES: dict[str, Architecture] = {
         MIXTRAL,
     )
 }
+# Those that are read as one of these: nothing that is written, or served, knows of them.
+FUSED: dict[str, Fused] = {fused.model_type: fused for fused in (PHI3,)}
 
 __all__ = [
     "EMBEDDING",
     "FAMILIES",
+    "FUSED",
     "HEAD",
     "SHARED",
     "Architecture",
+    "Fused",
     "InputGroup",
     "Place",
     "Projection",

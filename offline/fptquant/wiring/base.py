@@ -101,6 +101,7 @@ class Shape:
     layers: int
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
     interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
+    unrotated: tuple[int, ...] = ()  # layers without RoPE
     experts: int = 0  # of each mixture, apart from a shared one
     expert_width: int = 0  # intermediate size of an expert
     shared_width: int = 0  # of the shared expert
@@ -165,6 +166,7 @@ class Architecture:
         lacks: parts for which it has no class in transformers: "MLP", where all layers have mixtures.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
             by that part.
+        mixtures: by layer, the groups of those that have experts; None before `of`, and where a family has none.
     """
 
     model_type: str
@@ -201,7 +203,7 @@ class Architecture:
     mlp_bias: bool | str = "mlp_bias"
     lacks: tuple[str, ...] = ()
     class_names: Mapping[str, str] = field(default_factory=dict)
-    mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None  # by layer, its groups; set by `of`
+    mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None
 
     def of(self, config: PretrainedConfig) -> Architecture:
         """The family as it is in the model of a configuration, which says what layers have experts and how many."""
@@ -256,6 +258,7 @@ class Architecture:
             head_norms=self.head_norms,
             interleaved=self.interleaved,
             **(experts or {}),
+            unrotated=tuple(i for i in range(config.num_hidden_layers) if not self.has_rope(config, i)),
         )
 
     @property
@@ -371,3 +374,33 @@ class Architecture:
         for group in self.groups_of(layer):
             if group.norm is not None:
                 yield group, group.norm
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A family that is another one once its weights are split by rows; as which it is read, quantized and served.
+
+    Attributes:
+        model_type: in config.json.
+        name: what its classes in transformers begin with, "Phi3".
+        models: known ones, for users to read.
+        family: what it is without windows.
+        windowed: what it is where `sliding_window` is set, which all of its layers look at.
+        weights: by path relative to a decoder layer, the roles whose projections' rows a weight holds, in order.
+    """
+
+    model_type: str
+    name: str
+    models: str
+    family: Architecture
+    windowed: Architecture
+    weights: Mapping[str, tuple[Role, ...]]
+
+    @property
+    def class_name(self) -> str:
+        """Name of the language model's class in transformers."""
+        return f"{self.name}ForCausalLM"
+
+    def becomes(self, config: Mapping[str, Any]) -> Architecture:
+        """The family that a model is, by the content of its config.json."""
+        return self.windowed if config.get("sliding_window") else self.family

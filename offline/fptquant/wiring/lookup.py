@@ -9,20 +9,23 @@ from transformers import PretrainedConfig
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import MODEL_TYPE_PREFIX, quantized_architecture
-from fptquant.wiring import FAMILIES, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Family of a loaded configuration, as it is in its model.
+    """Family of a loaded configuration, as it is in its model; of a fused one, that which it becomes.
 
     Raises:
         FPTQuantError: the model type or class is not one we know.
     """
-    return check_model_type({"model_type": config.model_type, "architectures": config.architectures}).of(config)
+    fields = {"model_type": config.model_type, "architectures": config.architectures}
+    if config.model_type in FUSED:
+        fields["sliding_window"] = config.sliding_window
+    return check_model_type(fields).of(config)
 
 
 def check_model_type(config: Mapping[str, Any]) -> Architecture:
-    """Family that the content of a config.json names, checked before transformers looks at it.
+    """Family that the content of a config.json names, or becomes, checked before transformers looks at it.
 
     Raises:
         FPTQuantError: the model type or class is not one we know, or they are of different families; or the model is
@@ -30,19 +33,20 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
     """
     model_type, names = config.get("model_type"), config.get("architectures") or []
     found = f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}'"
-    family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
+    fused = FUSED.get(str(model_type))
+    family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX)) if fused is None else fused.becomes(config)
     if isinstance(text := config.get("text_config"), Mapping):
         raise FPTQuantError(
             f"{found} is a multimodal model: only text models are supported; save its text part "
             f"(model_type '{text.get('model_type')}') as a model of its own and give that"
         )
     if family is None:
-        known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in FAMILIES.values())
+        known = ", ".join(f"{f.class_name} (model_type {model_type})" for model_type, f in (FAMILIES | FUSED).items())
         raise FPTQuantError(f"{found} is not supported; known: {known}")
-    if not set(names) <= {family.class_name, quantized_architecture(family.class_name)}:
+    name = family.class_name if fused is None else fused.class_name
+    if not set(names) <= {name, quantized_architecture(name)}:
         raise FPTQuantError(
-            f"{found} is not supported: of this model_type, only {family.class_name} is; where config.json is wrong, "
-            "correct it"
+            f"{found} is not supported: of this model_type, only {name} is; where config.json is wrong, correct it"
         )
     for field, meaning in family.impossible.items():
         if config.get(field):

@@ -263,8 +263,22 @@ def test_stage_one_names_the_layer_that_is_not_finite() -> None:
     model, transforms = folded("gqa"), random_transforms("gqa")
     model.get_submodule("model.layers.1.mlp.up_proj").weight[3] = torch.inf
     optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2, in_weights=True), 3, clip=None)
-    with pytest.raises(FPTQuantError, match=r"step 0: the loss of model.layers.1 is not finite; lower local.rate"):
+    with pytest.raises(
+        FPTQuantError, match=r"step 0: the loss of model.layers.1.mlp.up_proj is not finite; lower local.rate"
+    ):
         list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
+
+
+def test_a_weight_in_pieces_has_the_loss_and_the_gradient_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, matrix = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (21, 8))
+    found = []
+    for pieces in ((weight,), weight.split(8)):
+        leaf = matrix.clone().requires_grad_()
+        loss = local.weight_norm(pieces, 4.0, lambda rows, leaf=leaf: rows @ leaf)
+        loss.backward()
+        found.append(torch.cat((loss.detach()[None, None].expand(1, 8), leaf.grad)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_stage_one_leaves_weights_of_zero_alone() -> None:
