@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import MODEL_TYPE_PREFIX, quantized_architecture
-from fptquant.wiring import FAMILIES, FUSED, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture, Fused
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -41,7 +41,8 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             f"(model_type '{text.get('model_type')}') as a model of its own and give that"
         )
     if family is None:
-        known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in (*FAMILIES.values(), *FUSED.values()))
+        all_of_them: list[Architecture | Fused] = [*FAMILIES.values(), *FUSED.values()]
+        known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in all_of_them)
         raise FPTQuantError(f"{found} is not supported; known: {known}")
     name = family.class_name if fused is None else fused.class_name
     if not set(names) <= {name, quantized_architecture(name)}:
