@@ -60,8 +60,8 @@ def rounded(values: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) 
 
 def scores(queries: Tensor, keys: Tensor, head_dim: int) -> Tensor:
     """(heads, tokens, tokens), each row without its mean, which softmax does not see."""
-    q, k = (x.unflatten(-1, (-1, head_dim)).transpose(0, 1) for x in (queries, keys))
-    found = q @ k.repeat_interleave(len(q) // len(k), 0).mT
+    q, k = (x.view(len(x), -1, head_dim).transpose(0, 1) for x in (queries, keys))
+    found: Tensor = q @ k.repeat_interleave(len(q) // len(k), 0).mT
     return found - found.mean(-1, keepdim=True)
 
 
@@ -95,9 +95,13 @@ def main() -> None:
         for layer in layers
         for projection in map(source.architecture.projection_of, ROLES)
     }
-    forms = {"none": ({}, ()), "pairs": ({"T_k": {}}, ()), "any matrix": ({"T_k": {}}, tuple(layers))}
+    forms: list[tuple[str, list[str], tuple[int, ...]]] = [
+        ("none", [], ()),
+        ("pairs", ["T_k"], ()),
+        ("any matrix", ["T_k"], tuple(layers)),
+    ]
     print(" | ".join(COLUMNS))
-    for name, (named, unrotated) in forms.items():
+    for name, named, unrotated in forms:
         transforms = TransformSet(
             Recipe.parse({"transforms": named}).transforms, replace(shape, unrotated=unrotated), seed=0
         )
@@ -106,7 +110,7 @@ def main() -> None:
             optimization = Optimization(groups, options.steps, clip=None)
             for _ in range(options.steps):
                 for place, weight in weights.items():
-                    weight_norm(transforms.merge(place, weight, None)[0], options.p).backward()
+                    weight_norm(transforms.merge(place, weight, None)[0], options.p).backward()  # type: ignore[no-untyped-call]
                 optimization.update()
         with torch.no_grad():
             found = measure(weights, seen, transforms, shape.head_dim)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import MODEL_TYPE_PREFIX, quantized_architecture
-from fptquant.wiring import FAMILIES, FUSED, Architecture
+from fptquant.wiring import FAMILIES, FUSED, Architecture, Fused
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -42,6 +42,8 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
         )
     if family is None:
         known = ", ".join(f"{f.class_name} (model_type {model_type})" for model_type, f in (FAMILIES | FUSED).items())
+        all_of_them: list[Architecture | Fused] = [*FAMILIES.values(), *FUSED.values()]
+        known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in all_of_them)
         raise FPTQuantError(f"{found} is not supported; known: {known}")
     name = family.class_name if fused is None else fused.class_name
     if not set(names) <= {name, quantized_architecture(name)}:
