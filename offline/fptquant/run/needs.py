@@ -12,7 +12,7 @@ from fptquant.run.job import Job, linear_sizes
 from fptquant.run.shards import LARGEST
 from fptquant.run.state_size import state_bytes
 
-_PROCESS = 450_000_000  # bytes of Python, torch and transformers
+_PROCESS = 600_000_000  # bytes of Python, torch and transformers
 _CONTEXT = 500_000_000  # of an accelerator's memory that its context takes; not measured
 _FLOAT32, _FLOAT64 = 4, 8
 _HESSIANS = 2  # matrices (K, K) in float64 that rounding holds at once
@@ -98,13 +98,14 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     length, kept = recipe.training.length, 1 if streamed else shape.layers
     end_to_end = model + trained(length, kept) + _FLOAT32 * 2 * sizes.ends + pair
     transforms = bool(list(job.transforms.parameters()))
+    in_weights = any(list(transform.parameters()) for transform in job.transforms if transform.in_weights)
     found: dict[str, Need] = {"rehearse": Need(base + _FLOAT32 * 3 * sizes.layer, 0)}
     if recipe.end_to_end.steps or recipe.scales.steps:
         seen = 2 * in_memory(_FLOAT32 * job.training_windows.numel() * shape.hidden)
         found["teacher"] = Need(model + seen + max(pair, _FLOAT32 * sizes.ends), source)
     if transforms and start_is_measured(job.transforms):
         found["measure activations"] = Need(model + hidden + pair, source)
-    if transforms and recipe.local.steps:
+    if in_weights and recipe.local.steps:
         found["train transforms on weights"] = Need(
             model + 3 * pair + head, source * (recipe.local.steps * streamed or 1)
         )

@@ -41,7 +41,6 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             f"(model_type '{text.get('model_type')}') as a model of its own and give that"
         )
     if family is None:
-        known = ", ".join(f"{f.class_name} (model_type {model_type})" for model_type, f in (FAMILIES | FUSED).items())
         all_of_them: list[Architecture | Fused] = [*FAMILIES.values(), *FUSED.values()]
         known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in all_of_them)
         raise FPTQuantError(f"{found} is not supported; known: {known}")
