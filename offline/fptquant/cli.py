@@ -183,7 +183,7 @@ def quantize(
         wanted: Any = None if residency is Memory.auto else residency.value
         job = replace(job, residency=choose_residency(job, wanted, limit), room=room_for(place, limit))
         if dry_run:
-            pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh)
+            pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh, dry_run=True)
     if parallel.is_main():
         out.print(plan_table(job, output))
         show_notes(job.source)

@@ -144,8 +144,13 @@ def quantize(
     return summary
 
 
-def prepare(job: Job, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Publication, RunState]:
-    """Checks everything about the output, and writes nothing: arguments and errors are those of `quantize`."""
+def prepare(
+    job: Job, output: Path, *, overwrite: bool, fresh: bool, dry_run: bool = False
+) -> tuple[Publication, RunState]:
+    """Checks everything about the output, and writes nothing: arguments and errors are those of `quantize`.
+
+    A dry run reads all of the source only where there is a state that it has to belong to.
+    """
     publication = Publication(output, overwrite=overwrite)
     if parallel.is_main():
         publication.require_alone()
@@ -155,7 +160,7 @@ def prepare(job: Job, output: Path, *, overwrite: bool, fresh: bool) -> tuple[Pu
     if source in publication.target.parents:
         raise FPTQuantError(f"'{output}' is inside the source model's directory: choose another output")
     directory = publication.target.with_name(f".{publication.target.name}.state")
-    state = RunState(directory, job.signature(), fresh=fresh)
+    state = RunState(directory, {} if dry_run and not directory.exists() else job.signature(), fresh=fresh)
     parallel.require_same(state.signature)
     require_sequences(job)
     require_space(job, publication, state)
