@@ -15,6 +15,9 @@ import peers
 import random_model
 import watch
 from fptquant.loading import load_model, open_source
+from fptquant.recipe import Recipe
+from fptquant.run.job import open_job
+from fptquant.run.needs import expected_needs
 from random_model import Shape, shape_of
 
 TINY = Shape(layers=2, hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=600)
@@ -184,3 +187,25 @@ def test_a_peer_that_quantized_something_else_is_refused(tmp_path: Path) -> None
     for name, tensors in others.items():
         with pytest.raises(SystemExit, match=f"{name}'"):
             peers.require_4_bits(source, saved(name, tensors))
+
+
+# GB of `benchmarks/memory.py --shapes 1b 1b-deep 8b --recipes rtn gptq -- --residency streamed`, at 0055060
+MEASURED = {
+    ("1b", "rtn"): {"rehearse": 1.27, "calibrate and round": 1.90, "write": 1.98, "read back": 1.85},
+    ("1b", "gptq"): {"rehearse": 1.29, "calibrate and round": 1.94, "write": 2.08, "read back": 1.78},
+    ("1b-deep", "rtn"): {"rehearse": 1.24, "calibrate and round": 1.78, "write": 1.94, "read back": 1.95},
+    ("1b-deep", "gptq"): {"rehearse": 1.27, "calibrate and round": 1.99, "write": 2.01, "read back": 2.09},
+    ("8b", "rtn"): {"rehearse": 3.05, "calibrate and round": 5.58, "write": 4.84, "read back": 5.37},
+    ("8b", "gptq"): {"rehearse": 3.01, "calibrate and round": 5.64, "write": 4.83, "read back": 5.37},
+}
+
+
+@pytest.mark.parametrize("name", ["1b", "1b-deep", "8b"])
+def test_expected_memory_is_what_was_measured(name: str, tmp_path: Path) -> None:
+    """Within 20 %, of each stage and so of the run."""
+    random_model.write(tmp_path, shape_of(name), hollow=True)
+    for recipe in ("rtn", "gptq"):
+        chosen = Recipe.load(recipe).changed("test", calibration={"sequences": 4, "length": 256})
+        needs = expected_needs(open_job(tmp_path, chosen), "streamed", 20 * 10**9)
+        found = {stage: need.memory / 1e9 for stage, need in needs.items()}
+        assert found == pytest.approx(MEASURED[name, recipe], rel=0.2)

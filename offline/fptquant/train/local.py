@@ -23,7 +23,7 @@ from fptquant.train.optimization import Optimization
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
-_ROWS = 1 << 13  # of the embedding or the head that are merged at once
+ROWS = 1 << 13  # of the embedding or the head that are merged at once
 
 
 class LocalOptions(BaseModel):
@@ -90,7 +90,7 @@ def train_local(
     def backward(place: Place, module: nn.Module, name: str) -> float:
         """Adds the gradients of one weight's loss; returns the loss."""
         weight = module.get_parameter("weight")
-        pieces = torch.split(weight, _ROWS) if place in (EMBEDDING, HEAD) else (weight,)
+        pieces = torch.split(weight, ROWS) if place in (EMBEDDING, HEAD) else (weight,)
         loss = weight_norm(pieces, options.p, lambda rows: transforms.merge(place, rows, None)[0])
         if not bool(torch.isfinite(loss)):
             raise FPTQuantError(
