@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from fptquant import hf_config, hf_models, pipeline
 from fptquant.errors import FPTQuantError
+from fptquant.format import quantized_architecture
 from fptquant.format.binding import BINDING
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
@@ -140,11 +141,11 @@ def test_a_checkpoint_has_a_model_type_of_its_own(checkpoint: Path) -> None:
 @pytest.mark.parametrize("architecture", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_family_has_its_classes(architecture: Architecture) -> None:
     """Importable by name, so that what holds them can be pickled; each knows the class of its configuration."""
-    config = getattr(hf_config, f"FPTQuant{architecture.name}Config")
+    config = getattr(hf_config, quantized_architecture(architecture.class_of("Config")))
     assert config.model_type == f"fptquant_{architecture.model_type}"
     assert type(AutoConfig.for_model(config.model_type)) is config
     for part, auto in (("ForCausalLM", AutoModelForCausalLM), ("Model", AutoModel)):
-        kind = getattr(hf_models, f"FPTQuant{architecture.name}{part}")
+        kind = getattr(hf_models, quantized_architecture(architecture.class_of(part)))
         assert auto._model_mapping[config] is kind and kind.config_class is config
         assert pickle.loads(pickle.dumps(kind)) is kind
     copied = pickle.loads(pickle.dumps(config(hidden_size=48)))

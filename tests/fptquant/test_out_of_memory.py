@@ -108,7 +108,7 @@ def test_training_goes_on_with_what_was_finished(model: Path, recipe: Callable[.
 def test_training_of_scales(model: Path, recipe: Callable[..., Path], tmp_path: Path) -> None:
     scales = {"scales": {"steps": 1, "gradient_checkpointing": True}, "local": {"steps": 0}}
     result = command(
-        "train scales and ranges", 150, "quantize", model, "-o", tmp_path / "out", "--recipe", recipe(**scales)
+        "train scales and ranges", 60, "quantize", model, "-o", tmp_path / "out", "--recipe", recipe(**scales)
     )
     line = last_line(result)
     assert line == (

@@ -178,8 +178,11 @@ def test_checkpoint(name: str, kind: Residency, pair: Path, alone: Path) -> None
     assert found.keys() == expected.keys()
     if name in TO_THE_BIT:
         assert not [key for key in expected if not torch.equal(found[key], expected[key])]
-    same = [(found[key] == expected[key]).float().mean() for key in expected if key.endswith("weight_packed")]
-    assert min(same) >= (0.97 if name == "fptquant" else 0.999)
+    for key in (key for key in expected if key.endswith("weight_packed")):
+        steps = (found[key].float() - expected[key].float()).abs()
+        # One code near a tie that turns, as sums in another order make it do, moves what is rounded behind it.
+        assert (steps <= 1).float().mean() >= 0.999
+        assert "layers.0." not in key or (steps == 0).float().mean() >= 0.99
     for key in expected:
         if key.endswith("scale"):
             torch.testing.assert_close(found[key], expected[key], rtol=0.02, atol=0)
