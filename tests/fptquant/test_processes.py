@@ -185,7 +185,8 @@ def test_checkpoint(name: str, kind: Residency, pair: Path, alone: Path) -> None
         assert "layers.0." not in key or (steps == 0).float().mean() >= 0.99
     for key in expected:
         if key.endswith("scale"):
-            torch.testing.assert_close(found[key], expected[key], rtol=0.05, atol=0)
+            close = 0.02 if "layers.0." in key else 0.15  # a few steps of the search's grid
+            torch.testing.assert_close(found[key], expected[key], rtol=close, atol=0)
 
 
 @pytest.mark.parametrize("kind", get_args(Residency))
