@@ -82,13 +82,14 @@ class KVCacheScheme(Strict):
     strategy: Literal["tensor", "head"] = "tensor"
 
 
-def _power_of_two(block: int) -> int:
+def power_of_two(block: int) -> int:
+    """`block`, the size of a Hadamard's blocks; ValueError when it is no power of two."""
     if block & (block - 1):
         raise ValueError(f"block must be a power of two, got {block}")
     return block
 
 
-Block = Annotated[PositiveInt, AfterValidator(_power_of_two)]  # size of a Hadamard's blocks
+Block = Annotated[PositiveInt, AfterValidator(power_of_two)]  # size of a Hadamard's blocks
 
 
 class DownHadamard(Strict):

@@ -72,7 +72,7 @@ class SimulatedMLP(SimulatedModule):
             return product
 
         parts = gate(x), up(x)
-        if torch.is_grad_enabled():  # computed again backward: the widest of what would be kept
+        if any(part.requires_grad for part in parts):  # computed again backward: the widest of what would be kept
             product = checkpoint(gated, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             product = gated(*parts)

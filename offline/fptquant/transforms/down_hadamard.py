@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import hadamard_factors
+from fptquant.format.schema import power_of_two
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.wiring import Place, Role, Shape
 
@@ -31,9 +32,7 @@ class HadamardOptions(TransformOptions):
     @field_validator("block")
     @classmethod
     def _power_of_two(cls, block: int | str) -> int | str:
-        if isinstance(block, int) and block & (block - 1):
-            raise ValueError(f"block must be a power of two, got {block}")
-        return block
+        return power_of_two(block) if isinstance(block, int) else block
 
 
 class DownHadamard(Transform):
