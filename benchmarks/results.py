@@ -252,7 +252,7 @@ def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
     if not list(output.glob("*.safetensors")) or not made_at.is_file() or made_at.read_text() != now:
         file = work / f"{recipe.digest()}.yaml"
         file.write_text(yaml.safe_dump(recipe.to_dict()))
-        command = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
+        command: list[str | Path] = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
         subprocess.run([*command, "--recipe", file, "--overwrite"], check=True)
         made_at.write_text(now)
     return output
