@@ -52,7 +52,7 @@ def to_qwen3(original: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
 
     def watch(name: str) -> object:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            heads = output.unflatten(-1, (-1, settings["head_dim"]))
+            heads = output.view(*output.shape[:-1], -1, settings["head_dim"])
             gains[name] = heads.square().mean().sqrt().expand(settings["head_dim"]).clone()
 
         return hook
@@ -103,7 +103,7 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, 
         found = student(window[None]).logits[0].log_softmax(-1)
         loss = F.kl_div(found, expected, log_target=True, reduction="batchmean")
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 10 == 0:
@@ -117,7 +117,7 @@ def forever(windows: Tensor, steps: int) -> Iterator[Tensor]:
         yield windows[step % len(windows)]
 
 
-def convert(name: str, steps: int, rate: float) -> Path:
+def convert(name: str, steps: int = 200, rate: float = 2e-4) -> Path:
     """The checkpoint, made where it isn't in the cache."""
     checkpoint = cache_dir() / f"SmolLM2-135M-as-{name}"
     with exclusive(checkpoint.with_suffix(".lock")):
@@ -152,10 +152,7 @@ def main() -> None:
     """Converts what isn't there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=CONVERSIONS)
-    parser.add_argument("--steps", type=int, default=200, help="of one window of 512 tokens")
-    parser.add_argument("--rate", type=float, default=2e-4)
-    arguments = parser.parse_args()
-    print(convert(arguments.name, arguments.steps, arguments.rate))
+    print(convert(parser.parse_args().name))
 
 
 if __name__ == "__main__":

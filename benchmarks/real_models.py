@@ -5,8 +5,8 @@
 | qwen2 | Qwen2.5-Coder-0.5B-Instruct, a dequantized GGUF of 8 bits |
 | gemma3 | Gemma-3-270M, a dequantized GGUF of 4 to 6 bits |
 
-The packages state no licence: they are fetched for measurements and never shipped. Weights aren't those that the models'
-makers publish, and every figure measured on them must say so. Prints the checkpoint's path.
+The packages state no licence: they are fetched for measurements and never shipped. Weights aren't those that the
+models' makers publish, and every figure measured on them must say so. Prints the checkpoint's path.
 """
 
 from __future__ import annotations
