@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -97,7 +98,7 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
             scheme = schemes.scheme_for(parent)
             if leaf == "weight_packed" and scheme is not None:
                 shape = file.get_tensor(f"{parent}.weight_shape")
-                codes = unpack_codes(tensor, scheme.weights.bits, tuple(shape.tolist()))
+                codes = unpack_codes(tensor, scheme.weights.bits, torch.Size(shape.tolist()))
                 if parent == "lm_head":  # that path leaves the head in floating point
                     codes = codes * file.get_tensor(f"{parent}.weight_scale")
                 tensors[f"{parent}.weight"] = codes

@@ -18,12 +18,12 @@ import torch
 
 from fptquant import parallel
 from fptquant.calibration import layerwise
+from fptquant.layers.constants import record_sink
 from fptquant.quantize import ranges
 from fptquant.quantize.rounding import gptq
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.run.models import transformed
-from fptquant.simulate.sink import record_sink
 
 ROWS = {"all": 0.0, "  range search": 0.0, "  factors of Hessians": 0.0, "  Hessians": 0.0, "  rounding": 0.0}
 
@@ -56,7 +56,7 @@ def main() -> None:
     job = open_job(arguments.model, recipe)
     model = transformed(job)
     record_sink(model, job.source.architecture, job.first_tokens)
-    ranges._search = timed("  range search", ranges._search)  # type: ignore[assignment]
+    ranges._search = timed("  range search", ranges._search)
     gptq._unit_factor = timed("  factors of Hessians", gptq._unit_factor)
     layerwise.second_moment = timed("  Hessians", layerwise.second_moment)
     layerwise.rounded_weights = timed("  rounding", layerwise.rounded_weights)

@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 SHORT, LONG = 8, 72
 
@@ -58,14 +59,15 @@ def main() -> None:
         return elapsed
 
     def prefill() -> float:
-        return arguments.prompts * arguments.prompt_length / seconds(arguments.prompts, arguments.prompt_length, 1)
+        tokens: int = arguments.prompts * arguments.prompt_length
+        return tokens / seconds(arguments.prompts, arguments.prompt_length, 1)
 
     def decode(batch: int) -> float:
         return batch * (LONG - SHORT) / (seconds(batch, 16, LONG) - seconds(batch, 16, SHORT))
 
-    def median(measure: object, *args: int) -> float:
-        measure(*args)  # type: ignore[operator]
-        return statistics.median(measure(*args) for _ in range(arguments.repeats))  # type: ignore[operator]
+    def median(measure: Callable[..., float], *args: int) -> float:
+        measure(*args)
+        return statistics.median([measure(*args) for _ in range(arguments.repeats)])
 
     result = {
         "prefill_tokens_per_second": median(prefill),

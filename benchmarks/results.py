@@ -1,7 +1,8 @@
 """The table that tells methods apart: what each part of FPTQuant brings, and all recipes, on one real model.
 
-Model: SmolLM2-135M-Instruct, a dequantized GGUF. Texts: the first windows of tests/data/wiki.test.txt and
-moby.test.txt, without special tokens. Calibrated and trained on the shipped text only. Everything is simulated; what is
+Model: SmolLM2-135M-Instruct, a dequantized GGUF; in "families" one model of each family that there is. Texts: the
+first windows of tests/data/wiki.test.txt and moby.test.txt, without special tokens. Calibrated and trained on the
+shipped text only. Everything is simulated; what is
 served equals the simulation (benchmarks/accuracy.py). Results are written to `--work` as they come and aren't measured
 again, so this takes hours once and can be stopped at any time.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from results_page import TEXTS, write_page
+from results_page import FAMILIES, TEXTS, write_page
 
 from fptquant.recipe import Recipe
 from fptquant.transforms import FPTQUANT
@@ -33,7 +35,9 @@ PARTS = {
     "left out": ("w4a4kv4",),
     "choices": ("w4a4kv4",),
     "as shipped": ("w4a8kv8", "w4a4kv4"),
+    "families": ("w4a8kv8", "w4a8", "w4a4kv4"),
 }
+FAMILY_WINDOWS = 12  # of each text, where models are larger
 ALL = list(FPTQUANT)
 # A quarter of the default, to save time.
 SAME_CALIBRATION: dict[str, Any] = {"calibration": {"sequences": 16}}
@@ -108,6 +112,11 @@ CHOICES = {
 }
 # With the calibration that they come with: 64 sequences, 128 in the last.
 SHIPPED = {name: {"recipe": name} for name in ("fptquant-light", "fptquant", "fptquant-best")}
+# Of each model: the recipe that trains nothing end to end, and a third of the steps of the one that does.
+FAMILY_RECIPES = {"fptquant-light": {"recipe": "fptquant-light"}, "fptquant, short": {**SHORT, "calibration": {}}}
+FAMILY_ROWS = {
+    f"{model}: {name}": {**fields, "model": model} for model in FAMILIES for name, fields in FAMILY_RECIPES.items()
+}
 
 
 def main() -> None:
@@ -116,19 +125,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "results")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of the trained rows of recipes")
-    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
+    known = list(dict.fromkeys(precision for precisions in PARTS.values() for precision in precisions))
+    parser.add_argument("--precisions", nargs="*", choices=known, default=known)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
     parser.add_argument("--keep", action="store_true", help="keep every checkpoint, not only its results")
     parser.add_argument("--report", action="store_true", help="write the page from what was measured, measure nothing")
+    parser.add_argument("--published", action="store_true", help="where nothing was measured, go on from docs/")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.published and not (arguments.work / "results.json").exists():
+        shutil.copy(ROOT / "docs" / "results.json", arguments.work)
     results = Results(arguments.work / "results.json")
     if not arguments.report:
         for name, fields in rows(arguments):
-            if name not in results.rows or results.rows[name]["windows"] != arguments.windows:
-                results.add(name, results.twin(name, fields, arguments.windows) or measure(name, fields, arguments))
-    order = [*LADDER, DYNAMIC, *RECIPES, *LEFT_OUT, *CHOICES, *SHIPPED]
+            windows = arguments.windows if "model" not in fields else FAMILY_WINDOWS
+            if name not in results.rows or results.rows[name]["windows"] != windows:
+                found = None if "model" in fields else results.twin(name, fields, windows)
+                results.add(name, found or measure(name, fields, windows, arguments))
+    order = [*LADDER, DYNAMIC, *RECIPES, *LEFT_OUT, *CHOICES, *SHIPPED, *FAMILY_ROWS]
     print(write_page(results.rows, arguments.windows, order, ROOT / "docs"))
 
 
@@ -182,17 +197,26 @@ def rows(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         "left out": LEFT_OUT,
         "choices": CHOICES,
         "as shipped": SHIPPED,
+        "families": FAMILY_ROWS,
     }
     found: list[tuple[float, str, dict[str, Any]]] = [(0.0, "float32", {})]
+    if "families" in arguments.parts:
+        floats = {f"float32 | {model}": {"model": model} for model in FAMILIES}
+        found += [(0.0, key, fields) for key, fields in floats.items() if wanted(key, arguments.only)]
     for part in arguments.parts:
         for precision in sorted(set(PARTS[part]) & set(arguments.precisions)):
             for name, fields in parts[part].items():
                 seconds = training_seconds(row_recipe(fields))
                 for seed in arguments.seeds if seconds and part == "recipes" else arguments.seeds[:1]:
                     key = f"{precision} | {part} | {name} | {seed}"
-                    if not arguments.only or any(word in key for word in arguments.only):
+                    if wanted(key, arguments.only):
                         found.append((seconds, key, {**fields, "precision": precision, "seed": seed}))
     return [(key, fields) for _, key, fields in sorted(found, key=lambda row: row[0])]
+
+
+def wanted(key: str, words: list[str] | None) -> bool:
+    """Whether a row was asked for."""
+    return not words or any(word in key for word in words)
 
 
 def training_seconds(recipe: Recipe) -> float:
@@ -201,20 +225,33 @@ def training_seconds(recipe: Recipe) -> float:
     return 4.3 * local + 9 * layers + 9 * whole + 5 * recipe.scales.steps
 
 
-def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Quantizes (or finds the checkpoint) and compares with the original on both texts."""
+def original_of(fields: dict[str, Any]) -> Path:
+    """The model that a row is about."""
+    from converted_models import CONVERSIONS, convert
+    from real_models import MODELS
+
     from fetch_smollm2 import fetch
+
+    model = fields.get("model", "llama")
+    if model in CONVERSIONS:
+        return convert(model)
+    return fetch(model=MODELS[model]) if model in MODELS else fetch()
+
+
+def measure(name: str, fields: dict[str, Any], count: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quantizes (or finds the checkpoint) and compares with the original on both texts, `count` windows of each."""
     from fptquant.evaluation.comparison import compare
     from fptquant.evaluation.dynamic import use_dynamic_ranges
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.loading import load_model, open_source
     from fptquant.train.teacher import Teacher
 
-    source = open_source(fetch())
-    row: dict[str, Any] = {"windows": arguments.windows, "seconds": None, "memory": None, "commit": commit()}
-    row["recipe"] = row_recipe(fields).digest() if fields else None
+    source = open_source(original_of(fields))
+    row: dict[str, Any] = {"windows": count, "seconds": None, "memory": None, "commit": commit()}
+    quantized = "precision" in fields
+    row["recipe"] = row_recipe(fields).digest() if quantized else None
     path = source.path
-    if fields:
+    if quantized:
         path = checkpoint(source.path, fields, arguments.work)
         summary = json.loads((path / "fptquant" / "summary.json").read_text())
         row |= {"seconds": sum(summary["seconds"].values()), "memory": summary["peak_memory_bytes"]}
@@ -223,10 +260,11 @@ def measure(name: str, fields: dict[str, Any], arguments: argparse.Namespace) ->
         use_dynamic_ranges(model)
     for text in TEXTS:
         file = ROOT / "tests" / "data" / f"{text}.test.txt"
-        windows = evaluation_windows(source.tokenizer, file, arguments.windows, 512)
-        teacher = Teacher(original, source.architecture, windows, arguments.work / f"teacher-{text}")
-        row[text] = asdict(compare(model, teacher, range(arguments.windows)))
-    if fields and not arguments.keep and DYNAMIC not in name:
+        windows = evaluation_windows(source.tokenizer, file, count, 512)
+        kept = "-".join(["teacher", text, *([fields["model"]] if "model" in fields else [])])
+        teacher = Teacher(original, source.architecture, windows, arguments.work / kept)
+        row[text] = asdict(compare(model, teacher, range(count)))
+    if quantized and not arguments.keep and DYNAMIC not in name:
         for file in path.glob("*.safetensors"):
             file.unlink()
     return row
@@ -240,7 +278,7 @@ def commit() -> str:
 
 def row_recipe(fields: dict[str, Any]) -> Recipe:
     """The recipe of a row, without its name."""
-    rest = dict(fields)
+    rest = {name: value for name, value in fields.items() if name != "model"}
     recipe = Recipe.load(rest.pop("recipe")) if "recipe" in rest else Recipe.parse({})
     return recipe.changed("row", **rest, name="row", description="")
 
@@ -248,11 +286,12 @@ def row_recipe(fields: dict[str, Any]) -> Recipe:
 def checkpoint(source: Path, fields: dict[str, Any], work: Path) -> Path:
     """The checkpoint of a row, made if it isn't there, or is of another commit."""
     recipe = row_recipe(fields)
-    output, made_at, now = work / recipe.digest(), work / f"{recipe.digest()}.commit", commit()
+    digest = "-".join([*([fields["model"]] if "model" in fields else []), recipe.digest()])
+    output, made_at, now = work / digest, work / f"{digest}.commit", commit()
     if not list(output.glob("*.safetensors")) or not made_at.is_file() or made_at.read_text() != now:
-        file = work / f"{recipe.digest()}.yaml"
+        file = work / f"{digest}.yaml"
         file.write_text(yaml.safe_dump(recipe.to_dict()))
-        command = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
+        command: list[str | Path] = [Path(sys.executable).parent / "fptquant", "quantize", source, "-o", output]
         subprocess.run([*command, "--recipe", file, "--overwrite"], check=True)
         made_at.write_text(now)
     return output

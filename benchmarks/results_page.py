@@ -11,6 +11,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 TEXTS = ("wiki", "moby")
+# One model of each family that there is: what it is.
+FAMILIES = {
+    "llama": "SmolLM2-135M-Instruct, real, a dequantized GGUF",
+    "qwen2": "Qwen2.5-Coder-0.5B-Instruct, real, a dequantized GGUF",
+    "qwen3": "SmolLM2 given norms of queries and keys, and distilled from itself",
+    "mixtral": "SmolLM2 given four experts for each MLP, and distilled from itself",
+    "gemma3": "Gemma-3-270M, real, a dequantized GGUF",
+}
 # Rows of one table by name; several where a row was run with several seeds.
 Table = dict[str, list[dict[str, Any]]]
 
@@ -52,6 +60,7 @@ def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[st
             "",
             "float32: wiki {:.2f}, moby {:.2f}.".format(*(reference[t]["perplexity"] for t in TEXTS)),
         ]
+    lines += families_table(rows)
     for (precision, part), table in tables(rows, order).items():
         lines += ["", f"## {precision}, {part}", "", "| | wiki | moby | KL wiki | agreement | minutes | GB |"]
         lines.append("|---|---|---|---|---|---|---|")
@@ -69,11 +78,43 @@ def write_page(rows: dict[str, dict[str, Any]], windows: int, order: Sequence[st
 def tables(rows: dict[str, dict[str, Any]], order: Sequence[str]) -> dict[tuple[str, str], Table]:
     """Rows by precision and part, each table in the order given."""
     found: dict[tuple[str, str], Table] = {}
-    known = [key for key in rows if key != "float32" and key.split(" | ")[2] in order]
+    known = [key for key in rows if not key.startswith("float32") and key.split(" | ")[2] in order]
+    known = [key for key in known if key.split(" | ")[1] != "families"]
     for key in sorted(known, key=lambda key: (order.index(key.split(" | ")[2]), key)):
         precision, part, name, _ = key.split(" | ")
         found.setdefault((precision, part), {}).setdefault(name, []).append(rows[key])
     return dict(sorted(found.items(), reverse=True))
+
+
+def families_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of the section on families: a row for each model and recipe, a column for each precision."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, row in rows.items():
+        precision, part, name, *_ = [*key.split(" | "), "", ""]
+        if part == "families":
+            found.setdefault(name, {})[precision] = row
+    if not found:
+        return []
+    precisions = ("w4a8kv8", "w4a8", "w4a4kv4")
+    windows = next(iter(next(iter(found.values())).values()))["windows"]
+    what = f"Perplexity on {windows} windows of `wiki`, its ratio to float32's, and minutes and GB that it took."
+    lines = ["", "## Families", "", what, ""]
+    lines += [f"- {model}: {what}." for model, what in FAMILIES.items()]
+    lines += ["", f"| | float32 | {' | '.join(precisions)} |", f"|---|---|{'---|' * len(precisions)}"]
+    for name in sorted(found, key=lambda name: list(FAMILIES).index(name.split(":")[0])):
+        reference = rows[f"float32 | {name.split(':')[0]}"]["wiki"]["perplexity"]
+        cells = [name, f"{reference:.2f}"]
+        for precision in precisions:
+            cells += [family_cell(row, reference) for row in [found[name].get(precision)] if row] or [""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def family_cell(row: dict[str, Any], reference: float) -> str:
+    """Perplexity, its ratio, minutes and GB."""
+    perplexity = row["wiki"]["perplexity"]
+    cost = f"{row['seconds'] / 60:.0f} min, {row['memory'] / 1e9:.1f} GB"
+    return f"{perplexity:.2f} (**{perplexity / reference:.3f}x**), {cost}"
 
 
 def table_row(name: str, measured: list[dict[str, Any]]) -> str:

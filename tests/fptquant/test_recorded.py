@@ -79,6 +79,14 @@ def test_a_tied_head_in_floating_point_is_rehearsed(
     assert not (tmp_path / "rehearsal").exists()
 
 
+def test_a_padding_token_beyond_the_rehearsed_vocabulary(model_dir: Path, tmp_path: Path, text_file: Path) -> None:
+    """Qwen's is its vocabulary's 151643rd."""
+    calibration = {"source": str(text_file), "sequences": 4, "length": 32}
+    job = open_job(model_dir, Recipe.parse({"precision": "w4a16", "calibration": calibration}))
+    job.source.config.pad_token_id = job.source.config.vocab_size - 1
+    rehearse(job, tmp_path / "rehearsal")
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_saved_by_transformers_and_read_again(dtype: torch.dtype | None, tmp_path: Path) -> None:
     """`save_pretrained` binds the tensors again, in another type too."""

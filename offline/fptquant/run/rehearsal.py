@@ -37,7 +37,7 @@ def rehearse(job: Job, folder: Path) -> None:
     config = copy.deepcopy(job.source.config)
     mixtures = job.source.architecture.mixtures
     config.num_hidden_layers = 1 + min(mixtures or (0,))  # a layer of the kind that most are of
-    config.vocab_size = min(config.vocab_size, _VOCABULARY)
+    config.vocab_size, config.pad_token_id = min(config.vocab_size, _VOCABULARY), None
     config.tie_word_embeddings = job.tied
     scheme = job.config if job.config.sink is None else job.config.model_copy(update={"sink": Sink(token=0)})
     architecture = job.source.architecture.of(config)
