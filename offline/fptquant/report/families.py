@@ -55,8 +55,9 @@ def rows() -> list[tuple[str, ...]]:
         (
             facts.model_type,
             facts.models,
-            f"of the text part, as of {' or '.join(facts.texts.values())}",
-            *["as there"] * 2,
+            f"text part only: a {' or '.join(facts.texts.values())}",
+            "as there",
+            "as there",
         )
         for facts in MULTIMODAL.values()
     ]
