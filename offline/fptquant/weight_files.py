@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -96,8 +97,8 @@ class WeightFiles:
 
     @property
     def size(self) -> int:
-        """Of the files, in bytes."""
-        return sum(file.stat().st_size for file in self.files)
+        """Of the tensors, in bytes."""
+        return sum(math.prod(tensor.shape) * _itemsize(tensor.dtype) for tensor in self.tensors.values())
 
     def split(self, placed: Mapping[str, list[tuple[str, int]]]) -> WeightFiles:
         """The same files, with tensors that are some rows of stored ones in place of these.
@@ -185,6 +186,11 @@ class WeightFiles:
             raise FPTQuantError(
                 f"'{others[0]}' is no part of the checkpoint beside it, but vLLM may load it: remove it"
             )
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a value, of a type as safetensors names it; of types that aren't ours, one."""
+    return DTYPES[dtype].itemsize if dtype in DTYPES else 1
 
 
 def _content(opened: Any, name: str, stored: StoredTensor) -> Tensor:

@@ -429,6 +429,8 @@ def test_a_text_part_computes_what_the_multimodal_model_does(
     assert tied == original.config.tie_word_embeddings == ("lm_head.weight" not in source.weights)
     assert source.config.eos_token_id == MULTIMODAL_VARIANTS[variant][3].get("eos_token_id", 1)
     assert "mrope" not in str(source.config)
+    text = sum(parameter.numel() for parameter in load_model(source).parameters())
+    assert source.weights.size == 4 * text < (source.path / "model.safetensors").stat().st_size
     models = [load_model(source)]
     stored_as(source.path, language_model__lm_head="lm_head", language_model__model="model.language_model")
     stored_as(source.path, model__layers="model.language_model.layers", visual="model.visual")
