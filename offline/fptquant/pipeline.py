@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fptquant import parallel
 from fptquant.calibration.experts import unreached
 from fptquant.calibration.layerwise import calibrate_and_round
-from fptquant.calibration.smoothing import start_is_measured
+from fptquant.calibration.starts import start_is_measured
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptquant.calibration.smoothing import start_from_activations
+from fptquant.calibration.starts import start_from_activations
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job

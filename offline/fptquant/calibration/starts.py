@@ -1,0 +1,137 @@
+"""Starts that are taken from activations: T_s's from what norms put out, T_k's from keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fptquant import parallel
+from fptquant.layers.inputs import first_inputs, through_layers
+from fptquant.layers.residency import entered
+from fptquant.transforms import TransformSet
+from fptquant.transforms.norm_scale import NormScale
+from fptquant.transforms.query_key import KeyScale
+from fptquant.wiring import EMBEDDING, Architecture, Place
+
+
+KEY_SEQUENCES = 16  # that keys are looked at on
+
+
+def start_is_measured(transforms: TransformSet) -> bool:
+    """Whether a transform's starting value depends on activations."""
+    return any(transform.start_is_measured for transform in transforms)
+
+
+@torch.no_grad()
+def start_from_activations(
+    model: PreTrainedModel, architecture: Architecture, transforms: TransformSet, windows: Tensor, first: int
+) -> None:
+    """Gives the transforms of which `start_is_measured` their starting values.
+
+    Args:
+        model: norms folded, transforms not merged.
+        architecture: its family.
+        transforms: at their starting values; those are changed.
+        windows: (sequences, length) tokens.
+        first: tokens of a sequence before this one do not count.
+    """
+    for transform in transforms:
+        if not transform.start_is_measured:
+            continue
+        if isinstance(transform, NormScale):
+            _start_norm_scale(transform, model, architecture, transforms, windows, first)
+        else:
+            assert isinstance(transform, KeyScale)
+            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first)
+
+
+def _start_key_scale(
+    transform: KeyScale, model: PreTrainedModel, architecture: Architecture, windows: Tensor, first: int
+) -> None:
+    """From the largest magnitude of every RoPE pair of keys in a sequence, averaged over the sequences."""
+    sums: dict[int, Tensor] = {}
+
+    def watch(layer: int) -> Callable[[Tensor], None]:
+        def add(keys: Tensor) -> None:
+            found = transform.pair_norms(keys.flatten(2)).amax(1).sum(0)
+            sums[layer] = sums[layer] + found if layer in sums else found
+
+        return add
+
+    layers = architecture.layer_modules(model)
+    _observe(
+        model,
+        architecture,
+        windows,
+        first,
+        {layer.get_submodule(architecture.keys_before_rope): watch(index) for index, layer in enumerate(layers)},
+    )
+    for index in range(len(layers)):
+        transform.start(index, parallel.summed(sums[index]) / len(windows))
+
+
+def _start_norm_scale(
+    scale: NormScale,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    transforms: TransformSet,
+    windows: Tensor,
+    first: int,
+) -> None:
+    """From the largest magnitude of every channel of what a norm puts out, rotated as the residual is."""
+    largest: dict[Place, Tensor] = {}
+
+    def watch(key: Place) -> Callable[[Tensor], None]:
+        def enlarge(states: Tensor) -> None:
+            found = transforms.inputs(EMBEDDING, states.flatten(0, 1)).abs().amax(0)
+            largest[key] = torch.maximum(largest[key], found) if key in largest else found
+
+        return enlarge
+
+    layers = architecture.layer_modules(model)
+    watched = {
+        layer.get_submodule(norm): watch(group.first.at(index))
+        for index, layer in enumerate(layers)
+        for group, norm in architecture.normed_groups(index)
+    }
+    _observe(model, architecture, windows, first, watched)
+    for index, layer in enumerate(layers):
+        with entered(layer):
+            for group, _ in architecture.normed_groups(index):
+                members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
+                weights = [_before(scale, transforms, place, weight).abs().amax(0) for place, weight in members]
+                first_place = group.first.at(index)
+                found = parallel.joined(largest[first_place][None]).amax(0)
+                scale.start(first_place, found, torch.stack(weights).amax(0))
+
+
+def _observe(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    windows: Tensor,
+    first: int,
+    watched: Mapping[nn.Module, Callable[[Tensor], None]],
+) -> None:
+    """Sends windows through the layers and outputs (1, tokens, ...), from token `first` on, to who watches a module."""
+
+    def hook(watch: Callable[[Tensor], None]) -> Callable[..., None]:
+        return lambda module, args, output: watch(output[:, first:])
+
+    inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
+    handles = [module.register_forward_hook(hook(watch)) for module, watch in watched.items()]
+    for _ in through_layers(model, architecture, inputs):
+        pass
+    for handle in handles:
+        handle.remove()
+
+
+def _before(scale: NormScale, transforms: TransformSet, place: Place, weight: Tensor) -> Tensor:
+    """The weight (out, in) as `scale` finds it, merged with the transforms that come before."""
+    for transform in transforms:
+        if transform is scale:
+            break
+        weight, _ = transform.merge(place, weight, None)
+    return weight
