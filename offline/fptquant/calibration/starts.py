@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from fptquant import parallel
 from fptquant.layers.inputs import first_inputs, through_layers
@@ -15,7 +16,6 @@ from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import KeyScale
 from fptquant.wiring import EMBEDDING, Architecture, Place
-
 
 KEY_SEQUENCES = 16  # that keys are looked at on
 
@@ -51,26 +51,26 @@ def start_from_activations(
 def _start_key_scale(
     transform: KeyScale, model: PreTrainedModel, architecture: Architecture, windows: Tensor, first: int
 ) -> None:
-    """From the largest magnitude of every RoPE pair of keys in a sequence, averaged over the sequences."""
-    sums: dict[int, Tensor] = {}
+    """From the largest length of every RoPE pair of keys in a sequence, averaged over the sequences; RoPE keeps it."""
+    inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        cache = _Keys()
+        with entered(layer):
+            inputs.cached(cache).advance(layer)
+        found = [transform.pair_norms(keys[:, :, first:]).amax(2).sum(0) for keys in cache.seen]
+        transform.start(index, parallel.summed(torch.stack(found).sum(0)) / len(windows))
 
-    def watch(layer: int) -> Callable[[Tensor], None]:
-        def add(keys: Tensor) -> None:
-            found = transform.pair_norms(keys.flatten(2)).amax(1).sum(0)
-            sums[layer] = sums[layer] + found if layer in sums else found
 
-        return add
+class _Keys(DynamicCache):
+    """Hands on what it gets, and keeps the keys (batch, kv_heads, tokens, head_dim)."""
 
-    layers = architecture.layer_modules(model)
-    _observe(
-        model,
-        architecture,
-        windows,
-        first,
-        {layer.get_submodule(architecture.keys_before_rope): watch(index) for index, layer in enumerate(layers)},
-    )
-    for index in range(len(layers)):
-        transform.start(index, parallel.summed(sums[index]) / len(windows))
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen.append(key_states)
+        return key_states, value_states
 
 
 def _start_norm_scale(
@@ -84,20 +84,23 @@ def _start_norm_scale(
     """From the largest magnitude of every channel of what a norm puts out, rotated as the residual is."""
     largest: dict[Place, Tensor] = {}
 
-    def watch(key: Place) -> Callable[[Tensor], None]:
-        def enlarge(states: Tensor) -> None:
-            found = transforms.inputs(EMBEDDING, states.flatten(0, 1)).abs().amax(0)
+    def watch(key: Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            found = transforms.inputs(EMBEDDING, output[:, first:].flatten(0, 1)).abs().amax(0)
             largest[key] = torch.maximum(largest[key], found) if key in largest else found
 
-        return enlarge
+        return hook
 
     layers = architecture.layer_modules(model)
-    watched = {
-        layer.get_submodule(norm): watch(group.first.at(index))
+    handles = [
+        layer.get_submodule(norm).register_forward_hook(watch(group.first.at(index)))
         for index, layer in enumerate(layers)
         for group, norm in architecture.normed_groups(index)
-    }
-    _observe(model, architecture, windows, first, watched)
+    ]
+    for _ in through_layers(model, architecture, first_inputs(model, architecture, parallel.part(windows), batch=1)):
+        pass
+    for handle in handles:
+        handle.remove()
     for index, layer in enumerate(layers):
         with entered(layer):
             for group, _ in architecture.normed_groups(index):
@@ -106,26 +109,6 @@ def _start_norm_scale(
                 first_place = group.first.at(index)
                 found = parallel.joined(largest[first_place][None]).amax(0)
                 scale.start(first_place, found, torch.stack(weights).amax(0))
-
-
-def _observe(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    windows: Tensor,
-    first: int,
-    watched: Mapping[nn.Module, Callable[[Tensor], None]],
-) -> None:
-    """Sends windows through the layers and outputs (1, tokens, ...), from token `first` on, to who watches a module."""
-
-    def hook(watch: Callable[[Tensor], None]) -> Callable[..., None]:
-        return lambda module, args, output: watch(output[:, first:])
-
-    inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
-    handles = [module.register_forward_hook(hook(watch)) for module, watch in watched.items()]
-    for _ in through_layers(model, architecture, inputs):
-        pass
-    for handle in handles:
-        handle.remove()
 
 
 def _before(scale: NormScale, transforms: TransformSet, place: Place, weight: Tensor) -> Tensor:

@@ -50,10 +50,9 @@ class KeyScale(Transform):
         return {name: p for name, p in found.items() if name != "log_scale" or not self.start_is_measured}
 
     def pair_norms(self, keys: Tensor) -> Tensor:
-        """Lengths (..., kv_heads, head_dim / 2) of the RoPE pairs of keys (..., kv_heads * head_dim)."""
-        sizes = (-1, 2) if self.shape.interleaved else (2, -1)
-        pairs = keys.view(*keys.shape[:-1], self.shape.kv_heads, *sizes)
-        lengths: Tensor = torch.linalg.vector_norm(pairs, dim=-1 if self.shape.interleaved else -2)
+        """Lengths (..., head_dim / 2) of the RoPE pairs of keys (..., head_dim), before RoPE or behind it."""
+        sizes, pair = ((-1, 2), -1) if self.shape.interleaved else ((2, -1), -2)
+        lengths: Tensor = torch.linalg.vector_norm(keys.unflatten(-1, sizes), dim=pair)  # type: ignore[no-untyped-call]
         return lengths
 
     @torch.no_grad()
