@@ -61,7 +61,7 @@ def _start_key_scale(
         transform.start(index, parallel.summed(torch.stack(found).sum(0)) / len(windows))
 
 
-class _Keys(DynamicCache):
+class _Keys(DynamicCache):  # type: ignore[misc]  # transformers has no types
     """Hands on what it gets, and keeps the keys (batch, kv_heads, tokens, head_dim)."""
 
     def __init__(self) -> None:
