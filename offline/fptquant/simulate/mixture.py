@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from fptquant.format.routing import float_linear, mixture, route
+from fptquant.simulate.gated import gated_product
 from fptquant.wiring import SHARED, Architecture
 
 
@@ -25,7 +26,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Args: x (..., hidden), and S (..., 1) where `down_proj` scales by it. Returns: (..., hidden)."""
-        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        h = gated_product(self.act_fn, self.gate_proj(x), self.up_proj(x))
         y: Tensor = self.down_proj(h) if scale is None else self.down_proj(h, scale)
         return y
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fptquant.format import attention, position_scale, residual_scale
 from fptquant.simulate.attention import QuantizedAttention, by_rows
 from fptquant.simulate.buffers import FixedBuffers
+from fptquant.simulate.gated import gated_product
 from fptquant.simulate.sink import SinkMasks, SinkModel, find_positions, put_output
 from fptquant.wiring import Architecture, Role
 
@@ -65,18 +65,7 @@ class SimulatedMLP(SimulatedModule):
         gate, up, down = (
             self.get_submodule(family.path_within(family.mlp, role)) for role in (Role.GATE, Role.UP, Role.DOWN)
         )
-        activation = getattr(self, family.activation)
-
-        def gated(gates: Tensor, ups: Tensor) -> Tensor:
-            product: Tensor = activation(gates) * ups
-            return product
-
-        parts = gate(x), up(x)
-        if any(part.requires_grad for part in parts):  # computed again backward: the widest of what would be kept
-            product = checkpoint(gated, *parts, use_reentrant=False, preserve_rng_state=False)
-        else:
-            product = gated(*parts)
-        y: Tensor = down(product, scale)
+        y: Tensor = down(gated_product(getattr(self, family.activation), gate(x), up(x)), scale)
         return y
 
 
