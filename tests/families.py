@@ -1,6 +1,6 @@
 """Tiny random models of every family, in the variants that compute differently.
 
-What is in `FAMILIES` or `FUSED` must be here.
+What is in `FAMILIES`, `FUSED` or `MULTIMODAL` must be here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fptquant.loading import attention_for, load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
 from fptquant.transforms import TRANSFORMS
-from fptquant.wiring import FAMILIES, FUSED, Architecture
+from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
 WINDOW = 12
@@ -121,6 +121,64 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5 with biases": ("ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
 }
 
+_IMAGES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_IMAGES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+
+# name: model type, what its text_config says beside the sizes, its vision_config, what it says outside of them
+MULTIMODAL_VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "mistral3": (
+        "mistral3",
+        {"model_type": "mistral", "head_dim": 64, "sliding_window": None},
+        {"model_type": "pixtral", **_IMAGES},
+        {"tie_word_embeddings": False},
+    ),
+    "mistral3, ministral3": (
+        "mistral3",
+        {
+            "model_type": "ministral3",
+            "head_dim": 32,
+            "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.5},
+        },
+        {"model_type": "pixtral", **_IMAGES},
+        {},  # tied by default
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            **_GEMMA,
+            "model_type": "gemma3_text",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": WINDOW,
+        },
+        _IMAGES,
+        {"eos_token_id": [1, 5]},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"head_dim": 32, "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+        {**_QWEN_IMAGES, "out_hidden_size": 128, "deepstack_visual_indexes": [0]},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"rope_parameters": _MROPE, **_SLIDING},
+        {**_QWEN_IMAGES, "out_hidden_size": 128},
+        {},
+    ),
+    "qwen2_vl": ("qwen2_vl", {"rope_parameters": _MROPE}, {**_QWEN_IMAGES, "embed_dim": 32, "hidden_size": 128}, {}),
+    "llava": ("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **_IMAGES}, {}),
+    "llava, mistral": (
+        "llava",
+        {"model_type": "mistral", "sliding_window": WINDOW},
+        {"model_type": "pixtral", **_IMAGES},
+        {},
+    ),
+}
+
 BY_FAMILY = {
     model_type: [variant for variant, (found, _) in VARIANTS.items() if found == model_type]
     for model_type in (*FAMILIES, *FUSED)
@@ -129,6 +187,10 @@ BY_FAMILY = {
 
 def family_of(variant: str) -> Architecture:
     """As which a model of the variant is read."""
+    if variant in MULTIMODAL_VARIANTS:
+        model_type, text, _, _ = MULTIMODAL_VARIANTS[variant]
+        texts = MULTIMODAL[model_type].texts
+        return FAMILIES[texts[text.get("model_type", next(iter(texts)))]]
     model_type, fields = VARIANTS[variant]
     return FUSED[model_type].becomes(fields) if model_type in FUSED else FAMILIES[model_type].of(config_of(variant))
 
@@ -173,6 +235,19 @@ def split(variant: str) -> PreTrainedModel:
         return load_model(open_source(folder))
 
 
+def save_multimodal(variant: str, folder: Path) -> PreTrainedModel:
+    """Saves a model as the hub has it, and returns it in transformers' class."""
+    model_type, text, images, fields = MULTIMODAL_VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, text_config={**SIZES, **text}, vision_config=images, **fields)
+    model = trained_looking(getattr(transformers, MULTIMODAL[model_type].class_name)(config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.sub_(family_of(variant).gain_offset)
+    model.save_pretrained(folder)
+    build_tokenizer(bos=True).save_pretrained(folder)
+    return model
+
+
 def trained_looking(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return randomized(model, seed, gain=0.4, bias=0.3, embedding=1.0)
 
@@ -189,9 +264,12 @@ def make_job(variant: str, path: Path, **fields: Any) -> Job:
     """A job on a model of `variant`, saved in `path`, with transforms at random values."""
     model = path / "model"
     if not model.is_dir():
-        build(variant).save_pretrained(model)
-        build_tokenizer(bos=True).save_pretrained(model)
-        (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
+        if variant in MULTIMODAL_VARIANTS:
+            save_multimodal(variant, model)
+        else:
+            build(variant).save_pretrained(model)
+            build_tokenizer(bos=True).save_pretrained(model)
+    (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
     calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32}
     job = open_job(
         model, Recipe.parse({"calibration": calibration, "training": {"sequences": 6, "length": 24}, **fields})

@@ -17,7 +17,7 @@ ORDER = (
     ("hf_config", "transforms", "quantize", "simulate"),
     ("hf_models",),
     ("hf_entries", "hf_quantizer"),
-    ("layers", "fused"),
+    ("layers", "read_as"),
     ("loading",),
     ("calibration", "train"),
     ("recipe_errors",),

@@ -26,17 +26,17 @@ from fptquant.format import QUANT_METHOD, CheckpointConfig
 from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
 from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX
-from fptquant.fused import unfused_config, unfused_weights
 from fptquant.hf_quantizer import require_tensors
 from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
+from fptquant.read_as import as_family
 from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
 from fptquant.simulate.mixture import separate_experts
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.simulate.sink import use_sink
 from fptquant.weight_files import DTYPES, StoredTensor, WeightFiles
-from fptquant.wiring import FAMILIES, FUSED, Architecture
+from fptquant.wiring import FAMILIES, Architecture
 from fptquant.wiring.lookup import architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
@@ -194,18 +194,16 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, all of them the file's fault
         raise FPTQuantError(f"{path / 'config.json'}: {first_line(error)}") from None
+    found = as_family(config, described, WeightFiles.of(path))
+    config, weights, notes = found.config, found.weights, list(found.notes)
     architecture = architecture_of(config)
     if architecture.shape(config).layers < 1:
         raise FPTQuantError(f"{path / 'config.json'} describes a model without layers")
-    weights = WeightFiles.of(path)
     quantization = getattr(config, "quantization_config", None)
-    stored, names, notes, factors = torch.float32, dict[str, str](), list[str](), dict[str, float]()
-    fused = FUSED.get(config.model_type) if quantization is None else None
-    if fused is not None:
-        config = unfused_config(config, fused)
-        weights = unfused_weights(weights, config, fused, architecture)
+    stored, names, factors = torch.float32, dict[str, str](), dict[str, float]()
     if quantization is None:
-        stored, names, notes = _check_tensors(config, weights)
+        stored, names, odd = _check_tensors(config, weights)
+        notes += odd
         config, factors = without_multipliers(config, architecture)
     elif quantized_by_us(config):
         weights.require_alone()
@@ -218,7 +216,7 @@ def open_source(name: str | Path, *, device: torch.device = CPU, trust_remote_co
         ) from None
     if not len(tokenizer):
         raise FPTQuantError(f"'{path}' has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    kind = architecture.class_name if fused is None else f"{fused.class_name}, as {architecture.class_name}"
+    kind = found.kind + architecture.class_name
     return Source(path, config, architecture, tokenizer, weights, stored, names, device, factors, tuple(notes), kind)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.experts import unreached
+from fptquant.calibration.halves import unreached
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.starts import start_is_measured
 from fptquant.errors import FPTQuantError

@@ -31,8 +31,8 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it, "BF16"
-    fused: str = ""  # the tensor of the file whose rows these are, where it isn't one of its own
-    start: int = 0  # of these rows
+    name: str = ""  # in the file, where it is another one there
+    start: int | None = None  # of the rows of that tensor that these are; None for all of it
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,28 @@ class WeightFiles:
                     "weights and config.json do not belong together"
                 )
             for name, rows in parts:
-                found[name] = replace(whole, shape=(rows, *whole.shape[1:]), fused=fused, start=start)
+                stored = whole.name or fused
+                found[name] = replace(whole, shape=(rows, *whole.shape[1:]), name=stored, start=start)
                 start += rows
+        return WeightFiles(self.directory, found)
+
+    def renamed(self, names: Mapping[str, str]) -> WeightFiles:
+        """Some of the tensors, by other names.
+
+        Args:
+            names: by the name of a stored tensor that is wanted, its new one.
+
+        Raises:
+            FPTQuantError: two get the same.
+        """
+        found: dict[str, StoredTensor] = {}
+        for stored, name in names.items():
+            tensor = self.tensors[stored]
+            if name in found:
+                raise FPTQuantError(
+                    f"'{self.directory}' holds both {found[name].name} and {stored}, for one weight: remove one"
+                )
+            found[name] = replace(tensor, name=tensor.name or stored)
         return WeightFiles(self.directory, found)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -169,10 +189,10 @@ class WeightFiles:
 
 def _content(opened: Any, name: str, stored: StoredTensor) -> Tensor:
     """A tensor of an open file, or the rows of one."""
-    if not stored.fused:
-        whole: Tensor = opened.get_tensor(name)
+    if stored.start is None:
+        whole: Tensor = opened.get_tensor(stored.name or name)
         return whole
-    rows: Tensor = opened.get_slice(stored.fused)[stored.start : stored.start + stored.shape[0]]
+    rows: Tensor = opened.get_slice(stored.name)[stored.start : stored.start + stored.shape[0]]
     return rows
 
 

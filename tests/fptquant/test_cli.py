@@ -449,11 +449,11 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
     ),
     "multimodal": (
         edit_config(
-            model_type="mistral3",
-            architectures=["Mistral3ForConditionalGeneration"],
-            text_config={"model_type": "mistral"},
+            model_type="aria",
+            architectures=["AriaForConditionalGeneration"],
+            text_config={"model_type": "aria_text"},
         ),
-        "is a multimodal model: only text models are supported; save its text part (model_type 'mistral') as a model",
+        "is a multimodal model whose text part is not known: save it (model_type 'aria_text') as a model of its own",
     ),
     "windows of a family that has none": (
         edit_config(sliding_window=64),

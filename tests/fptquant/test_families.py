@@ -26,7 +26,7 @@ from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs
-from fptquant.loading import attention_for, load_model, open_source
+from fptquant.loading import Source, attention_for, load_model, open_source
 from fptquant.pipeline import with_constants
 from fptquant.progress import Stages
 from fptquant.report.families import page, rows
@@ -37,9 +37,21 @@ from fptquant.simulate.mixture import separate_experts
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import KeyScale, NormedQueryKeyTransform, QueryKeyOptions, QueryKeyTransform
-from fptquant.wiring import FAMILIES, FUSED, Architecture, Place, Role
+from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Place, Role
 from tests.conftest import ROOT, VOCABULARY, edit_json
-from tests.families import BY_FAMILY, VARIANTS, WINDOW, build, family_of, make_job, possible, read, split
+from tests.families import (
+    BY_FAMILY,
+    MULTIMODAL_VARIANTS,
+    VARIANTS,
+    WINDOW,
+    build,
+    family_of,
+    make_job,
+    possible,
+    read,
+    save_multimodal,
+    split,
+)
 from tests.fptquant.test_transforms import SET_IDS, SETS, merge, relative_error, transform_set
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
@@ -51,6 +63,9 @@ NORMED = [variant for variant in VARIANTS if family_of(variant).head_norms]
 def test_every_family_is_here() -> None:
     assert {model_type for model_type, _ in VARIANTS.values()} == FAMILIES.keys() | FUSED.keys()
     windowed = {model_type for model_type, fields in VARIANTS.values() if fields.get("sliding_window")}
+    assert {variant[0] for variant in MULTIMODAL_VARIANTS.values()} == MULTIMODAL.keys()
+    texts = {(fields[0], family_of(variant).model_type) for variant, fields in MULTIMODAL_VARIANTS.items()}
+    assert texts == {(name, text) for name, facts in MULTIMODAL.items() for text in facts.texts.values()}
     assert windowed == FUSED.keys() | {name for name, family in FAMILIES.items() if family.windows != "none"}
 
 
@@ -58,8 +73,8 @@ def test_the_page_is_what_the_code_says() -> None:
     """Where this fails: python -m fptquant.report.families > docs/families.md."""
     assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == page()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for fused, row in zip(FUSED.values(), rows()[len(FAMILIES) :], strict=True):
-        assert fused.models in readme and row[:2] == (fused.model_type, fused.models)
+    for facts, row in zip((*FUSED.values(), *MULTIMODAL.values()), rows()[len(FAMILIES) :], strict=True):
+        assert facts.models in readme and row[:2] == (facts.model_type, facts.models)
     for family, row in zip(FAMILIES.values(), rows()[: len(FAMILIES)], strict=True):
         assert family.models in readme
         assert ("one scale per RoPE pair" in row[2]) == family.head_norms and ("window" in row[3]) == (
@@ -350,6 +365,167 @@ def test_the_plan_names_both_families(tmp_path: Path) -> None:
     for variant, name in (("phi3", "LlamaForCausalLM"), ("phi3 with windows", "MistralForCausalLM")):
         (tmp_path / name).mkdir()
         assert make_job(variant, tmp_path / name).source.kind == f"Phi3ForCausalLM, as {name}"
+
+
+# -- text parts of multimodal models --
+
+
+@pytest.fixture
+def multimodal(variant: str, tmp_path: Path) -> tuple[PreTrainedModel, Source]:
+    """A multimodal model, and the directory that it was saved in."""
+    folder = tmp_path / "model"
+    return save_multimodal(variant, folder), open_source(folder)
+
+
+def logits_of(original: PreTrainedModel, found: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """In float64."""
+    return original.double()(TOKENS).logits, found.double()(TOKENS).logits
+
+
+def stored_as(folder: Path, **prefixes: str) -> None:
+    """Gives tensors whose names begin with a key, in which `__` stands for a dot, other beginnings."""
+    stored = load_file(folder / "model.safetensors")
+    for before, after in prefixes.items():
+        before = before.replace("__", ".")
+        stored = {
+            after + name.removeprefix(before) if name.startswith(before) else name: t for name, t in stored.items()
+        }
+    save_file(stored, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("variant", MULTIMODAL_VARIANTS)
+def test_a_text_part_computes_what_the_multimodal_model_does(
+    variant: str, multimodal: tuple[PreTrainedModel, Source], request: pytest.FixtureRequest
+) -> None:
+    """On text, in float64; with the names of today's hub, and those of transformers' classes."""
+    original, source = multimodal
+    tied = source.config.tie_word_embeddings
+    assert tied == original.config.tie_word_embeddings == ("lm_head.weight" not in source.weights)
+    assert source.config.eos_token_id == MULTIMODAL_VARIANTS[variant][3].get("eos_token_id", 1)
+    assert "mrope" not in str(source.config)
+    models = [load_model(source)]
+    stored_as(source.path, language_model__lm_head="lm_head", language_model__model="model.language_model")
+    stored_as(source.path, model__layers="model.language_model.layers", visual="model.visual")
+    models.append(load_model(open_source(source.path)))
+    request.getfixturevalue("float64")
+    for model in models:
+        expected, found = logits_of(original, model)
+        assert relative_error(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("variant", "facts"),
+    [
+        ("mistral3, ministral3", {"texts": {"ministral3": "mistral"}}),
+        ("gemma3", {"only_text": ()}),  # a bound of logits that the multimodal class doesn't look at
+    ],
+)
+def test_a_text_part_of_another_function_is_noticed(
+    variant: str, facts: dict[str, Any], multimodal: tuple[PreTrainedModel, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, source = multimodal
+    content = json.loads((source.path / "config.json").read_text())
+    edit_json(source.path / "config.json", text_config={**content["text_config"], "final_logit_softcapping": 1.0})
+    model_type = MULTIMODAL_VARIANTS[variant][0]
+    monkeypatch.setitem(MULTIMODAL, model_type, replace(MULTIMODAL[model_type], **facts))
+    expected, found = logits_of(original, load_model(open_source(source.path)))
+    assert relative_error(found, expected) > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["mistral3", "mistral3, ministral3"])
+def test_a_head_that_no_config_ties(variant: str, multimodal: tuple[PreTrainedModel, Source]) -> None:
+    """Mistral Small 3.1's config.json says nothing, the class would tie, and a head is stored."""
+    original, source = multimodal
+    content = json.loads((source.path / "config.json").read_text())
+    content["text_config"].pop("tie_word_embeddings", None)
+    del content["tie_word_embeddings"]
+    (source.path / "config.json").write_text(json.dumps(content))
+    stored = "language_model.lm_head.weight" in load_file(source.path / "model.safetensors")
+    found = open_source(source.path)
+    assert stored == (variant == "mistral3") and found.config.tie_word_embeddings != stored
+    assert relative_error(load_model(found)(TOKENS).logits, original(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["qwen2_vl"])
+def test_a_config_without_a_text_config(variant: str, multimodal: tuple[PreTrainedModel, Source]) -> None:
+    """As the first Qwen2-VL have it."""
+    original, source = multimodal
+    content = json.loads((source.path / "config.json").read_text())
+    text = {name: value for name, value in content.pop("text_config").items() if name != "model_type"}
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [6, 5, 5]}}
+    (source.path / "config.json").write_text(json.dumps({**text, **content}))
+    assert relative_error(load_model(open_source(source.path))(TOKENS).logits, original(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["gemma3"])
+def test_a_text_part_is_quantized(variant: str, multimodal: tuple[PreTrainedModel, Source], tmp_path: Path) -> None:
+    original, source = multimodal
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja"):
+        (source.path / name).write_text("{}")
+    job = make_job(variant, tmp_path, precision="w4a8kv8", head_bits=16, transforms=["T_k", "T_v", "T_u", "T_h", "T_d"])
+    assert job.source.kind == "the text part of a Gemma3ForConditionalGeneration, as Gemma3ForCausalLM"
+    (note,) = job.source.notes
+    assert note == (
+        "only the text part is read, quantized and served; left out: 34 tensors of multi_modal_projector, vision_tower"
+    )
+    assert relative_error(transformed(job)(TOKENS).logits, original(TOKENS).logits) < 1e-4
+    pipeline.quantize(job, tmp_path / "out")
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja"} <= written and not any("processor" in name for name in written)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "fptquant_gemma3_text" and config["eos_token_id"] == [1, 5]
+    assert not {"text_config", "vision_config", "image_token_index"} & config.keys()
+    found = load_model(open_source(tmp_path / "out"))(TOKENS).logits
+    assert torch.corrcoef(torch.stack((original(TOKENS).logits.flatten(), found.flatten())))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "message"),
+    [
+        (
+            "mistral3",
+            {"text_config": {"model_type": "mistral4"}},
+            "has a text_config with model_type 'mistral4', wh",
+        ),
+        ("mistral3", {"architectures": ["Mistral3Model"]}, "of this model_type, only Mistral3ForConditionalGeneration"),
+        ("mistral3", {"quantization_config": {"quant_method": "fp8"}}, "is quantized already: give the original model"),
+        (
+            "mistral3",
+            {"model_type": "aria"},
+            "multimodal model whose text part is not known: .* known: Mistral3",
+        ),
+        (
+            "gemma3",
+            {"text_config": {"final_logit_softcapping": 30.0}},
+            "has final_logit_softcapping in its text_config, of which this class makes nothing",
+        ),
+        (
+            "gemma3",
+            {"text_config": {"use_bidirectional_attention": True}},
+            "architecture Gemma3ForCausalLM .* has use_bidirectional_attention: tokens attend to later ones",
+        ),
+    ],
+)
+def test_what_is_no_text_part(
+    variant: str, fields: dict[str, Any], message: str, multimodal: tuple[PreTrainedModel, Source]
+) -> None:
+    folder = multimodal[1].path
+    if "text_config" in fields:
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        fields = {"text_config": {**text, **fields["text_config"]}}
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(FPTQuantError, match=message):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("variant", ["llava"])
+def test_a_tensor_under_two_names(variant: str, multimodal: tuple[PreTrainedModel, Source]) -> None:
+    file = multimodal[1].path / "model.safetensors"
+    stored = load_file(file)
+    save_file({**stored, "model.language_model.norm.weight": torch.ones(128)}, file)
+    with pytest.raises(FPTQuantError, match="holds both language_model.model.norm.weight and model.language_model.nor"):
+        open_source(file.parent)
 
 
 # -- training --

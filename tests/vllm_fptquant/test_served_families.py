@@ -26,6 +26,7 @@ RECIPES = {  # their transforms, as far as the family can have them
 }
 # The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
 CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
+CASES.append(("mistral3, ministral3", "w4a4kv4"))  # of a multimodal model, the text part
 
 
 @pytest.fixture

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.experts import ExpertInputs
+from fptquant.calibration.halves import SecondHalf
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
-from fptquant.layers.residency import entered, is_streamed
+from fptquant.layers.residency import entered
 from fptquant.layers.scratch import empty
 from fptquant.layers.store import LayerStore
 from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
-from fptquant.simulate.mixture import SparseMLP
 from fptquant.wiring import Architecture, InputGroup, Role
 
 _TOKENS = 4096  # handled at once, where a copy is needed
@@ -76,20 +75,19 @@ def calibrate_and_round(
             finished = _is_finished(layer, name)
             if not finished:
                 catch_up()
-            experts: ExpertInputs | None = None
+            half: SecondHalf | None = None
             for group in () if finished else architecture.groups_of(index):
-                entering, part, number = inputs, layer, group.first.expert
-                if number is not None:
-                    experts = experts or _expert_inputs(layer, architecture, inputs)
-                    entering, part = experts.of(number)
+                entering, part = inputs, layer
+                if group.first.path.startswith(f"{architecture.mlp}."):
+                    half = half or SecondHalf(layer, architecture, inputs)
+                    entering, part = half.of(group.first.expert)
                 _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, importance, clipping)
-            del experts
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
-            if not finished and is_streamed(layer) and (index + 1 < len(layers) or isinstance(head, SimulatedLinear)):
-                inputs.advance(layer)  # while it is here
-            else:
+            if half is None:
                 ahead.append(layer)
+            elif index + 1 < len(layers) or isinstance(head, SimulatedLinear):
+                half.finish()
         yield index
     if not isinstance(head, SimulatedLinear):
         return
@@ -117,12 +115,6 @@ def _is_finished(part: nn.Module, name: str) -> bool:
     )
     parallel.require_same({f"state of {name}": str(finished)})
     return finished
-
-
-def _expert_inputs(layer: nn.Module, architecture: Architecture, inputs: LayerInputs) -> ExpertInputs:
-    mixture = layer.get_submodule(architecture.mlp)
-    assert isinstance(mixture, SparseMLP)
-    return ExpertInputs(layer, mixture, inputs)
 
 
 def _quantize_input_group(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import transformers
 
 from fptquant.transforms import TRANSFORMS
-from fptquant.wiring import FAMILIES, FUSED, Architecture, Fused
+from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Fused
 
 COLUMNS = ("model_type", "models", "transforms", "attention", "constant first token")
 _WINDOWS = {
@@ -27,8 +27,11 @@ transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, 
 experts are refused.
 
 {fused}
+Of a multimodal model only the text part is read, quantized and served, as a model of the family whose function it has
+on text. Weights of images are left out, which the plan says.
+
 What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
-than `model_type`, a multimodal model (give its text part as a model of its own), a sequence classifier. A transform
+than `model_type`, a multimodal model of another kind or with another text part, a sequence classifier. A transform
 that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
 says why, and what takes its place.
 
@@ -46,6 +49,15 @@ def rows() -> list[tuple[str, ...]]:
     """A row of `COLUMNS` for each family."""
     listed = [(family.model_type, family.models, family) for family in FAMILIES.values()]
     listed += [(fused.model_type, fused.models, fused.windowed) for fused in FUSED.values()]
+    texts = [
+        (
+            facts.model_type,
+            facts.models,
+            f"of the text part, as of {' or '.join(facts.texts.values())}",
+            *["as there"] * 2,
+        )
+        for facts in MULTIMODAL.values()
+    ]
     return [
         (
             model_type,
@@ -55,7 +67,7 @@ def rows() -> list[tuple[str, ...]]:
             "yes" if family.windows == "none" else "yes, without windows",
         )
         for model_type, models, family in listed
-    ]
+    ] + texts
 
 
 def page() -> str:

@@ -59,7 +59,7 @@ def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, 
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
         skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
-        skip |= file.name.startswith(_OF_OTHERS)
+        skip |= file.name.startswith(_OF_OTHERS) or "processor" in file.name  # of images: only text is served
         if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
             shutil.copyfile(file, directory / file.name)
     return digests

@@ -154,9 +154,7 @@ class SimulatedDecoderLayer(SimulatedModule):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """As the family's; the other arguments are the attention's."""
-        hidden_states = self.attended(hidden_states, **kwargs)
-        output = self.through(self.get_submodule(self.architecture.mlp), hidden_states)
-        return hidden_states + self._normed_behind(1, output)
+        return self.behind_attention(self.attended(hidden_states, **kwargs))
 
     def attended(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The residual (..., hidden) behind the attention."""
@@ -165,6 +163,11 @@ class SimulatedDecoderLayer(SimulatedModule):
         output, _ = self.get_submodule(self.architecture.attention)(hidden_states=normed, scale=scale, **kwargs)
         result: Tensor = hidden_states + self._normed_behind(0, output)
         return result
+
+    def behind_attention(self, hidden_states: Tensor) -> Tensor:
+        """What `attended` put out, through the MLP: the layer's output."""
+        output = self.through(self.get_submodule(self.architecture.mlp), hidden_states)
+        return hidden_states + self._normed_behind(1, output)
 
     def through(self, mlp: Callable[[Tensor, Tensor | None], Tensor], hidden_states: Tensor) -> Tensor:
         """What `mlp`, or a part of a mixture, makes of the normed residual behind the attention."""

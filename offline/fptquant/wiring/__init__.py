@@ -23,6 +23,8 @@ from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
 from fptquant.wiring.mistral import MISTRAL
 from fptquant.wiring.mixtral import MIXTRAL
+from fptquant.wiring.multimodal import GEMMA3 as GEMMA3_MULTIMODAL
+from fptquant.wiring.multimodal import LLAVA, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, Multimodal
 from fptquant.wiring.phi3 import PHI3
 from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen2_moe import QWEN2_MOE
@@ -52,16 +54,23 @@ FAMILIES: dict[str, Architecture] = {
 }
 # Those that are read as one of these: nothing that is written, or served, knows of them.
 FUSED: dict[str, Fused] = {fused.model_type: fused for fused in (PHI3,)}
+# Those whose text part is read as one of these.
+MULTIMODAL: dict[str, Multimodal] = {
+    multimodal.model_type: multimodal
+    for multimodal in (MISTRAL3, GEMMA3_MULTIMODAL, QWEN3_VL, QWEN2_5_VL, QWEN2_VL, LLAVA)
+}
 
 __all__ = [
     "EMBEDDING",
     "FAMILIES",
     "FUSED",
     "HEAD",
+    "MULTIMODAL",
     "SHARED",
     "Architecture",
     "Fused",
     "InputGroup",
+    "Multimodal",
     "Place",
     "Projection",
     "Role",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import MODEL_TYPE_PREFIX, quantized_architecture
-from fptquant.wiring import FAMILIES, FUSED, Architecture, Fused
+from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Fused, Multimodal
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -27,28 +27,31 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def check_model_type(config: Mapping[str, Any]) -> Architecture:
     """Family that the content of a config.json names, or becomes, checked before transformers looks at it.
 
+    Of a multimodal model, that of its text part.
+
     Raises:
-        FPTQuantError: the model type or class is not one we know, or they are of different families; or the model is
-            multimodal.
+        FPTQuantError: the model type or class is not one we know, or they are of different families.
     """
     model_type, names = config.get("model_type"), config.get("architectures") or []
     found = f"architecture {', '.join(map(str, names)) or '(none)'} with model_type '{model_type}'"
+    multimodal = MULTIMODAL.get(str(model_type))
+    if multimodal is not None:
+        _require_class(found, names, multimodal.class_name)
+        return _check_text_part(config, multimodal, found)
+    if isinstance(text := config.get("text_config"), Mapping):
+        known = ", ".join(f"{known.class_name} (model_type {known.model_type})" for known in MULTIMODAL.values())
+        raise FPTQuantError(
+            f"{found} is a multimodal model whose text part is not known: save it (model_type "
+            f"'{text.get('model_type')}') as a model of its own and give that; known: {known}"
+        )
     fused = FUSED.get(str(model_type))
     family = FAMILIES.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX)) if fused is None else fused.becomes(config)
-    if isinstance(text := config.get("text_config"), Mapping):
-        raise FPTQuantError(
-            f"{found} is a multimodal model: only text models are supported; save its text part "
-            f"(model_type '{text.get('model_type')}') as a model of its own and give that"
-        )
     if family is None:
         all_of_them: list[Architecture | Fused] = [*FAMILIES.values(), *FUSED.values()]
         known = ", ".join(f"{f.class_name} (model_type {f.model_type})" for f in all_of_them)
         raise FPTQuantError(f"{found} is not supported; known: {known}")
     name = family.class_name if fused is None else fused.class_name
-    if not set(names) <= {name, quantized_architecture(name)}:
-        raise FPTQuantError(
-            f"{found} is not supported: of this model_type, only {name} is; where config.json is wrong, correct it"
-        )
+    _require_class(found, names, name)
     for field, meaning in family.impossible.items():
         if config.get(field):
             raise FPTQuantError(f"{found} has {field}: {meaning}, which is not supported")
@@ -63,6 +66,27 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             "remove them from config.json where they are wrong; a model that needs them is not supported"
         )
     return family
+
+
+def _require_class(found: str, names: Iterable[str], name: str) -> None:
+    if not set(names) <= {name, quantized_architecture(name)}:
+        raise FPTQuantError(
+            f"{found} is not supported: of this model_type, only {name} is; where config.json is wrong, correct it"
+        )
+
+
+def _check_text_part(config: Mapping[str, Any], multimodal: Multimodal, found: str) -> Architecture:
+    text = multimodal.text_of(config)
+    becomes = multimodal.texts.get(text["model_type"])
+    if becomes is None:
+        raise FPTQuantError(
+            f"{found} has a text_config with model_type '{text['model_type']}', which is not supported; known: "
+            f"{', '.join(multimodal.texts)}"
+        )
+    for field in multimodal.only_text:
+        if text.get(field):
+            raise FPTQuantError(f"{found} has {field} in its text_config, of which this class makes nothing: remove it")
+    return check_model_type({**text, "model_type": becomes, "architectures": [FAMILIES[becomes].class_name]})
 
 
 def require_range(architecture: Architecture, dtype: Any, remedy: str) -> None:
