@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from fptquant.loading import attention_for, load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
+from fptquant.simulate.mixture import separate_projections
 from fptquant.transforms import TRANSFORMS
 from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
@@ -96,6 +97,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {**_GEMMA, **_CAPS, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
     ),
+    "glm": ("glm", {"head_dim": 64}),
+    "glm, tied": ("glm", {"head_dim": 32, "attention_bias": False, "tie_word_embeddings": True}),
+    "glm4": ("glm4", {"head_dim": 64, "attention_bias": False}),
+    "glm4 with biases": ("glm4", {"head_dim": 32, "partial_rotary_factor": 0.25}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
     "qwen3_moe with windows": (
         "qwen3_moe",
@@ -217,9 +222,9 @@ def build(variant: str, seed: int = 0) -> PreTrainedModel:
 
 
 def read(variant: str) -> PreTrainedModel:
-    """As `build`, in the classes that it is worked on in: those of the family that a fused one becomes."""
+    """As `build`, in the modules that it is worked on in: its projections apart, or as the family that it becomes."""
     if VARIANTS[variant][0] not in FUSED:
-        return build(variant)
+        return separate_projections(build(variant), family_of(variant))
     model = copy.deepcopy(split(variant))
     rotary = model.base_model.rotary_emb
     model.base_model.rotary_emb = type(rotary)(model.config)  # in float64 where a test computes so

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fptquant.simulate.mixture import separate_experts
+from fptquant.simulate.mixture import separate_projections
 from fptquant.transforms import TransformSet
 from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer, norm_gain, set_norm_gain
 from fptquant.wiring import Architecture
@@ -28,7 +28,7 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
     Yields:
         The index of each finished layer (for progress), so that the caller may stop in between.
     """
-    separate_experts(model, architecture)
+    separate_projections(model, architecture)
     _untie_head(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
         merge_layer(layer, index, architecture, transforms)

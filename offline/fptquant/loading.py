@@ -31,7 +31,7 @@ from fptquant.layers.ahead import ReadAhead, Stored
 from fptquant.layers.residency import Residency, make_part, put_buffers, set_tensors
 from fptquant.read_as import as_family
 from fptquant.simulate.install import drop_quantized_weights, finish_loading, install_simulation
-from fptquant.simulate.mixture import separate_experts
+from fptquant.simulate.mixture import separate_projections
 from fptquant.simulate.recorded import FILE as RECORDED_LOGITS
 from fptquant.simulate.recorded import require_recorded
 from fptquant.simulate.sink import use_sink
@@ -379,7 +379,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32, **attention_for(config)
             )
-        separate_experts(model, architecture_of(config))
+        separate_projections(model, architecture_of(config))
     except Exception as error:  # an impossible configuration fails in many ways
         raise FPTQuantError(f"config.json describes no model: {type(error).__name__}: {first_line(error)}") from None
     return model.eval().requires_grad_(False)

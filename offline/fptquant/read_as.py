@@ -49,13 +49,14 @@ def as_family(config: PretrainedConfig, described: Mapping[str, Any], weights: W
         weights, left_out = _text_weights(weights, multimodal)
         config = _text_config(config, described, weights, multimodal)
         found = ReadAs(config, weights, f"the text part of a {multimodal.class_name}, as ", (left_out,))
-    fused = FUSED.get(config.model_type)
-    if fused is not None and not _is_quantized(config):
-        family = architecture_of(config)
+    if _is_quantized(config):
+        return found
+    fused, family = FUSED.get(config.model_type), architecture_of(config)
+    if fused is not None:
         config = _unfused_config(config, fused)
-        weights = _unfused_weights(weights, config, fused.weights, family)
-        found = replace(found, config=config, weights=weights, kind=f"{found.kind}{fused.class_name}, as ")
-    return found
+        found = replace(found, config=config, kind=f"{found.kind}{fused.class_name}, as ")
+    rows = family.fused if fused is None else fused.weights
+    return replace(found, weights=_unfused_weights(weights, config, rows, family)) if rows else found
 
 
 def _is_quantized(config: PretrainedConfig) -> bool:

@@ -467,6 +467,10 @@ BAD_MODELS: dict[str, tuple[Damage, str]] = {
         ),
         "has layer_types of several kinds, which transformers leaves out of account",
     ),
+    "RoPE of a part of each head, in a family that turns all": (
+        edit_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "has a partial_rotary_factor, which transformers leaves out of account",
+    ),
     "impossible sizes": (edit_config(num_attention_heads=5), "config.json: "),
     "no weights": (remove("model.safetensors"), "has no model.safetensors"),
     "truncated weights": (truncate, "model.safetensors' is corrupt or truncated"),

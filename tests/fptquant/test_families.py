@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
@@ -33,11 +33,11 @@ from fptquant.report.families import page, rows
 from fptquant.run.models import folded, transformed
 from fptquant.run.state import RunState
 from fptquant.run.training import MetricsFile, train_transforms
-from fptquant.simulate.mixture import separate_experts
+from fptquant.simulate.mixture import separate_projections
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
 from fptquant.transforms.query_key import KeyScale, NormedQueryKeyTransform, QueryKeyOptions, QueryKeyTransform
-from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Place, Role
+from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Place, Role, Shape
 from tests.conftest import ROOT, VOCABULARY, edit_json
 from tests.families import (
     BY_FAMILY,
@@ -153,9 +153,9 @@ def test_a_mistake_around_norms_behind_blocks_is_noticed(
 ) -> None:
     """A rotation that their gains don't let pass; a scale in the norm behind the attention, where Llama's MLP reads."""
     if name == "T_s":
+        behind, _ = family_of(variant).post_norms or ("", "")
         groups = tuple(
-            replace(group, norm="post_attention_layernorm") if group.name == "gate_up" else group
-            for group in family_of(variant).groups
+            replace(group, norm=behind) if group.name == "gate_up" else group for group in family_of(variant).groups
         )
         monkeypatch.setitem(FAMILIES, VARIANTS[variant][0], replace(family_of(variant), groups=groups))
     assert error_of(variant, [name]) > 1e-3
@@ -175,6 +175,22 @@ def test_a_matrix_where_there_is_rope_is_noticed(variant: str, float64: None, mo
     assert error_of(variant, ["T_k"]) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["glm", "glm4 with biases"])
+@pytest.mark.parametrize("change", [8, -8])
+def test_another_part_of_heads_that_rope_turns_is_noticed(
+    variant: str, change: int, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices that reach into pairs; pairs among dimensions that have none are exact."""
+    original = Architecture.shape
+
+    def shape(self: Architecture, config: PretrainedConfig) -> Shape:
+        found = original(self, config)
+        return replace(found, unrotated_dims=found.unrotated_dims + change)
+
+    monkeypatch.setattr(Architecture, "shape", shape)
+    assert (error_of(variant, ["T_k"]) > 1e-3) == (change > 0)
+
+
 def test_only_scales_where_there_is_no_rope(float64: None) -> None:
     """As a recipe may ask for; and matrices stay far from singular, whatever their parameters are."""
     model, family = build("smollm3").double(), family_of("smollm3")
@@ -189,7 +205,7 @@ def test_only_scales_where_there_is_no_rope(float64: None) -> None:
             assert relative_error(merge(model, transforms, family)(TOKENS).logits, model(TOKENS).logits) < 1e-9
 
 
-@pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases"])
+@pytest.mark.parametrize("variant", ["llama", "ernie4_5", "ernie4_5 with biases", "glm", "glm4 with biases"])
 def test_the_other_layout_of_pairs_is_noticed(variant: str, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Architecture.shape
     monkeypatch.setattr(
@@ -218,7 +234,7 @@ def roles(family: Architecture, model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tensor_has_a_role(variant: str) -> None:
-    model = separate_experts(read(variant), family_of(variant))
+    model = separate_projections(read(variant), family_of(variant))
     assert roles(family_of(variant), model) == set(model.state_dict())
 
 
@@ -331,9 +347,19 @@ def test_another_order_of_fused_rows_is_noticed(
     assert relative_error(load_model(open_source(folder))(TOKENS).logits, expected) > 1e-3
 
 
-def test_a_fused_base_model_is_read(tmp_path: Path) -> None:
+def test_another_order_of_gate_and_up_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_job("glm4", tmp_path, transforms=[]).source.path
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+    assert relative_error(load_model(open_source(folder))(TOKENS).logits, expected) < 1e-5
+    swapped = replace(FAMILIES["glm4"], fused={"mlp.gate_up_proj": (Role.UP, Role.GATE)})
+    monkeypatch.setitem(FAMILIES, "glm4", swapped)
+    assert relative_error(load_model(open_source(folder))(TOKENS).logits, expected) > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["phi3", "glm4"])
+def test_a_fused_base_model_is_read(variant: str, tmp_path: Path) -> None:
     """Names without a prefix."""
-    folder = make_job("phi3", tmp_path, transforms=[]).source.path
+    folder = make_job(variant, tmp_path, transforms=[]).source.path
     expected = load_model(open_source(folder))(TOKENS).logits
     stored = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in stored.items()}, folder / "model.safetensors")
@@ -615,7 +641,7 @@ def test_pairs_of_keys_start_equally_large(variant: str, tmp_path: Path) -> None
     merged = transformed(job)
     for layer in set(range(job.layers)) - set(shape.unrotated):
         before, after = largest(untouched, layer), largest(merged, layer)
-        assert before.max() > 1.3 * before.min()
+        assert before.max() > 1.2 * before.min()
         torch.testing.assert_close(after, before.log().mean().exp().expand_as(after), rtol=1e-4, atol=0)
     trained = {name for transform in job.transforms for name in transform.seen_in_weights()}
     assert "log_scale" not in trained

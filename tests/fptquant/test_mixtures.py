@@ -24,7 +24,7 @@ from fptquant.loading import load_model, open_source
 from fptquant.sensitivity import require_measurable
 from fptquant.simulate import SimulatedLinear, install_simulation
 from fptquant.simulate.install import set_exact
-from fptquant.simulate.mixture import SparseMLP, separate_experts
+from fptquant.simulate.mixture import SparseMLP, separate_projections
 from fptquant.transforms.up_down import UpDownTransform
 from fptquant.wiring import Architecture, InputGroup, Place, Role
 from tests.families import VARIANTS, build, config_of, family_of, make_job
@@ -40,7 +40,7 @@ TRANSFORMS = [*NAMES[:4], "T_d", "S_n"]
 @pytest.mark.parametrize("variant", MIXTURES)
 def test_separated_experts_compute_the_same(variant: str, float64: None) -> None:
     model = build(variant).double()
-    separated = separate_experts(copy.deepcopy(model), family_of(variant))
+    separated = separate_projections(copy.deepcopy(model), family_of(variant))
     kinds = [isinstance(module, SparseMLP) for module in separated.modules()]
     assert sum(kinds) == len(family_of(variant).mixtures or ())
     assert relative_error(separated(TOKENS).logits, model(TOKENS).logits) < 1e-14

@@ -5,6 +5,8 @@ python -m fptquant.report.families > docs/families.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import transformers
 
 from fptquant.transforms import TRANSFORMS
@@ -73,17 +75,25 @@ def rows() -> list[tuple[str, ...]]:
 def page() -> str:
     """The content of docs/families.md."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
-    fused = [_fused(fused) for fused in FUSED.values()]
+    fused = [*map(_fused, FUSED.values()), _apart()]
     return _PAGE.format(table="\n".join(f"| {' | '.join(line)} |" for line in lines), fused="\n".join(fused))
 
 
 def _fused(fused: Fused) -> str:
-    weights = " and ".join(f"`{path.rpartition('.')[2]}`" for path in fused.weights)
     return (
-        f"{fused.model_type} stores {weights} fused: their rows are read apart, and what is written is a "
+        f"{fused.model_type} stores {_named(fused.weights)} fused: their rows are read apart, and what is written is a "
         f"{fused.family.model_type},\nor with a `sliding_window` a {fused.windowed.model_type}. RoPE of a part of each "
         "head or of type longrope is refused.\n"
     )
+
+
+def _apart() -> str:
+    stored = (f"{family.model_type} {_named(family.fused)}" for family in FAMILIES.values() if family.fused)
+    return f"Read, written and served apart are the rows of what is stored fused in {', '.join(stored)}.\n"
+
+
+def _named(weights: Mapping[str, object]) -> str:
+    return " and ".join(f"`{path.rpartition('.')[2]}`" for path in weights)
 
 
 def _transforms(family: Architecture) -> str:

@@ -17,7 +17,7 @@ from fptquant.format.steps import in_floating_point
 from fptquant.simulate.attention import ATTENTION_NAME, KVQuantizer
 from fptquant.simulate.families import CLASSES
 from fptquant.simulate.linear import SimulatedLinear
-from fptquant.simulate.mixture import SparseMLP, separate_experts
+from fptquant.simulate.mixture import SparseMLP, separate_projections
 from fptquant.simulate.sink import finish_loading_sink, install_sink
 from fptquant.wiring import Architecture
 
@@ -29,7 +29,7 @@ def install_simulation(model: PreTrainedModel, architecture: Architecture, confi
     through the online transforms. On a model on the meta device, the layers are empty, ready to be loaded.
     """
     shape = architecture.shape(model.config)
-    separate_experts(model, architecture)
+    separate_projections(model, architecture)
     become_simulation(model, architecture, config.transforms.residual_scale)
     for index, layer in enumerate(architecture.layer_modules(model)):
         readers = [projection for group in architecture.groups_of(index) for projection in group.readers]

@@ -12,23 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from fptquant.format.routing import float_linear, mixture, route
-from fptquant.simulate.gated import gated_product
-from fptquant.wiring import SHARED, Architecture
-
-
-class Expert(nn.Module):
-    """An MLP without biases."""
-
-    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, act_fn: nn.Module) -> None:
-        """Takes its projections."""
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Args: x (..., hidden), and S (..., 1) where `down_proj` scales by it. Returns: (..., hidden)."""
-        h = gated_product(self.act_fn, self.gate_proj(x), self.up_proj(x))
-        y: Tensor = self.down_proj(h) if scale is None else self.down_proj(h, scale)
-        return y
+from fptquant.simulate.mlp import GatedMLP, linear_of
+from fptquant.wiring import SHARED, Architecture, Role
 
 
 class SparseMLP(nn.Module):
@@ -39,7 +24,7 @@ class SparseMLP(nn.Module):
 
         Args:
             gate: the router.
-            experts: each an `Expert`.
+            experts: each a `GatedMLP`.
             count: how many a token goes through.
             renormalize: whether their weights are made to add up to one.
         """
@@ -82,22 +67,38 @@ class SparseMLP(nn.Module):
 
 
 @torch.no_grad()
-def separate_experts(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
-    """Puts a `SparseMLP` in the place of each of a model's mixtures, which shares its tensors; in place.
+def separate_projections(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+    """Gives each projection a linear layer of its own where a family's classes hold several in one tensor; in place.
+
+    In the place of each of a model's mixtures is a `SparseMLP` then, of an MLP whose gate and up projections are fused,
+    a `GatedMLP`; they share its tensors.
 
     Args:
         model: of transformers' own classes, on any device.
-        architecture: its family, `of` its configuration; most have no mixtures.
+        architecture: its family, `of` its configuration; most have nothing to separate.
 
     Returns:
         The model.
     """
-    if architecture.mixture is not None:
+    if architecture.mixture is not None or architecture.fused:
         for index, layer in enumerate(architecture.layer_modules(model)):
             before = layer.get_submodule(architecture.mlp)
-            if index in (architecture.mixtures or ()) and not isinstance(before, SparseMLP):
+            if isinstance(before, SparseMLP | GatedMLP):
+                continue
+            if index in (architecture.mixtures or ()):
                 layer.set_submodule(architecture.mlp, _separated(before, architecture, model.config))
+            elif architecture.fused:
+                layer.set_submodule(architecture.mlp, _split(before, architecture, model.config))
     return model
+
+
+def _split(before: nn.Module, architecture: Architecture, config: PretrainedConfig) -> GatedMLP:
+    (path,) = architecture.fused  # gate and up, in this order
+    both = before.get_parameter(f"{path.removeprefix(f'{architecture.mlp}.')}.weight")
+    gate, up = (linear_of(rows) for rows in both.chunk(2))
+    down = before.get_submodule(architecture.path_within(architecture.mlp, Role.DOWN))
+    assert isinstance(down, nn.Linear)
+    return GatedMLP(gate, up, down, ACT2FN[config.hidden_act]).train(before.training)
 
 
 def _separated(before: nn.Module, architecture: Architecture, config: PretrainedConfig) -> SparseMLP:
@@ -108,19 +109,12 @@ def _separated(before: nn.Module, architecture: Architecture, config: Pretrained
     experts = before.get_submodule("experts")
     found = []
     for both, down in zip(experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj"), strict=True):
-        found.append(Expert(_linear(both[:width]), _linear(both[width:]), _linear(down), activation))
-    gate = _linear(before.get_submodule("gate").get_parameter("weight"))
+        found.append(GatedMLP(linear_of(both[:width]), linear_of(both[width:]), linear_of(down), activation))
+    gate = linear_of(before.get_submodule("gate").get_parameter("weight"))
     result = SparseMLP(gate, nn.ModuleList(found), getattr(config, facts.chosen), facts.renormalizes(config))
     if facts.shared(config):
         shared = before.get_submodule("shared_expert")
-        gate, up, down = (_linear(shared.get_parameter(f"{name}_proj.weight")) for name in ("gate", "up", "down"))
-        result.shared_expert = Expert(gate, up, down, activation)
-        result.shared_expert_gate = _linear(before.get_submodule("shared_expert_gate").get_parameter("weight"))
+        gate, up, down = (linear_of(shared.get_parameter(f"{name}_proj.weight")) for name in ("gate", "up", "down"))
+        result.shared_expert = GatedMLP(gate, up, down, activation)
+        result.shared_expert_gate = linear_of(before.get_submodule("shared_expert_gate").get_parameter("weight"))
     return result.train(before.training)
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    """A layer without bias, with this weight (N, K)."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear

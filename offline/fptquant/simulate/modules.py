@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fptquant.format import attention, position_scale, residual_scale
 from fptquant.simulate.attention import QuantizedAttention, by_rows
 from fptquant.simulate.buffers import FixedBuffers
-from fptquant.simulate.gated import gated_product
+from fptquant.simulate.mlp import gated
 from fptquant.simulate.sink import SinkMasks, SinkModel, find_positions, put_output
 from fptquant.wiring import Architecture, Role
 
@@ -65,7 +65,8 @@ class SimulatedMLP(SimulatedModule):
         gate, up, down = (
             self.get_submodule(family.path_within(family.mlp, role)) for role in (Role.GATE, Role.UP, Role.DOWN)
         )
-        y: Tensor = down(gated_product(getattr(self, family.activation), gate(x), up(x)), scale)
+        activation = getattr(self, family.activation)
+        y: Tensor = down(gated(activation, gate(x), up(x)), scale)
         return y
 
 

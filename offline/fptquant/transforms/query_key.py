@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform, TransformOptions
-from fptquant.transforms.head_matrices import bounded, by_head, condition, matrix_pair
+from fptquant.transforms.head_matrices import bounded, condition, matrix_pair
 from fptquant.transforms.orthogonal import cayley
 from fptquant.wiring import Architecture, Place, Role, Shape
 
@@ -37,7 +37,7 @@ class KeyScale(Transform):
     """
 
     options: QueryKeyOptions
-    log_scale: Tensor  # (layers, ..., head_dim / 2)
+    log_scale: Tensor  # (layers, ..., pairs)
 
     @property
     def start_is_measured(self) -> bool:
@@ -50,9 +50,10 @@ class KeyScale(Transform):
         return {name: p for name, p in found.items() if name != "log_scale" or not self.start_is_measured}
 
     def pair_norms(self, keys: Tensor) -> Tensor:
-        """Lengths (..., head_dim / 2) of the RoPE pairs of keys (..., head_dim), before RoPE or behind it."""
+        """Lengths (..., pairs) of the RoPE pairs of keys (..., head_dim), before RoPE or behind it."""
         sizes, pair = ((-1, 2), -1) if self.shape.interleaved else ((2, -1), -2)
-        lengths: Tensor = torch.linalg.vector_norm(keys.unflatten(-1, sizes), dim=pair)  # type: ignore[no-untyped-call]
+        rotated = keys[..., : self.shape.head_dim - self.shape.unrotated_dims]
+        lengths: Tensor = torch.linalg.vector_norm(rotated.unflatten(-1, sizes), dim=pair)  # type: ignore[no-untyped-call]
         return lengths
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ class KeyScale(Transform):
 
         Args:
             layer: index.
-            largest: (kv_heads, head_dim / 2) length of each pair on some text.
+            largest: (kv_heads, pairs) length of each pair on some text.
         """
         logs = largest.clamp_min(_SMALLEST * float(largest.amax())).log()
         if self.log_scale.dim() == 2:  # all heads share a norm's gain
@@ -74,7 +75,7 @@ class QueryKeyTransform(KeyScale):
 
     2x2 scaled rotations are what commutes with RoPE (FPTQuant section 3.1; method.md 1.1). The query gets the same
     angle and the inverse scale. The pair is (j, j + head_dim / 2), the rotated-halves layout of Hugging Face, or in
-    some families (2j, 2j + 1).
+    some families (2j, 2j + 1); dimensions behind those that RoPE turns stay as they are.
     """
 
     name = "T_k"
@@ -83,7 +84,7 @@ class QueryKeyTransform(KeyScale):
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
         """Starts at the identity."""
         super().__init__(shape, options, generator)
-        pairs = (shape.layers, shape.kv_heads, shape.head_dim // 2)
+        pairs = (shape.layers, shape.kv_heads, (shape.head_dim - shape.unrotated_dims) // 2)
         self._add("angle", pairs, trained=options.only != "scale")
         self._add("log_scale", pairs)  # s = exp(.) > 0
         self.angle: Tensor
@@ -101,7 +102,7 @@ class QueryKeyTransform(KeyScale):
         """In the norms' gains where there are norms; any matrix where there is no RoPE."""
         if shape.head_norms:
             return NormedQueryKeyTransform
-        return PartlyRotatedQueryKeyTransform if shape.unrotated else cls
+        return PartlyRotatedQueryKeyTransform if shape.unrotated or shape.unrotated_dims else cls
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """Rotates and scales queries and keys."""
@@ -113,28 +114,39 @@ class QueryKeyTransform(KeyScale):
             groups = self.shape.heads // self.shape.kv_heads
             angle, log_scale = (t.repeat_interleave(groups, 0) for t in (angle, log_scale))
         scale = log_scale.exp()
-        cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, head_dim / 2)
+        cos, sin = scale * angle.cos(), scale * angle.sin()  # (heads, pairs)
         pair = -1 if self.shape.interleaved else -2  # the dimension in which the two are
         sizes = (cos.shape[1], 2) if self.shape.interleaved else (2, cos.shape[1])
-        first, second = values.view(*values.shape[:-1], cos.shape[0], *sizes).unbind(pair)
-        return torch.stack((cos * first - sin * second, cos * second + sin * first), pair).flatten(-3)
+        heads = values.view(*values.shape[:-1], cos.shape[0], -1)
+        rotated, rest = heads[..., : 2 * cos.shape[1]], heads[..., 2 * cos.shape[1] :]
+        first, second = rotated.reshape(*rotated.shape[:-1], *sizes).unbind(pair)
+        rotated = torch.stack((cos * first - sin * second, cos * second + sin * first), pair).flatten(-2)
+        return (torch.cat((rotated, self._outside(place, rest)), -1) if rest.shape[-1] else rotated).flatten(-2)
+
+    def _outside(self, place: Place, values: Tensor) -> Tensor:
+        """What becomes of dimensions of heads (..., heads, dims) that RoPE leaves as they are."""
+        return values
 
 
 class PartlyRotatedQueryKeyTransform(QueryKeyTransform):
-    """T_k with any invertible matrix per KV head in layers without RoPE: k' = k A, q' = q A^-T.
+    """T_k with any invertible matrix per KV head where there is no RoPE: k' = k A, q' = q A^-T.
 
-    Nothing stands between the weights and the scores there that A would have to commute with. A = U diag(lambda) V^T
-    with U, V orthogonal; its condition number stays below `_MAX_CONDITION`.
+    That is in whole layers, or in the last dimensions of each head. Nothing stands between the weights and the scores
+    there that A would have to commute with. A = U diag(lambda) V^T with U, V orthogonal; its condition number stays
+    below `_MAX_CONDITION`.
     """
 
     name = "T_k"
     Options = QueryKeyOptions
-    restriction = "scaled rotations of RoPE pairs; any matrix per KV head in layers without RoPE"
+    restriction = "scaled rotations of RoPE pairs; any matrix per KV head where there is no RoPE"
 
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
         """Starts at the identity."""
         super().__init__(shape, options, generator)
-        square = (len(shape.unrotated), shape.kv_heads, shape.head_dim, shape.head_dim)
+        assert not (shape.unrotated and shape.unrotated_dims), "matrices of two sizes"
+        self.layers = shape.unrotated or tuple(range(shape.layers))
+        size = shape.unrotated_dims or shape.head_dim
+        square = (len(self.layers), shape.kv_heads, size, size)
         self._add("left", square, trained=options.only != "scale")
         self._add("right", square, trained=options.only != "scale")
         self._add("log_lambda", square[:-1])
@@ -146,13 +158,17 @@ class PartlyRotatedQueryKeyTransform(QueryKeyTransform):
         """Multiplies queries and keys by the matrices where there is no RoPE."""
         if place.role not in _ROLES or place.layer not in self.shape.unrotated:
             return super().outputs(place, values)
-        index, dtype = self.shape.unrotated.index(place.layer), values.dtype
+        heads = values.view(*values.shape[:-1], -1, self.shape.head_dim)
+        return self._outside(place, heads).flatten(-2)
+
+    def _outside(self, place: Place, values: Tensor) -> Tensor:
+        index, dtype = self.layers.index(place.layer), values.dtype
         left, right = cayley(self.left[index].to(dtype)), cayley(self.right[index].to(dtype))
         log_lambda = bounded(self.log_lambda[index].to(dtype), _MAX_CONDITION)
         matrix, inverse_transpose = matrix_pair(left, log_lambda, right)
-        if place.role is Role.KEY:
-            return by_head(values, matrix)
-        return by_head(values, inverse_transpose.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0))
+        if place.role is Role.QUERY:
+            matrix = inverse_transpose.repeat_interleave(self.shape.heads // self.shape.kv_heads, 0)
+        return torch.einsum("...hd,hde->...he", values, matrix)
 
     def metrics(self) -> dict[str, float]:
         """The largest condition number of all matrices."""

@@ -18,6 +18,8 @@ from fptquant.wiring.base import (
 from fptquant.wiring.ernie4_5 import ERNIE4_5
 from fptquant.wiring.gemma2 import GEMMA2
 from fptquant.wiring.gemma3 import GEMMA3
+from fptquant.wiring.glm import GLM
+from fptquant.wiring.glm4 import GLM4
 from fptquant.wiring.granite import GRANITE
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.ministral3 import MINISTRAL3
@@ -47,6 +49,8 @@ FAMILIES: dict[str, Architecture] = {
         ERNIE4_5,
         GEMMA3,
         GEMMA2,
+        GLM,
+        GLM4,
         QWEN3_MOE,
         QWEN2_MOE,
         MIXTRAL,

@@ -102,6 +102,7 @@ class Shape:
     head_norms: bool = False  # queries and keys are normed before RoPE, head by head
     interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
     unrotated: tuple[int, ...] = ()  # layers without RoPE
+    unrotated_dims: int = 0  # the last ones of each head, which RoPE leaves as they are
     experts: int = 0  # of each mixture, apart from a shared one
     expert_width: int = 0  # intermediate size of an expert
     shared_width: int = 0  # of the shared expert
@@ -150,6 +151,7 @@ class Architecture:
         activation_name: field of the configuration that names it.
         rotary_function: what applies RoPE, in the module of the family's classes.
         interleaved: whether RoPE turns pairs (2j, 2j + 1), not (j, j + head_dim / 2).
+        partial_rotary: whether RoPE turns the first `partial_rotary_factor` of each head only, of its parameters.
         rope_layers: field of the configuration that says for each layer whether it has RoPE; None where all have.
         scales_queries: whether queries grow with their position behind RoPE, by two of the `rope_parameters`.
         score_scalar: field of the configuration by whose square root scores are divided; None for sqrt(head_dim).
@@ -163,7 +165,10 @@ class Architecture:
             them in before anything else is done.
         qkv_bias: whether queries, keys and values have biases; or the field of the configuration that says so.
         output_bias: the same of the attention's output, as `mlp_bias` of all of the MLP's.
-        lacks: parts for which it has no class in transformers: "MLP", where all layers have mixtures.
+        lacks: parts for which it has no class in transformers, or none whose modules are these: "MLP", where all layers
+            have mixtures, or its projections are fused.
+        fused: where files and classes in transformers hold projections fused by rows, which are apart here and in
+            checkpoints: by path relative to a decoder layer, the roles whose rows a weight holds, in order.
         class_names: of classes in transformers that aren't called `name` and the part they play ("Model", "Config"),
             by that part.
         mixtures: by layer, the groups of those that have experts; None before `of`, and where a family has none.
@@ -189,6 +194,7 @@ class Architecture:
     activation_name: str = "hidden_act"
     rotary_function: str = "apply_rotary_pos_emb"
     interleaved: bool = False
+    partial_rotary: bool = False
     rope_layers: str | None = None
     scales_queries: bool = False
     score_scalar: str | None = None
@@ -202,6 +208,7 @@ class Architecture:
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = "mlp_bias"
     lacks: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
     class_names: Mapping[str, str] = field(default_factory=dict)
     mixtures: Mapping[int, tuple[InputGroup, ...]] | None = None
 
@@ -248,15 +255,18 @@ class Architecture:
             "chosen": getattr(config, mixture.chosen),
             "mixtures": len(mixture.layers(config)),
         }
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        rotary = config.rope_parameters.get("partial_rotary_factor", 1.0) if self.partial_rotary else 1.0
         return Shape(
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             layers=config.num_hidden_layers,
             head_norms=self.head_norms,
             interleaved=self.interleaved,
+            unrotated_dims=head_dim - int(head_dim * rotary),
             **(experts or {}),
             unrotated=tuple(i for i in range(config.num_hidden_layers) if not self.has_rope(config, i)),
         )

@@ -55,6 +55,11 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
     for field, meaning in family.impossible.items():
         if config.get(field):
             raise FPTQuantError(f"{found} has {field}: {meaning}, which is not supported")
+    if fused is None and not family.partial_rotary and _rotary_part(config) not in (None, 1):
+        raise FPTQuantError(
+            f"{found} has a partial_rotary_factor, which transformers leaves out of account and vLLM doesn't: remove "
+            "it from config.json where it is wrong; a model that needs it is not supported"
+        )
     if family.windows == "none" and config.get("sliding_window"):
         raise FPTQuantError(
             f"{found} has a sliding_window, which transformers leaves out of account and vLLM doesn't: remove it from "
@@ -66,6 +71,14 @@ def check_model_type(config: Mapping[str, Any]) -> Architecture:
             "remove them from config.json where they are wrong; a model that needs them is not supported"
         )
     return family
+
+
+def _rotary_part(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of the part of each head that RoPE turns; None where it says nothing."""
+    places = (config, config.get("rope_parameters"), config.get("rope_scaling"))
+    return next(
+        (place["partial_rotary_factor"] for place in places if place and "partial_rotary_factor" in place), None
+    )
 
 
 def _require_class(found: str, names: Iterable[str], name: str) -> None:
