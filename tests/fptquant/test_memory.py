@@ -13,6 +13,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.run import memory
 from fptquant.run.memory import choose_residency, parse_size
 from fptquant.run.needs import expected_memory, expected_needs
+from tests.conftest import VOCABULARY
 from tests.fptquant.test_residency import RECIPES
 from tests.fptquant.test_shipped_recipes import short
 from tests.fptquant.train.test_training import make_job
@@ -73,6 +74,15 @@ def test_every_stage_is_expected(name: str, tmp_path: Path) -> None:
     summary = pipeline.quantize(replace(job, residency="streamed"), tmp_path / "out")
     assert list(summary.seconds) == list(needs)
     assert all(needs[stage].reads for stage in needs if stage != "rehearse")
+
+
+def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
+    fields = {"precision": "w4a16", "head_bits": 16, "transforms": ["T_u"], "end_to_end": {"steps": 0}}
+    tied = make_job("tied", tmp_path, **fields)
+    apart = replace(tied, tied=False)
+    assert tied.tied
+    whole, alone = (expected_memory(job, "resident", 10**12) for job in (tied, apart))
+    assert alone - whole == int(1.25 * 4 * VOCABULARY * tied.source.config.hidden_size)  # the head's float32, and 1/4
 
 
 def test_processes_share_sequences_and_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
-from vllm_fptquant.models.decoder import project, scaled_projection
+from vllm_fptquant.models.projections import project, scaled_projection
 
 KERNELS = [MarlinInt8Kernel, CutlassInt8Kernel, TritonInt8Kernel]
 DTYPES = [torch.float16, torch.bfloat16]

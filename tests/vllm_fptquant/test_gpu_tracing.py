@@ -40,7 +40,8 @@ from tests.vllm_fptquant.layers import (
 from tests.vllm_fptquant.test_gpu_kernels import exact_tensors
 from vllm_fptquant.kernels.gpu import ScaledInput
 from vllm_fptquant.kernels.select import KERNELS
-from vllm_fptquant.models.decoder import DecoderModel, scaled_projection
+from vllm_fptquant.models.decoder import DecoderModel
+from vllm_fptquant.models.projections import scaled_projection
 
 pytestmark = pytest.mark.usefixtures("operators", "parallel_world", "pretend_gpu")
 

@@ -30,7 +30,7 @@ from tests.vllm_fptquant.layers import (
     quant_config,
     random_tensors,
 )
-from vllm_fptquant.models.decoder import project
+from vllm_fptquant.models.projections import project
 
 KINDS = list(SHARDS)
 HADAMARD = TransformRecord(down_hadamard=DownHadamard(block=32))

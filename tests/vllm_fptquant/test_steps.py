@@ -35,7 +35,7 @@ from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput
 from vllm_fptquant.kernels.operator import CHUNK, PreparedLinear
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.linear import FPTQuantLinearMethod
-from vllm_fptquant.models.decoder import scaled_projection
+from vllm_fptquant.models.projections import scaled_projection
 
 K, N = 64, 48
 SCALE: tuple[Step, ...] = (RowScale(), Undo())

@@ -15,233 +15,30 @@ the stages of a pipeline only the first is sure to get token ids; it passes on w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
-from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-)
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import CheckpointConfig, position_scale, residual_scale
+from fptquant.format import CheckpointConfig, residual_scale
 from fptquant.format.binding import Watch
 from fptquant.format.checks import DAMAGED
-from fptquant.format.schema import MODEL_TYPE_PREFIX
-from fptquant.wiring import FAMILIES, Architecture, Role
+from fptquant.wiring import Role
 from fptquant.wiring.lookup import require_range
 from vllm_fptquant.binding import one_line_errors, require_bound_config, require_bound_tensors
 from vllm_fptquant.dummy import keep_norms_plausible
-from vllm_fptquant.kernels.gpu import ScaledInput
-from vllm_fptquant.linear import FPTQuantLinearMethod
+from vllm_fptquant.models.attention import DecoderAttention, SinkMasks
+from vllm_fptquant.models.experts import DecoderExperts
+from vllm_fptquant.models.family import as_llama, family_of, make_norm
+from vllm_fptquant.models.mlp import DecoderMLP
 from vllm_fptquant.models.reload import ReloadGuard
 
 AT_TOKEN = "sink_at_token"  # of the intermediate tensors between pipeline stages: (T, 1), 1 where the sink's token is
-
-
-# What the configuration calls an activation: of the gate alone, on CPUs in its place; and vLLM's, of gate and up.
-ACTIVATIONS: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], torch.nn.Module]]] = {
-    "silu": lambda: (partial(silu, inplace=True), SiluAndMul()),
-    "gelu_pytorch_tanh": lambda: (partial(gelu, approximate="tanh"), GeluAndMul(approximate="tanh")),
-}
-
-
-class SinkMasks(NamedTuple):
-    """Tokens that are first in their sequence, each bool (T, 1)."""
-
-    at_start: Tensor  # whatever they are
-    at_token: Tensor  # those that the constants were made for
-
-
-def project(projection: LinearBase, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`projection(scale * x)`, divided by `scale` again where the layer's steps say so; or `projection(x)` without S.
-
-    Args:
-        projection: any of vLLM's linear layers.
-        x: (T, K).
-        scale: float32 (T, 1) or None.
-
-    Returns:
-        (T, N) of the type of `x`, and the bias where the projection was built to skip it.
-    """
-    if scale is None:
-        output, bias = projection(x)
-    elif not isinstance(projection.quant_method, FPTQuantLinearMethod):
-        output, bias = projection((x * scale).to(x.dtype))
-    elif projection.fptquant_takes_scale:
-        scaled: tuple[Tensor, Tensor | None] = projection(ScaledInput(x, scale))
-        return scaled
-    elif projection.fptquant_plain and not torch.compiler.is_compiling():
-        return FPTQuantLinearMethod.apply_scaled(projection, x, scale), None
-    else:  # around the layer, by the rule of rows (`fptquant.format.steps`): ranks sum before S is undone
-        output, bias = projection(x * scale)  # float32
-        output = output.div_(scale) if projection.fptquant_undone else output
-    return output.to(x.dtype), bias
-
-
-def scaled_projection(projection: RowParallelLinear, x: Tensor, scale: Tensor | None) -> Tensor:
-    """A projection with its steps, of which RowScale and Undo take S, and its bias.
-
-    Args:
-        projection: built with `skip_bias_add`.
-        x: (T, K).
-        scale: float32 (T, 1) or None.
-
-    Returns:
-        (T, N) of the type of `x`.
-    """
-    scaled = getattr(projection, "fptquant_scaled", False)  # not in floating point, where S would cancel
-    output, bias = project(projection, x, scale if scaled else None)
-    if bias is not None:
-        output = output + bias
-    result: Tensor = output.to(x.dtype)
-    return result
-
-
-def family_of(config: Any) -> Architecture:
-    """Family of a checkpoint's configuration, whose model type is ours or, in format version 1, the original's."""
-    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)].of(config)
-
-
-def as_llama(config: Any, layer: int) -> Any:
-    """A copy of a checkpoint's configuration that says of a layer what vLLM's Llama looks for, where it does."""
-    family, result = family_of(config), copy.copy(config)
-    result.rope_parameters = family.rope_parameters(config, layer)
-    if getattr(config, family.activation_name) in ACTIVATIONS:
-        result.hidden_act = "silu"  # the one that it knows; `DecoderMLP` has the right one
-    for name, fact in (
-        ("qkv_bias", family.qkv_bias),
-        ("attention_bias", family.output_bias),
-        ("mlp_bias", family.mlp_bias),
-    ):
-        setattr(result, name, getattr(config, fact) if isinstance(fact, str) else fact)
-    return result
-
-
-def make_norm(config: Any, size: int) -> torch.nn.Module:
-    """A norm as the family's are."""
-    kind = GemmaRMSNorm if family_of(config).gain_offset else RMSNorm  # the former add 1
-    norm: torch.nn.Module = kind(size, eps=config.rms_norm_eps)
-    return norm
-
-
-class DecoderAttention(LlamaAttention):  # type: ignore[misc]
-    """Attention whose output projection is scaled; its queries and keys are normed where the family's are."""
-
-    def __init__(self, **arguments: Any) -> None:
-        """Takes `LlamaAttention`'s arguments."""
-        super().__init__(**arguments)
-        self.o_proj.skip_bias_add = True
-        config = arguments["config"]
-        family = family_of(config)
-        self.norms = (family.query_norm, family.key_norm)
-        for name in filter(None, self.norms):
-            self.add_module(name, make_norm(config, self.head_dim))
-        self.query_scaling = family.query_scaling(config)
-        layer = extract_layer_index(arguments["prefix"])
-        self.has_rope = family.has_rope(config, layer)
-        self.scaling, (cap, _) = family.score_factor(config), family.caps(config)
-        if cap is not None or self.scaling != self.head_dim**-0.5:
-            self._attend_anew(arguments, family.window(config, layer), cap)
-
-    def _attend_anew(self, arguments: dict[str, Any], window: int | None, cap: float | None) -> None:
-        """Makes the attention of the same name again, with what `LlamaAttention` has no argument for."""
-        name = f"{arguments['prefix']}.attn"
-        del get_current_vllm_config().compilation_config.static_forward_context[name]
-        self.attn = Attention(
-            self.num_heads,
-            self.head_dim,
-            self.scaling,
-            num_kv_heads=self.num_kv_heads,
-            cache_config=arguments["cache_config"],
-            quant_config=arguments["quant_config"],
-            logits_soft_cap=cap,
-            per_layer_sliding_window=window,
-            prefix=name,
-        )
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
-    ) -> Tensor:
-        """As `LlamaAttention.forward`.
-
-        Args:
-            positions: (T,).
-            hidden_states: (T, hidden); with S, still to be multiplied by it.
-            scale: S (T, 1) or None.
-            sink: where the first token is.
-        """
-        qkv, _ = project(self.qkv_proj, hidden_states, scale)
-        q, k, v = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), -1)
-        q, k = self.normed(q, k)
-        if self.has_rope:
-            q, k = self.rotary_emb(positions, q, k)
-        if self.query_scaling is not None:
-            q = (q * position_scale(positions, *self.query_scaling)[:, None]).to(q.dtype)
-        if sink is None:
-            return scaled_projection(self.o_proj, self.attn(q, k, v), scale)
-        where = sink.at_token | (sink.at_start & self.attn.fptquant_sink_steady)
-        return scaled_projection(self.o_proj, self.attn(q, k, v, sink=where), scale)
-
-    def _init_rotary_emb(self, config: Any, quant_config: Any) -> None:
-        self.rotary_emb = get_rope(
-            self.head_dim,
-            max_position=self.max_position_embeddings,
-            rope_parameters=config.rope_parameters,
-            is_neox_style=not family_of(config).interleaved,
-        )
-
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (T, heads * head_dim) as they are before RoPE."""
-        q, k = (
-            states
-            if norm is None
-            else self.get_submodule(norm)(states.reshape(len(states), -1, self.head_dim)).flatten(-2)
-            for norm, states in zip(self.norms, (q, k), strict=True)
-        )
-        return q, k
-
-
-class DecoderMLP(LlamaMLP):  # type: ignore[misc]
-    """MLP whose down projection is scaled, with the family's activation."""
-
-    activate: Callable[[Tensor], Tensor]
-
-    @staticmethod
-    def become(mlp: LlamaMLP, family: Architecture, config: Any) -> None:
-        """Makes one of ours of an MLP of vLLM's, which has the same parameters."""
-        mlp.__class__ = DecoderMLP
-        mlp.activate, mlp.act_fn = ACTIVATIONS[getattr(config, family.activation_name)]()
-
-    def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
-        gate_up, _ = project(self.gate_up_proj, x, scale)
-        x = self.activated(gate_up)
-        return scaled_projection(self.down_proj, x, scale)
-
-    def activated(self, gate_up: Tensor) -> Tensor:
-        """The activation of the first half of (..., 2 N), times the second."""
-        if gate_up.is_cpu:  # what vLLM's activation computes there, without two large temporaries
-            gate, up = gate_up.chunk(2, -1)
-            return self.activate(gate).mul_(up)
-        result: Tensor = self.act_fn(gate_up)
-        return result
 
 
 class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -264,8 +61,6 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
             layer_config.intermediate_size = family.shape(config).expert_width
         super().__init__(vllm_config, prefix, layer_config, attn_layer_type=DecoderAttention)
         if has_experts:
-            from vllm_fptquant.models.experts import DecoderExperts  # which is made of what is here
-
             self.add_module("mlp", DecoderExperts(family, config, vllm_config, f"{prefix}.{family.mlp}"))
         else:  # LlamaDecoderLayer has no argument for the MLP's class; ours has the same parameters.
             DecoderMLP.become(self.mlp, family, config)

@@ -22,7 +22,8 @@ from fptquant.format.routing import float_linear, mixture, route
 from fptquant.wiring import SHARED, Architecture
 from vllm_fptquant.kernels.library import register
 from vllm_fptquant.kernels.operator import PreparedLinear
-from vllm_fptquant.models.decoder import DecoderMLP, scaled_projection
+from vllm_fptquant.models.mlp import DecoderMLP
+from vllm_fptquant.models.projections import scaled_projection
 from vllm_fptquant.options import ServingOptions
 
 

@@ -35,7 +35,7 @@ class Sizes:
 
     layer: int  # a decoder layer's matrices
     ends: int  # of embedding and head, the larger one
-    total: int
+    total: int  # a tied head once
     widest: int  # largest number of inputs of a linear layer
     matrix: int  # largest matrix of a decoder layer; of experts, as much as is rounded at once
 
@@ -49,7 +49,7 @@ class Sizes:
         return cls(
             layer=sum(sizes) // shape.layers,
             ends=vocabulary,
-            total=sum(sizes) + 2 * vocabulary,
+            total=sum(sizes) + (1 if job.tied else 2) * vocabulary,
             widest=max(shape.hidden, *shape.widths, shape.heads * shape.head_dim),
             matrix=max(*sizes, min(experts, WEIGHTS)),
         )

@@ -3,19 +3,9 @@
 Nothing heavy is imported here: what transformers has to know of our checkpoints at its start follows from these facts.
 """
 
-from fptquant.wiring.base import (
-    EMBEDDING,
-    HEAD,
-    SHARED,
-    Architecture,
-    Fused,
-    InputGroup,
-    Place,
-    Projection,
-    Role,
-    Shape,
-)
+from fptquant.wiring.base import Architecture
 from fptquant.wiring.ernie4_5 import ERNIE4_5
+from fptquant.wiring.fused import Fused
 from fptquant.wiring.gemma2 import GEMMA2
 from fptquant.wiring.gemma3 import GEMMA3
 from fptquant.wiring.glm import GLM
@@ -32,7 +22,9 @@ from fptquant.wiring.qwen2 import QWEN2
 from fptquant.wiring.qwen2_moe import QWEN2_MOE
 from fptquant.wiring.qwen3 import QWEN3
 from fptquant.wiring.qwen3_moe import QWEN3_MOE
+from fptquant.wiring.roles import EMBEDDING, HEAD, SHARED, InputGroup, Place, Projection, Role
 from fptquant.wiring.seed_oss import SEED_OSS
+from fptquant.wiring.shape import Shape
 from fptquant.wiring.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Architecture] = {

@@ -5,73 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
+
+from fptquant.wiring.roles import InputGroup, Place, Projection, Role
+from fptquant.wiring.shape import Shape
 
 if TYPE_CHECKING:  # the facts are read where nothing heavy may be imported (`fptquant.hf_entries`)
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from fptquant.wiring.mixture import Mixture
-
-
-class Role(Enum):
-    """Part a weight plays; transforms address weights by role, never by name."""
-
-    EMBEDDING = "embedding"
-    QUERY = "q"
-    KEY = "k"
-    VALUE = "v"
-    OUTPUT = "o"
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
-    ROUTER = "router"
-    SHARED_GATE = "shared_gate"
-    HEAD = "head"
-
-
-SHARED = -1  # number of the expert that every token goes through
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a weight stands in a model."""
-
-    role: Role
-    layer: int = -1  # -1 outside the layers
-    expert: int | None = None  # its number in a mixture
-
-
-EMBEDDING, HEAD = Place(Role.EMBEDDING), Place(Role.HEAD)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer of a decoder layer."""
-
-    role: Role
-    path: str  # of the module, relative to the decoder layer
-    expert: int | None = None  # which expert of a mixture it belongs to
-
-    def at(self, layer: int) -> Place:
-        """Its place in the decoder layer of this index."""
-        return Place(self.role, layer, self.expert)
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Linear layers that read the same tensor; they share its quantizer, and are fused when served."""
-
-    name: str  # in reports and overrides: "qkv"
-    members: tuple[Projection, ...]
-    norm: str | None = None  # path of the norm whose output they read; None where that isn't a norm's
-    readers: tuple[Projection, ...] = ()  # linear layers that read the tensor, too, and stay in floating point
-
-    @property
-    def first(self) -> Projection:
-        """The member that stands for all."""
-        return self.members[0]
 
 
 @dataclass(frozen=True)
@@ -87,46 +30,6 @@ class Multiplier:
     roles: tuple[Role, ...]
     exponent: int = 1
     of_scores: bool = False
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes the transforms need, and what holds for queries and keys."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
-    head_norms: bool = False  # queries and keys are normed before RoPE, head by head
-    interleaved: bool = False  # RoPE turns (2j, 2j + 1), not (j, j + head_dim / 2)
-    unrotated: tuple[int, ...] = ()  # layers without RoPE
-    unrotated_dims: int = 0  # the last ones of each head, which RoPE leaves as they are
-    experts: int = 0  # of each mixture, apart from a shared one
-    expert_width: int = 0  # intermediate size of an expert
-    shared_width: int = 0  # of the shared expert
-    chosen: int = 0  # experts that a token goes through
-    mixtures: int = 0  # layers that have a mixture in the place of an MLP
-
-    def width(self, expert: int | None) -> int:
-        """Intermediate size of an MLP (None), a shared expert, or any other one."""
-        if expert is None:
-            return self.intermediate
-        return self.shared_width if expert == SHARED else self.expert_width
-
-    @property
-    def active_width(self) -> int:
-        """Intermediate numbers that a layer computes for a token, at most."""
-        return max(self.widths[0], self.chosen * self.expert_width + self.shared_width)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """All intermediate sizes in the model."""
-        found = [self.intermediate] if self.mixtures < self.layers else []
-        if self.mixtures:
-            found += [self.expert_width, self.shared_width] if self.shared_width else [self.expert_width]
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -384,33 +287,3 @@ class Architecture:
         for group in self.groups_of(layer):
             if group.norm is not None:
                 yield group, group.norm
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A family that is another one once its weights are split by rows; as which it is read, quantized and served.
-
-    Attributes:
-        model_type: in config.json.
-        name: what its classes in transformers begin with, "Phi3".
-        models: known ones, for users to read.
-        family: what it is without windows.
-        windowed: what it is where `sliding_window` is set, which all of its layers look at.
-        weights: by path relative to a decoder layer, the roles whose projections' rows a weight holds, in order.
-    """
-
-    model_type: str
-    name: str
-    models: str
-    family: Architecture
-    windowed: Architecture
-    weights: Mapping[str, tuple[Role, ...]]
-
-    @property
-    def class_name(self) -> str:
-        """Name of the language model's class in transformers."""
-        return f"{self.name}ForCausalLM"
-
-    def becomes(self, config: Mapping[str, Any]) -> Architecture:
-        """The family that a model is, by the content of its config.json."""
-        return self.windowed if config.get("sliding_window") else self.family

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fptquant.wiring.base import Role
 from fptquant.wiring.llama import LLAMA
+from fptquant.wiring.roles import Role
 
 GLM = replace(
     LLAMA,

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from fptquant.wiring.base import Multiplier, Role
+from fptquant.wiring.base import Multiplier
 from fptquant.wiring.llama import LLAMA
+from fptquant.wiring.roles import Role
 
 GRANITE = replace(
     LLAMA,

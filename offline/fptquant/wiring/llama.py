@@ -1,6 +1,7 @@
 """Llama, whose structure most families have; theirs are this one with what differs."""
 
-from fptquant.wiring.base import Architecture, InputGroup, Projection, Role
+from fptquant.wiring.base import Architecture
+from fptquant.wiring.roles import InputGroup, Projection, Role
 
 LLAMA = Architecture(
     model_type="llama",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fptquant.wiring.base import SHARED, InputGroup, Projection, Role
+from fptquant.wiring.roles import SHARED, InputGroup, Projection, Role
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,8 +1,9 @@
 """Phi-3 and Phi-4: Llama, or Mistral with its windows, whose weights are fused by rows."""
 
-from fptquant.wiring.base import Fused, Role
+from fptquant.wiring.fused import Fused
 from fptquant.wiring.llama import LLAMA
 from fptquant.wiring.mistral import MISTRAL
+from fptquant.wiring.roles import Role
 
 PHI3 = Fused(
     model_type="phi3",
