@@ -147,7 +147,7 @@ def frozen() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn() -> Iterator[Callable[..., None]]:
-    """Every run makes its figures, which is quick; to draw them takes as long as all the rest, so that only `drawn` does.
+    """Every run makes its figures, which is quick; to draw them takes as long as all the rest, and is for `drawn`.
 
     Yields:
         What draws.

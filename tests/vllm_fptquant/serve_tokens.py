@@ -1,4 +1,4 @@
-"""Serves one checkpoint on vLLM: log-probabilities and greedy tokens; as a program, in a process of its own, as JSON."""
+"""Serves one checkpoint on vLLM: log-probabilities and greedy tokens; as a program, in its own process, as JSON."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def check_served(model: TinyLlama, directory: Path, *flags: str, **options: Any)
 
 
 def altered(checkpoint: Path) -> Path:
-    """Another checkpoint of the same configuration, beside it: other values, and experts that others are chosen from."""
+    """Another checkpoint of the same configuration, beside it: other values, and other experts are chosen."""
     second = Path(shutil.copytree(checkpoint, checkpoint.parent / "second"))
     tensors = load_file(checkpoint / "model.safetensors")
     for name, tensor in tensors.items():
