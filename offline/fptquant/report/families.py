@@ -55,8 +55,9 @@ def rows() -> list[tuple[str, ...]]:
         (
             facts.model_type,
             facts.models,
-            f"of the text part, as of {' or '.join(facts.texts.values())}",
-            *["as there"] * 2,
+            f"text part only: a {' or '.join(facts.texts.values())}",
+            "as there",
+            "as there",
         )
         for facts in MULTIMODAL.values()
     ]
@@ -88,8 +89,12 @@ def _fused(fused: Fused) -> str:
 
 
 def _apart() -> str:
-    stored = (f"{family.model_type} {_named(family.fused)}" for family in FAMILIES.values() if family.fused)
-    return f"Read, written and served apart are the rows of what is stored fused in {', '.join(stored)}.\n"
+    stored: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        if family.fused:
+            stored.setdefault(_named(family.fused), []).append(family.model_type)
+    lines = (f"{' and '.join(names)} store {weights} fused" for weights, names in stored.items())
+    return f"{'; '.join(lines)}: its rows are read, written and served apart.\n"
 
 
 def _named(weights: Mapping[str, object]) -> str:
