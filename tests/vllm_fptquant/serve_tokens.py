@@ -18,6 +18,11 @@ ENVIRONMENT = {
 }
 
 
+def compiled(backend: str) -> dict[str, Any]:
+    """The engine's options for a model under torch.compile."""
+    return {"enforce_eager": False, "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": backend}}
+
+
 def serve_tokens(checkpoint: Path, prompts: list[list[int]], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
     """Greedy tokens of each prompt, and log-probabilities (tokens - 1, vocabulary) of prompt and answer."""
     from vllm import LLM, SamplingParams
@@ -83,11 +88,10 @@ def main() -> None:
         request["prompts"],
         request["max_tokens"],
         dtype=arguments.dtype,
-        enforce_eager=arguments.compile is None,
         tensor_parallel_size=arguments.tensor_parallel,
         pipeline_parallel_size=arguments.pipeline_parallel,
         additional_config={"fptquant": {"kernel": arguments.kernel}} if arguments.kernel else {},
-        compilation_config={"mode": "DYNAMO_TRACE_ONCE", "backend": arguments.compile} if arguments.compile else {},
+        **(compiled(arguments.compile) if arguments.compile else {}),
     )
     arguments.output.write_text(json.dumps(results))
 

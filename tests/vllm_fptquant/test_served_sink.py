@@ -21,7 +21,8 @@ from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-# Two processes; vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled model up.
+# Two processes beside this one. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled
+# model up.
 TENSOR = {"tensor_parallel_size": 2}
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 
@@ -41,16 +42,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     ids=["S_n", "no S_n", "tensor parallel", "pipeline parallel"],
 )
 def test_served_equals_simulated(
-    residual_scale: bool,
-    options: dict[str, Any],
-    checkpoints: dict[bool, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    residual_scale: bool, options: dict[str, Any], checkpoints: dict[bool, Path], one_process: None
 ) -> None:
     """Prompts with and without the token, prefill and decode; the head is quantized too."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if not options:
-        request.getfixturevalue("one_process")
     out = checkpoints[residual_scale]
     source = open_source(out)
     model = load_model(source)
