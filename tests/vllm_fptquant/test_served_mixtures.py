@@ -51,8 +51,9 @@ def test_expert_parallelism_is_refused() -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--compile", "eager")], ids=["eager", "compiled"])
-@pytest.mark.parametrize("variant", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("variant", "flags"), [("qwen2_moe", ("--compile", "eager")), ("mixtral", ())], ids=["compiled", "eager"]
+)
 def test_gpu_path(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     """Inside vLLM's engine on emulated kernels, in 16 bits: see `test_served_tiny.py`, test_gpu_path."""
     transforms = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
@@ -64,5 +65,4 @@ def test_gpu_path(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     for prompt, answer in zip(PROMPTS, json.loads((tmp_path / "out" / "answer.json").read_text()), strict=True):
         expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
         differences.append((torch.tensor(answer["logprobs"]) - expected).abs().mean(-1))
-    print(differences)
-    assert torch.cat(differences).mean() < 0.3, differences
+    assert torch.cat(differences).mean() < 0.2, differences
