@@ -110,9 +110,7 @@ def marlin_gemm(
     return marlin_product(a, b_q_weight, b_scales, a_scales, b_type_id)
 
 
-def marlin_product(
-    a: Tensor, b_q_weight: Tensor, b_scales: Tensor, a_scales: Tensor | None, b_type_id: int
-) -> Tensor:
+def marlin_product(a: Tensor, b_q_weight: Tensor, b_scales: Tensor, a_scales: Tensor | None, b_type_id: int) -> Tensor:
     """Rows of a matrix (M, K) times one weight, in both kernels: (M, N)."""
     (size_m, size_k), size_n = a.shape, b_scales.shape[1]
     assert b_scales.shape == (1, size_n)

@@ -131,7 +131,9 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
 @pytest.mark.parametrize("weight_bits", [4, 7, 8])
 @given(st.integers(1, 20), st.integers(1, 400), st.integers(1, 200), st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_weight_only(kernel: type[GpuKernel], weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int) -> None:
+def test_weight_only(
+    kernel: type[GpuKernel], weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int
+) -> None:
     """4-bit weights round twice, others once."""
     torch.manual_seed(seed)
     top = 2 ** (weight_bits - 1)

@@ -1,6 +1,6 @@
 """Experts on GPUs: the products of all experts of a layer in one launch of Marlin's kernel for experts.
 
-The kernel takes int8 activations that its caller quantized, and a scale for each of their rows: static quantizers, and S,
+The kernel takes int8 activations that its caller quantized, and a scale for each of their rows: static quantizers and S
 fit into that. What it multiplies are blocks of rows that go through the same expert; `moe_align_block_size` sorts them.
 
 Of the routing weights the kernel could see to as well, but in 16 bits: they are multiplied outside, in float32.

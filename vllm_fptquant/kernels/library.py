@@ -10,9 +10,7 @@ import torch
 _library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str = "CUDA"
-) -> None:
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str = "CUDA") -> None:
     """Registers an operator.
 
     Args:

@@ -75,7 +75,9 @@ class DecoderExperts(Module):
         if on_gpu:
             experts: list[Any] = list(self.experts)
             name = f"{prefix}.experts"
-            self.gate_up = ExpertStack([expert.gate_up_proj for expert in experts], f"{name}.gate_up_proj", one_input=True)
+            self.gate_up = ExpertStack(
+                [expert.gate_up_proj for expert in experts], f"{name}.gate_up_proj", one_input=True
+            )
             self.down = ExpertStack([expert.down_proj for expert in experts], f"{name}.down_proj", one_input=False)
         self.shared_expert: DecoderMLP | None = None
         if shape.shared_width:
