@@ -23,14 +23,22 @@ VERSION = "0.33.0"
 RECORD = Path(__file__).parents[1] / "tests/vllm_fptquant/gpu_contract.json"
 WHEELS = Path.home() / ".cache/vllm-fptquant/wheels"
 LIBRARY = "vllm/_C_stable_libtorch.abi3.so"
+EXPERTS_LIBRARY = "vllm/_moe_C_stable_libtorch.abi3.so"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux1_x86_64")
 
 # Functions and operators that `vllm_fptquant` calls on GPUs.
 MARLIN_UTILS = "vllm/model_executor/layers/quantization/utils/marlin_utils.py"
 TRITON = "vllm/model_executor/layers/quantization/compressed_tensors/triton_scaled_mm.py"
 FUNCTIONS = {
-    "vllm/_custom_ops.py": ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform"),
-    MARLIN_UTILS: ("marlin_padded_nk", "marlin_permute_scales", "_marlin_gemm"),
+    "vllm/_custom_ops.py": (
+        "cutlass_scaled_mm",
+        "cutlass_scaled_mm_azp",
+        "gptq_marlin_repack",
+        "hadacore_transform",
+        "moe_align_block_size",
+        "moe_wna16_marlin_gemm",
+    ),
+    MARLIN_UTILS: ("get_marlin_workspace", "marlin_padded_nk", "marlin_permute_scales", "_marlin_gemm"),
     TRITON: ("triton_scaled_mm",),
 }
 # What is called of Humming, which vLLM reaches through `vllm.utils.humming` and requires in one exact version.
@@ -41,7 +49,10 @@ HUMMING = {
     "humming/schema/humming.py": ("HummingInputSchema", "HummingWeightSchema"),
     "humming/config/config.py": ("LayerConfig",),
 }
-OPERATORS = ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform", "marlin_gemm")
+OPERATORS = {
+    LIBRARY: ("cutlass_scaled_mm", "cutlass_scaled_mm_azp", "gptq_marlin_repack", "hadacore_transform", "marlin_gemm"),
+    EXPERTS_LIBRARY: ("moe_align_block_size", "moe_wna16_marlin_gemm"),
+}
 
 
 def find_wheel(version: str, package: str = "vllm") -> Path | None:
@@ -72,17 +83,22 @@ def derive(wheel: Path) -> dict[str, Any]:
         }
         exports = exports_of(archive.read(FACADE).decode())
         humming = required_humming(archive)
-        library = archive.read(LIBRARY)
+        libraries = {path: archive.read(path) for path in OPERATORS}
     return {
         "version": wheel.name.split("-")[1],
         "signatures": signatures,
-        "operators": schemas_of(library, OPERATORS),
+        "operators": {
+            name: schema
+            for path, names in OPERATORS.items()
+            for name, schema in schemas_of(libraries[path], names).items()
+        },
         "humming": {
             "version": humming,
             "exports": {name: exports.get(name) for names in HUMMING.values() for name in names},
             "signatures": humming_signatures(fetch_wheel(humming, "humming-kernels")),
         },
-        "marlin_channelwise": marlin_kernels(library),
+        "marlin_channelwise": marlin_kernels(libraries[LIBRARY]),
+        "marlin_experts_channelwise": marlin_kernels(libraries[EXPERTS_LIBRARY]),
     }
 
 
@@ -198,8 +214,13 @@ def differences(recorded: dict[str, Any], other: dict[str, Any]) -> list[str]:
         for name, value in mine[section].items()
         if value != theirs[section].get(name)
     ]
-    lost = [kernel for kernel in recorded["marlin_channelwise"] if kernel not in other["marlin_channelwise"]]
-    return found + [f"Marlin kernel {kernel} is missing" for kernel in lost]
+    lost = [
+        f"Marlin kernel {kernel} is missing ({section})"
+        for section in ("marlin_channelwise", "marlin_experts_channelwise")
+        for kernel in recorded[section]
+        if kernel not in other[section]
+    ]
+    return found + lost
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fptquant.format.binding import BINDING, bind, checksums
@@ -123,12 +124,6 @@ def pytest_sessionstart() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
-    """Takes what the imports left out of garbage collection, or each stage of a run spends a second on it."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     """Lets extensions that check for leaks at exit see everything gone."""
     gc.unfreeze()
@@ -138,6 +133,35 @@ def pytest_unconfigure() -> None:
 def one_thread() -> None:
     """Keeps the suite on one core, and its float sums in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Takes what imports left out of garbage collection, or each stage of a run spends a second on it.
+
+    For each module, as many imports are made only when they are needed.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[Callable[..., None]]:
+    """Every run makes its figures, which is quick; to draw them takes as long as all the rest, and is for `drawn`.
+
+    Yields:
+        What draws.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Figure.savefig
+        patch.setattr(Figure, "savefig", lambda self, file: Path(file).touch())
+        yield draw
+
+
+@pytest.fixture
+def drawn(undrawn: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn."""
+    monkeypatch.setattr(Figure, "savefig", undrawn)
 
 
 @pytest.fixture(scope="session")

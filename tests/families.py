@@ -200,16 +200,16 @@ def family_of(variant: str) -> Architecture:
     return FUSED[model_type].becomes(fields) if model_type in FUSED else FAMILIES[model_type].of(config_of(variant))
 
 
-def config_of(variant: str) -> PretrainedConfig:
+def config_of(variant: str, **changes: Any) -> PretrainedConfig:
     model_type, fields = VARIANTS[variant]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes})
     config.architectures = [(FUSED | FAMILIES)[model_type].class_name]
     return config
 
 
-def build(variant: str, seed: int = 0) -> PreTrainedModel:
+def build(variant: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """In float32, with gains of mean 1 and deviation 0.4, and biases: ones and zeros would hide errors."""
-    config = config_of(variant)
+    config = config_of(variant, **changes)
     family = family_of(variant)
     config._attn_implementation = attention_for(config).get("attn_implementation", "sdpa")
     model = getattr(transformers, config.architectures[0])(config)

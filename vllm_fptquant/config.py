@@ -35,7 +35,10 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
     Attributes:
         checkpoint: the parsed configuration; once `apply_vllm_mapper` was called, with vLLM's module names.
         packed_modules_mapping: fused layer to its shards (`qkv_proj` to q, k, v), filled in by the model.
+        stacks_experts: whether the layers that ask are experts, which a GPU computes together.
     """
+
+    stacks_experts = False
 
     # Scales of the KV cache that nothing expects are an error, not something to drop silently.
     _ignore_unexpected_suffixes = ()
@@ -176,6 +179,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 kernel=options.kernel,
                 exact=options.exact,
                 fast_hadamard=options.fast_hadamard,
+                experts=self.stacks_experts,
             )
         if isinstance(layer, ParallelLMHead):
             steps = self.checkpoint.steps_for(prefix)

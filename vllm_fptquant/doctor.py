@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Literal
 
@@ -104,7 +104,7 @@ def check_kernels() -> Iterator[Result]:
                 yield Result("none", title, True, "not here", str(error))
             for kernel in KERNELS:
                 if kernel.device == kind:
-                    yield check_kernel(kernel, spec, title, kernel is chosen)
+                    yield check_kernel(kernel, replace(spec, experts=kernel.experts), title, kernel is chosen)
     if kind != "cpu":
         yield from map(check_hadamard, dtypes)
 

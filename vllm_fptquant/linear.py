@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         kernel: str | None = None,
         exact: bool = False,
         fast_hadamard: bool = False,
+        experts: bool = False,
     ) -> None:
         """Describes the layer.
 
@@ -55,6 +56,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             kernel: name of the kernel the user asked for, None to choose.
             exact: compute online steps in float64, see `vllm_fptquant.exact`.
             fast_hadamard: compute T_d in 16 bits, on GPUs.
+            experts: whether it is one of many experts that a GPU computes together.
 
         Raises:
             FPTQuantError: a step that the plugin doesn't know.
@@ -66,6 +68,8 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.kernel = kernel
         self.exact = exact
         self.fast_hadamard = fast_hadamard
+        self.experts = experts
+        self.place: Callable[[GpuLinear], None] | None = None  # takes what was prepared, of an expert on a GPU
         self.loaded = Loaded()
         self.handle: Tensor | None = None  # of what was prepared, on CPUs
         self.on_gpu: dict[str, Tensor] | None = None  # buffers of what was prepared
@@ -96,7 +100,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.in_features = input_size
         capability = device_capability()
         spec = LinearSpec(
-            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, capability
+            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, capability, self.experts
         )
         self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
@@ -185,7 +189,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             kernel = self.kernel_class(weights, layer.params_dtype)
             prepared_on_gpu = GpuLinear(kernel, weights, self.arrangement, fast_hadamard=self.fast_hadamard)
             buffers = dict(prepared_on_gpu.named_buffers())
-            if self.on_gpu is None:
+            if self.place is not None:
+                self.place(prepared_on_gpu)
+            elif self.on_gpu is None:
                 self.on_gpu = buffers
                 layer.fptquant_gpu = prepared_on_gpu
             else:  # vLLM took them off their modules for the time of a reload, and puts them back

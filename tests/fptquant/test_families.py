@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.calibration.starts import start_from_activations
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
@@ -35,7 +36,7 @@ from fptquant.run.training import MetricsFile, train_transforms
 from fptquant.simulate.mixture import separate_projections
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
-from fptquant.transforms.query_key import NormedQueryKeyTransform, QueryKeyTransform
+from fptquant.transforms.query_key import KeyScale, NormedQueryKeyTransform, QueryKeyOptions, QueryKeyTransform
 from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Place, Role, Shape
 from tests.conftest import ROOT, VOCABULARY, edit_json
 from tests.families import (
@@ -619,3 +620,31 @@ def test_streamed_is_resident(variant: str, tmp_path: Path) -> None:
     assert all(torch.equal(resident[name], streamed[name]) for name in resident)
     original, found = load_model(job.source)(TOKENS), load_model(open_source(tmp_path / "streamed"))(TOKENS)
     assert torch.corrcoef(torch.stack((original.logits.flatten(), found.logits.flatten())))[0, 1] > 0.5
+
+
+# -- starts --
+
+
+@pytest.mark.parametrize("variant", LAST)
+def test_pairs_of_keys_start_equally_large(variant: str, tmp_path: Path) -> None:
+    """On the calibration text, whatever their sizes were; queries take the inverse."""
+    job = make_job(variant, tmp_path, transforms={"T_k": {"start": "keys"}})
+    family = job.source.architecture
+    shape = family.shape(job.source.config)
+    untouched, model = folded(job), folded(job)
+    start_from_activations(model, family, job.transforms, job.windows, 0)
+    scale = KeyScale(shape, QueryKeyOptions(), torch.Generator())
+
+    def largest(model: PreTrainedModel, layer: int) -> Tensor:
+        """Of each pair's lengths in a sequence, averaged: (kv_heads, head_dim / 2), or of all heads together."""
+        cache = model(job.windows, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        found = scale.pair_norms(cache.layers[layer].keys).amax(2).mean(0)
+        return found.amax(0) if shape.head_norms else found
+
+    merged = transformed(job)
+    for layer in set(range(job.layers)) - set(shape.unrotated):
+        before, after = largest(untouched, layer), largest(merged, layer)
+        assert before.max() > 1.2 * before.min()
+        torch.testing.assert_close(after, before.log().mean().exp().expand_as(after), rtol=1e-4, atol=0)
+    trained = {name for transform in job.transforms for name in transform.seen_in_weights()}
+    assert "log_scale" not in trained

@@ -93,7 +93,7 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     assert 1e-4 < difference < (0.9 if "a4" in precision else 0.35)
 
 
-def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize) -> None:
+def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize, drawn: None) -> None:
     out = quantize(model_dir)
     assert {path.name for path in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

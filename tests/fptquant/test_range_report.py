@@ -89,12 +89,12 @@ def test_after_is_what_the_quantizers_see_but_for_the_constant(make_job: Callabl
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "head"])
-def test_written_with_the_checkpoint(strategy: str, make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_written_with_the_checkpoint(strategy: str, make_job: Callable[..., Job], tmp_path: Path, drawn: None) -> None:
     precision = {"activations": {"bits": 4, "symmetric": False}, "kv_cache": {"bits": 4, "strategy": strategy}}
     job = make_job(precision=precision, ignore=["model.layers.1.self_attn.o_proj"], scales={"steps": 2})
     pipeline.quantize(job, tmp_path / "out")
     folder = tmp_path / "out" / "fptquant"
-    assert (folder / "ranges.png").stat().st_size > 10_000
+    assert (folder / "ranges.png").stat().st_size > 10_000 and (folder / "loss.png").stat().st_size > 5_000
     content = json.loads((folder / "ranges.json").read_text())
     assert (content["sequences"], content["length"]) == (2, 32)
     rows = {(row["site"], row["layer"]): row for row in content["sites"]}

@@ -252,22 +252,25 @@ def test_a_disk_that_is_full_of_hidden_states_is_one_line(tmp_path: Path, monkey
     assert not list(tmp_path.rglob("scratch*"))
 
 
-@pytest.mark.parametrize("last", [0, 1, 2])
-def test_a_killed_streamed_run_goes_on(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields, sizes = {**RECIPES["fptquant"]}, {"num_hidden_layers": 3}
-    expected = quantized(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "whole", "resident")
+def test_a_killed_streamed_run_goes_on(tmp_path: Path) -> None:
+    """However often: killed behind each layer."""
+
+    def run(name: str, kind: residency.Residency) -> dict[str, Tensor]:
+        job = make_job("gqa", tmp_path, {"num_hidden_layers": 3}, **RECIPES["fptquant"])
+        return quantized(job, tmp_path / name, kind)
+
     save = pipeline.RunState.save
+    for last in range(3):
 
-    def killed(self: Any, name: str, *arguments: Any) -> None:
-        save(self, name, *arguments)
-        if name == f"model.layers.{last}":
-            raise Killed
+        def killed(self: Any, name: str, *arguments: Any, last: int = last) -> None:
+            save(self, name, *arguments)
+            if name == f"model.layers.{last}":
+                raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.RunState, "save", killed)
-        with pytest.raises(Killed):
-            quantized(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "out", "streamed")
-    require_same(quantized(make_job("gqa", tmp_path, sizes, **fields), tmp_path / "out", "streamed"), expected)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(pipeline.RunState, "save", killed)
+            run("out", "streamed")
+    require_same(run("out", "streamed"), run("whole", "resident"))
 
 
 @pytest.fixture(scope="module")

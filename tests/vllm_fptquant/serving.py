@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from fptquant import pipeline
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from tests.conftest import ROOT, TEXT, bound, build_model, build_tokenizer
+from tests.vllm_fptquant.serve_tokens import serve_tokens
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
 SERVE = Path(__file__).with_name("serve_tokens.py")
@@ -25,7 +27,7 @@ TRANSFORMS = ["T_k", "T_v", "T_u", "T_r", "T_d"]
 
 
 def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs `serve_tokens.py`, which leaves its answers in `answer.json`."""
+    """Runs `serve_tokens.py` in a process of its own, which leaves its answers in `answer.json`."""
     request = checkpoint / "request.json"
     request.write_text(json.dumps({"prompts": prompts, "max_tokens": NEW_TOKENS}))
     command = [sys.executable, str(SERVE), str(checkpoint), str(request), str(checkpoint / "answer.json"), *flags]
@@ -33,19 +35,50 @@ def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": paths})
 
 
-def check_served(model: TinyLlama, directory: Path, *flags: str) -> None:
-    """Tokens and log-probabilities of `model` as vLLM serves it are those of the reference."""
+def check_served(model: TinyLlama, directory: Path, *flags: str, **options: Any) -> None:
+    """Tokens and log-probabilities of `model` as vLLM serves it are those of the reference.
+
+    Args:
+        model: to serve.
+        directory: to write it to.
+        flags: of `serve_tokens.py`, which is a process of its own; without any, the engine is in this one, which takes
+            a tenth of the time (fixture `one_process`).
+        options: of the engine in this process.
+    """
     checkpoint = model.write(directory / "checkpoint")
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in (3, 17, 40)]
-    process = serve(checkpoint, prompts, *flags)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-    for prompt, answer in zip(prompts, json.loads((checkpoint / "answer.json").read_text()), strict=True):
+    if flags:
+        process = serve(checkpoint, prompts, *flags)
+        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+        answers = json.loads((checkpoint / "answer.json").read_text())
+    else:
+        answers = serve_tokens(checkpoint, prompts, NEW_TOKENS, **options)
+    for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["tokens"] == model.greedy(prompt, NEW_TOKENS)
         # Prefill gives the prompt's rows, decoding with the KV cache the others: here one forward pass.
         expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
         served = torch.tensor(answer["logprobs"], dtype=torch.float64)
         torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+
+
+def altered(checkpoint: Path) -> Path:
+    """Another checkpoint of the same configuration, beside it: other values, and other experts are chosen."""
+    second = Path(shutil.copytree(checkpoint, checkpoint.parent / "second"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("_scale", "_sink", "sink_output", "embed_tokens.weight")):
+            tensors[name] = 1.25 * tensor
+        elif name.endswith("zero_point"):
+            tensors[name] = -1 - tensor
+        elif name.endswith("sink_steady"):
+            tensors[name] = 1 - tensor
+        elif name.endswith("weight_packed"):
+            tensors[name] = tensor.flip(1).contiguous()
+        elif name.endswith("gate.weight"):
+            tensors[name] = -tensor
+    save_file(bound(tensors, second), second / "model.safetensors", metadata={"format": "pt"})
+    return second
 
 
 def quantized(path: Path, **fields: Any) -> Path:

@@ -55,7 +55,7 @@ def test_hf_overrides(overrides: dict[str, Any], message: str | None) -> None:
         assert isinstance(outcome, str) and message in outcome and "\n" not in outcome
 
 
-@pytest.mark.parametrize("name", ["v1", "sharded", "w4a16", "w4a8kv8"])
+@pytest.mark.parametrize("name", ["v1", "sharded", "w4a16", "w4a8kv8", "experts"])
 def test_every_format_feature_loads(name: str) -> None:
     assert not isinstance(in_vllm(GOLDEN / name), str), in_vllm(GOLDEN / name)
 

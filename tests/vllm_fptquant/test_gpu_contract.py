@@ -17,7 +17,7 @@ from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import CONTRACT
 from tests.vllm_fptquant.layers import steps_of
 from tests.vllm_fptquant.test_gpu_kernels import weights_of
-from vllm_fptquant.kernels import cutlass_int8, gpu, marlin, triton_int8
+from vllm_fptquant.kernels import cutlass_int8, experts, gpu, marlin, triton_int8
 from vllm_fptquant.kernels.base import GpuKernel
 from vllm_fptquant.kernels.gpu import GpuLinear
 
@@ -27,6 +27,9 @@ CALLS: dict[tuple[Any, str], str] = {
     (cutlass_int8.ops, "cutlass_scaled_mm_azp"): "vllm/_custom_ops.py:cutlass_scaled_mm_azp",
     (marlin.ops, "gptq_marlin_repack"): "vllm/_custom_ops.py:gptq_marlin_repack",
     (gpu.ops, "hadacore_transform"): "vllm/_custom_ops.py:hadacore_transform",
+    (experts.ops, "moe_align_block_size"): "vllm/_custom_ops.py:moe_align_block_size",
+    (experts.ops, "moe_wna16_marlin_gemm"): "vllm/_custom_ops.py:moe_wna16_marlin_gemm",
+    (experts.marlin_utils, "get_marlin_workspace"): f"{record_gpu_contract.MARLIN_UTILS}:get_marlin_workspace",
     (marlin, "marlin_padded_nk"): f"{record_gpu_contract.MARLIN_UTILS}:marlin_padded_nk",
     (marlin, "marlin_permute_scales"): f"{record_gpu_contract.MARLIN_UTILS}:marlin_permute_scales",
     (torch.ops.vllm, "marlin_gemm"): f"{record_gpu_contract.MARLIN_UTILS}:_marlin_gemm",
@@ -48,6 +51,8 @@ def run_everything() -> None:
     kernels: list[tuple[type[GpuKernel], int, int | None]] = [
         (marlin.MarlinInt8Kernel, 8, None),
         (marlin.MarlinKernel, 16, None),
+        (experts.MarlinInt8Experts, 8, None),
+        (experts.MarlinExperts, 16, None),
         (cutlass_int8.CutlassInt8Kernel, 8, None),
         (cutlass_int8.CutlassInt8Kernel, 8, 3),
     ]
@@ -111,9 +116,10 @@ def test_emulated_operators_have_the_wheels_arguments(name: str) -> None:
     assert list(inspect.signature(implementation).parameters) == [argument.name for argument in schema.arguments]
 
 
-def test_the_wheel_has_the_marlin_kernels_that_we_select() -> None:
+@pytest.mark.parametrize("section", ["marlin_channelwise", "marlin_experts_channelwise"])
+def test_the_wheel_has_the_marlin_kernels_that_we_select(section: str) -> None:
     """Turing's have a pipeline of two stages; int8 activations go with 4-bit weights alone."""
-    compiled = [tuple(kernel) for kernel in CONTRACT["marlin_channelwise"]]
+    compiled = [tuple(kernel) for kernel in CONTRACT[section]]
     int8, u4, u8 = scalar_types.int8.id, scalar_types.uint4b8.id, scalar_types.uint8b128.id
     half, bfloat16 = scalar_types.float16.id, scalar_types.bfloat16.id
     for output in (half, bfloat16):
@@ -135,4 +141,5 @@ def test_a_changed_wheel_is_noticed() -> None:
     other = {**CONTRACT, "operators": {**CONTRACT["operators"], "marlin_gemm": "marlin_gemm(Tensor a) -> Tensor"}}
     assert not record_gpu_contract.differences(CONTRACT, CONTRACT)
     assert len(record_gpu_contract.differences(CONTRACT, other)) == 1
-    assert "Marlin kernel" in record_gpu_contract.differences(CONTRACT, {**CONTRACT, "marlin_channelwise": []})[0]
+    for section in ("marlin_channelwise", "marlin_experts_channelwise"):
+        assert "Marlin kernel" in record_gpu_contract.differences(CONTRACT, {**CONTRACT, section: []})[0]

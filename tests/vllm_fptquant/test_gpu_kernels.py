@@ -46,12 +46,13 @@ from tests.vllm_fptquant.layers import (
 from vllm_fptquant.doctor import steps_apart
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
+from vllm_fptquant.kernels.experts import MarlinExperts, MarlinInt8Experts
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 from vllm_fptquant.models.projections import project, scaled_projection
 
-KERNELS = [MarlinInt8Kernel, CutlassInt8Kernel, TritonInt8Kernel]
+KERNELS = [MarlinInt8Kernel, MarlinInt8Experts, CutlassInt8Kernel, TritonInt8Kernel]
 DTYPES = [torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.usefixtures("operators")
@@ -80,7 +81,7 @@ def layers(draw: st.DrawFn, kernel: type[GpuKernel]) -> tuple[LinearWeights, Ten
     limit = 2 ** (bits - 1)
     symmetric = draw(st.booleans()) if bits == 4 or kernel is CutlassInt8Kernel else True
     zero_point = None if symmetric else draw(st.integers(-limit, limit - 1))
-    weight_bits = 4 if kernel is MarlinInt8Kernel else draw(st.sampled_from([4, 8]))
+    weight_bits = 4 if issubclass(kernel, MarlinInt8Kernel) else draw(st.sampled_from([4, 8]))
     step = 16 if kernel is CutlassInt8Kernel else 1
     m, k, n = draw(st.integers(1, 20)), step * draw(st.integers(1, 30)), step * draw(st.integers(1, 20))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -118,7 +119,7 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
     expected = quantized_linear(codes.double(), weights.codes.double(), torch.ones(())) * weights.output_scale
     expected = (expected / S if undo else expected).to(dtype)
     close = steps_apart(y, expected) <= 1
-    if kernel is MarlinInt8Kernel:
+    if issubclass(kernel, MarlinInt8Kernel):
         # Parts of the sum are scaled before they are added: where they cancel, float32's rounding of them remains.
         parts = codes.abs() @ weights.codes.abs().float().T * weights.output_scale * 2**-21 / (S if undo else 1)
         close |= (y.float() - expected.float()).abs() <= parts
@@ -126,16 +127,19 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [MarlinKernel, MarlinExperts])
 @pytest.mark.parametrize("weight_bits", [4, 7, 8])
 @given(st.integers(1, 20), st.integers(1, 400), st.integers(1, 200), st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_weight_only(weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int) -> None:
+def test_weight_only(
+    kernel: type[GpuKernel], weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int
+) -> None:
     """4-bit weights round twice, others once."""
     torch.manual_seed(seed)
     top = 2 ** (weight_bits - 1)
     weights = weights_of(16, torch.randint(-top, top, (n, k)), weight_bits=weight_bits)
     x = torch.randn(m, k).to(dtype)
-    y = GpuLinear(MarlinKernel(weights, dtype), weights, steps_of(weights))(x, None)
+    y = GpuLinear(kernel(weights, dtype), weights, steps_of(weights))(x, None)
     exact = (x.double() @ weights.codes.double().T) * weights.weight_scale
     assert (steps_apart(y, exact.to(dtype)) <= (2 if weight_bits == 4 else 1)).all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -68,9 +68,9 @@ CASES = [
 class SoundCheckpoint(TorchDispatchMode):
     """Answers what loading asks of values, which fake tensors have none of: no check fails, `weight_shape` is right."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, sizes: Iterable[int]) -> None:
         super().__init__()
-        self.sizes = itertools.cycle(size for _, _, rows in SHARDS[kind] for size in (rows, COLUMNS[kind]))
+        self.sizes = itertools.cycle(sizes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -81,7 +81,8 @@ class SoundCheckpoint(TorchDispatchMode):
 @contextmanager
 def fake_cuda(kind: str) -> Iterator[None]:
     hadamard_factors(BLOCK)  # cached: must not become fake
-    with FakeTensorMode(allow_non_fake_inputs=True), SoundCheckpoint(kind):
+    sizes = (size for _, _, rows in SHARDS[kind] for size in (rows, COLUMNS[kind]))
+    with FakeTensorMode(allow_non_fake_inputs=True), SoundCheckpoint(sizes):
         yield
 
 

@@ -42,6 +42,7 @@ def no_collection_in_a_trace() -> Iterator[None]:
     """Collects models before and after a test only: `__del__` of vLLM's CPU product reads a tensor, which in the middle
     of a trace fails and leaves torch's dispatcher as the trace had it, for every test that follows in the process."""
     gc.collect()
+    gc.freeze()  # what the first tests imported
     gc.disable()
     yield
     gc.enable()

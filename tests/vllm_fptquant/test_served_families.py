@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,18 +26,6 @@ RECIPES = {  # their transforms, as far as the family can have them
 # The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
 CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
 CASES.append(("mistral3, ministral3", "w4a4kv4"))  # of a multimodal model, the text part
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """VLLM's engine in this process, which has imported it; and nothing of it left."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
-    yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.mark.vllm

@@ -11,7 +11,8 @@ import torch
 from fptquant import pipeline
 from fptquant.loading import load_model, open_source
 from tests.families import make_job
-from tests.vllm_fptquant.serving import TOLERANCE, serve
+from tests.vllm_fptquant.serve_tokens import serve_tokens
+from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, serve
 
 PROMPTS = [[0, 17, 5, 99, 3, 8, 120, 44, 7, 61], [7, 211, 30, 4, 4, 18, 9], [0, 300, 2, 71, 33]]
 
@@ -19,35 +20,52 @@ PROMPTS = [[0, 17, 5, 99, 3, 8, 120, 44, 7, 61], [7, 211, 30, 4, 4, 18, 9], [0, 
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "flags"),
-    [("qwen2_moe", ("--tensor-parallel", "2")), ("qwen3_moe with windows", ("--compile", "eager"))],
-    ids=["split", "compiled"],
+    ("variant", "split"), [("qwen2_moe", True), ("qwen3_moe with windows", False)], ids=["split", "compiled"]
 )
-def test_served_is_simulated(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_served_is_simulated(variant: str, split: bool, tmp_path: Path, one_process: None) -> None:
     """Not in exact mode: a tie that falls the other way moves the rows behind it; a part of an expert, nearly all."""
     transforms = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
     job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=transforms)
     pipeline.quantize(job, tmp_path / "out")
-    process = serve(tmp_path / "out", PROMPTS, *flags)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    if split:
+        answers = serve_tokens(tmp_path / "out", PROMPTS, NEW_TOKENS, tensor_parallel_size=2)
+    else:
+        process = serve(tmp_path / "out", PROMPTS, "--compile", "eager")
+        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+        answers = json.loads((tmp_path / "out" / "answer.json").read_text())
     model, differences = load_model(open_source(tmp_path / "out")), []
-    for prompt, answer in zip(PROMPTS, json.loads((tmp_path / "out" / "answer.json").read_text()), strict=True):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
         differences.append((torch.tensor(answer["logprobs"]) - expected).abs().amax(-1))
     assert (torch.cat(differences) < TOLERANCE).float().mean() > 0.6, differences
 
 
 @pytest.mark.vllm
-def test_refused_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_parallelism_is_refused() -> None:
     from types import SimpleNamespace
 
     from fptquant.errors import FPTQuantError
-    from tests.families import family_of
     from vllm_fptquant.models import experts
 
     split = SimpleNamespace(parallel_config=SimpleNamespace(enable_expert_parallel=True))
     with pytest.raises(FPTQuantError, match="leave --enable-expert-parallel out"):
-        experts.require_servable(family_of("mixtral"), split)
-    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(FPTQuantError, match="experts of a MixtralForCausalLM are served on CPUs only yet"):
-        experts.require_servable(family_of("mixtral"), split)
+        experts.require_servable(split)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "flags"), [("qwen2_moe", ("--compile", "eager")), ("mixtral", ())], ids=["compiled", "eager"]
+)
+def test_gpu_path(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Inside vLLM's engine on emulated kernels, in 16 bits: see `test_served_tiny.py`, test_gpu_path."""
+    transforms = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
+    job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=transforms)
+    pipeline.quantize(job, tmp_path / "out")
+    process = serve(tmp_path / "out", PROMPTS, "--dtype", "bfloat16", "--gpu", "80", *flags)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    model, differences = load_model(open_source(tmp_path / "out")), []
+    for prompt, answer in zip(PROMPTS, json.loads((tmp_path / "out" / "answer.json").read_text()), strict=True):
+        expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
+        differences.append((torch.tensor(answer["logprobs"]) - expected).abs().mean(-1))
+    assert torch.cat(differences).mean() < 0.2, differences

@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism for real: two processes on a CPU serve what one does."""
+"""Tensor and pipeline parallelism for real: two processes on a CPU, beside this one, serve what one does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fptquant.format import CheckpointConfig
+from tests.vllm_fptquant.serve_tokens import compiled
 from tests.vllm_fptquant.serving import check_served, serve
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 
@@ -25,17 +26,20 @@ EVERYTHING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "flags"),
+    ("kv_heads", "options"),
     [
-        pytest.param(2, ("--tensor-parallel", "2"), id="tensor"),
-        pytest.param(1, ("--tensor-parallel", "2", "--compile", "inductor"), id="tensor-shared-head-compiled"),
-        pytest.param(2, ("--pipeline-parallel", "2", "--compile", "inductor"), id="pipeline-compiled"),
+        pytest.param(2, {"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param(1, {"tensor_parallel_size": 2, **compiled("inductor")}, id="tensor-shared-head-compiled"),
+        pytest.param(2, {"pipeline_parallel_size": 2, **compiled("aot_eager")}, id="pipeline-compiled"),
     ],
 )
-def test_served_equals_reference(kv_heads: int, flags: tuple[str, ...], tmp_path: Path) -> None:
-    """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one."""
+def test_served_equals_reference(kv_heads: int, options: dict[str, Any], tmp_path: Path, one_process: None) -> None:
+    """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one.
+
+    Inductor compiles a pipeline in test_served_sink.py.
+    """
     model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True, kv_heads=kv_heads)
-    check_served(model, tmp_path, *flags)
+    check_served(model, tmp_path, **options)
 
 
 def test_split_hadamard_block_stops_the_engine_with_one_clear_line(tmp_path: Path) -> None:

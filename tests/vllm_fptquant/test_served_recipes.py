@@ -23,14 +23,14 @@ CHOSEN = [name for name in SERVED if name not in ("rtn", "fptquant-light")]
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
-def test_served_equals_simulated(name: str, tmp_path: Path) -> None:
+def test_served_equals_simulated(name: str, tmp_path: Path, one_process: None) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
     job = make_job("gqa", tmp_path, sizes, **{**short(name), "precision": "w4a4kv4"})
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     model = load_model(source)
     set_exact(model)
-    engine = VLLMEngine(tmp_path / "out", 128, exact=True)
+    engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64)
     windows = evaluation_windows(source.tokenizer, TEXT, 3, 80, special_tokens=False)
     exact = check_served_exactly(transformers_scorer(model), engine.score, windows)
     engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-# Two processes; vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled model up.
+# Two processes beside this one. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled
+# model up.
 TENSOR = {"tensor_parallel_size": 2}
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """With S_n and without."""
+    return {
+        scaled: quantized(tmp_path_factory.mktemp("sink"), transforms=TRANSFORMS + ["S_n"] * scaled)
+        for scaled in (True, False)
+    }
 
 
 @pytest.mark.parametrize(
@@ -31,15 +42,14 @@ PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
     ids=["S_n", "no S_n", "tensor parallel", "pipeline parallel"],
 )
 def test_served_equals_simulated(
-    residual_scale: bool, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    residual_scale: bool, options: dict[str, Any], checkpoints: dict[bool, Path], one_process: None
 ) -> None:
     """Prompts with and without the token, prefill and decode; the head is quantized too."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    out = quantized(tmp_path, transforms=TRANSFORMS + ["S_n"] * residual_scale)
+    out = checkpoints[residual_scale]
     source = open_source(out)
     model = load_model(source)
     set_exact(model)
-    engine = VLLMEngine(out, 128, exact=True, **options)
+    engine = VLLMEngine(out, 128, exact=True, num_gpu_blocks_override=64, **options)
     for special_tokens in (True, False):
         windows = evaluation_windows(source.tokenizer, TEXT, 3, 80, special_tokens=special_tokens)
         assert bool((windows[:, 0] == 0).all()) is special_tokens
@@ -49,9 +59,9 @@ def test_served_equals_simulated(
     engine.close()
 
 
-def test_the_constants_matter(tmp_path: Path) -> None:
+def test_the_constants_matter(checkpoints: dict[bool, Path], tmp_path: Path) -> None:
     """Guards the test above: other constants give other predictions, at the token itself and behind it."""
-    out = quantized(tmp_path, transforms=TRANSFORMS)
+    out = Path(shutil.copytree(checkpoints[False], tmp_path / "out"))
     source = open_source(out)
     windows = evaluation_windows(source.tokenizer, TEXT, 1, 60, special_tokens=True)
     before = transformers_scorer(load_model(source))(windows[0])

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig
 from tests.conftest import bound
-from tests.vllm_fptquant.serving import TOLERANCE, check_served, serve
+from tests.vllm_fptquant import gpu_emulation
+from tests.vllm_fptquant.serve_tokens import serve_tokens
+from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, check_served, serve
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
 HADAMARDS = {"qkv": 64, "o": 32, "gate_up": 16}
@@ -38,25 +40,37 @@ MIXED: dict[str, Any] = {
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fields", "bias", "flags"),
+    ("fields", "bias", "kernel"),
     [
-        pytest.param(EVERYTHING, True, (), id="everything-eager"),
-        pytest.param(EVERYTHING, True, ("--compile", "inductor"), id="everything-compiled"),
-        pytest.param(NO_ONLINE_TRANSFORM, False, (), id="no-online-transform"),
-        pytest.param(NO_ONLINE_TRANSFORM, False, ("--kernel", "reference"), id="reference-kernel"),
-        pytest.param(MIXED, True, (), id="mixed"),
+        pytest.param(EVERYTHING, True, None, id="everything"),
+        pytest.param(NO_ONLINE_TRANSFORM, False, None, id="no-online-transform"),
+        pytest.param(NO_ONLINE_TRANSFORM, False, "reference", id="reference-kernel"),
+        pytest.param(MIXED, True, None, id="mixed"),
     ],
 )
-def test_served_equals_reference(fields: dict[str, Any], bias: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_served_equals_reference(
+    fields: dict[str, Any], bias: bool, kernel: str | None, tmp_path: Path, one_process: None
+) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=bias)
-    check_served(model, tmp_path, *flags)
+    check_served(model, tmp_path, additional_config={"fptquant": {"kernel": kernel}} if kernel else {})
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--compile", "inductor")], ids=["eager", "compiled"])
-def test_gpu_path(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_served_compiled(tmp_path: Path) -> None:
+    model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True)
+    check_served(model, tmp_path, "--compile", "inductor")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gpu_path(
+    compiled: bool, tmp_path: Path, one_process: None, operators: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The GPU's linear layers inside vLLM's engine, their kernels emulated on the CPU, in 16 bits.
+
+    Compiled without Inductor's code, which would be a CPU's.
 
     A tiny random model turns 16-bit rounding into whole codes: 0.1 to 0.15 in a log-probability on average, on CPU
     kernels as well. Without S_n or T_d it would be 0.7 or more.
@@ -65,9 +79,17 @@ def test_gpu_path(flags: tuple[str, ...], tmp_path: Path) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=True)
     checkpoint = model.write(tmp_path / "checkpoint")
     prompt = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    process = serve(checkpoint, [prompt], "--dtype", "float16", "--gpu", "80", "--kernel", "marlin-int8", *flags)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-    (answer,) = json.loads((checkpoint / "answer.json").read_text())
+    if compiled:
+        flags = ("--dtype", "float16", "--gpu", "80", "--kernel", "marlin-int8", "--compile", "aot_eager")
+        process = serve(checkpoint, [prompt], *flags)
+        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+        (answer,) = json.loads((checkpoint / "answer.json").read_text())
+    else:
+        for target, platform in gpu_emulation.pretended_platform(80):
+            monkeypatch.setattr(target, platform)
+        options = {"dtype": "float16", "additional_config": {"fptquant": {"kernel": "marlin-int8"}}}
+        (answer,) = serve_tokens(checkpoint, [prompt], NEW_TOKENS, **options)
+        assert gpu_emulation.accumulators
     expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
     served = torch.tensor(answer["logprobs"], dtype=torch.float64)
     assert (served - expected).abs().mean() < 0.3
@@ -99,12 +121,11 @@ def test_reference_would_notice(change: dict[str, Any]) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_damaged_checkpoint_stops_the_engine_with_one_clear_line(tmp_path: Path) -> None:
+def test_damaged_checkpoint_stops_the_engine_with_one_clear_line(tmp_path: Path, one_process: None) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(NO_ONLINE_TRANSFORM))
     model.quantizers["model.layers.1.down"].scale.fill_(float("nan"))
-    process = serve(model.write(tmp_path / "checkpoint"), [[1, 2, 3]])
-    assert process.returncode != 0
-    assert "model.layers.1.mlp.down_proj.input_scale is nan, must be positive" in process.stderr + process.stdout
+    with pytest.raises(FPTQuantError, match="model.layers.1.mlp.down_proj.input_scale is nan, must be positive"):
+        serve_tokens(model.write(tmp_path / "checkpoint"), [[1, 2, 3]], 1)
 
 
 @pytest.mark.vllm

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
@@ -29,12 +29,14 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig
 from tests.conftest import bound
+from tests.families import make_job
 from tests.vllm_fptquant.layers import build_linear, expected, quant_config, random_tensors
 from tests.vllm_fptquant.loaders import attend
-from tests.vllm_fptquant.serving import TRANSFORMS, quantized
+from tests.vllm_fptquant.serving import TRANSFORMS, altered, quantized
 from tests.vllm_fptquant.tiny_llama import TinyLlama
 from vllm_fptquant.loading import PREPARED_FORMATS, require_supported_loading
 
@@ -108,6 +110,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     _ROPE_DICT.clear()  # shared by models of a process; a reload that failed leaves it without values
     gc.collect()
+    gc.freeze()  # what the first tests imported
     gc.disable()  # see test_model_in_process.py
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/world", 0, "gloo")
@@ -123,20 +126,16 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two checkpoints of one configuration, which the plugin's class serves: S_n, T_d, a sink, a quantized head."""
     first = quantized(tmp_path_factory.mktemp("own"), transforms=[*TRANSFORMS, "S_n"])
-    second = first.parent / "second"
-    shutil.copytree(first, second)
-    tensors = load_file(first / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("_scale", "_sink", "sink_output", "embed_tokens.weight")):
-            tensors[name] = 1.25 * tensor
-        elif name.endswith("zero_point"):
-            tensors[name] = -1 - tensor
-        elif name.endswith("sink_steady"):
-            tensors[name] = 1 - tensor
-        elif name.endswith("weight_packed"):
-            tensors[name] = tensor.flip(1).contiguous()
-    save_file(bound(tensors, second), second / "model.safetensors", metadata={"format": "pt"})
-    return first, second
+    return first, altered(first)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with experts, routers and a shared expert in the second of three layers, and S_n and T_d."""
+    path = tmp_path_factory.mktemp("mixture")
+    fields = {"precision": "w4a4kv4", "rounding": {"method": "nearest"}, "transforms": [*TRANSFORMS, "S_n"]}
+    pipeline.quantize(make_job("qwen2_moe with windows", path, **fields), path / "out")
+    return path / "out", altered(path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, second
 
 
-@pytest.fixture(params=["own", "stock"])
+@pytest.fixture(params=["own", "stock", "mixture"])
 def pair(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     checkpoints: tuple[Path, Path] = request.getfixturevalue(request.param)
     return checkpoints
@@ -313,11 +312,11 @@ def test_classifying_by_tokens(head_bits: int, tmp_path: Path) -> None:
 def test_models_are_freed(pair: tuple[Path, Path]) -> None:
     """VLLM keeps what a reload needs by layer, and forgets it when the layer goes."""
     engine = Engine(pair[0])
-    layer = weakref.ref(engine.model.model.layers[0].mlp.down_proj)
+    layers = [weakref.ref(module) for module in engine.model.model.layers[1].mlp.modules()]
     engine.vllm_config.compilation_config.static_forward_context.clear()
     del engine
     gc.collect()
-    assert layer() is None
+    assert not any(layer() for layer in layers)
 
 
 @pytest.mark.parametrize("ignore", [["re:.*experts.*"], ["model.layers.0.mlp.experts"], None])

@@ -24,6 +24,7 @@ class LinearSpec:
         dtype: activation type the model runs in.
         device: torch's device type.
         capability: of the GPU, major and minor version as one number (86), None on CPUs.
+        experts: whether it is one of the experts of a mixture, which GPUs compute together.
     """
 
     scheme: LinearScheme
@@ -32,6 +33,7 @@ class LinearSpec:
     dtype: torch.dtype
     device: str
     capability: int | None = None
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,18 @@ def codes_refusal(activations: ActivationScheme) -> str | None:
     return None
 
 
+def is_there(operator: str) -> bool:
+    """Whether vLLM's extensions have an operator, such as `marlin_gemm` of `_C` or `_moe_C::moe_align_block_size`."""
+    namespace, _, name = operator.rpartition("::")
+    return hasattr(getattr(torch.ops, namespace or "_C"), name)
+
+
 class Kernel(ABC):
     """The product of one layer: its weights in the kernel's own layout, packed on construction."""
 
     name: ClassVar[str]
     device: ClassVar[str]  # torch's device type
+    experts: ClassVar[bool] = False  # whether it is for `LinearSpec.experts`
 
     @classmethod
     @abstractmethod
@@ -155,7 +164,7 @@ class GpuKernel(torch.nn.Module, Kernel):
     `forward` is traced: plain torch around one operator, no `.item()`, no branch on data.
 
     Attributes:
-        operators: of vLLM's compiled extension, that it needs.
+        operators: of vLLM's compiled extensions, that it needs; of `_C` where nothing else is said.
         dtype: of the output, float16 or bfloat16.
     """
 
@@ -182,7 +191,9 @@ class GpuKernel(torch.nn.Module, Kernel):
             return f"runs on NVIDIA GPUs, not on '{spec.device}'"
         if spec.dtype not in (torch.float16, torch.bfloat16):
             return f"computes in 16 bits, not in {str(spec.dtype).removeprefix('torch.')}: serve with --dtype auto"
-        missing = [name for name in cls.operators if not hasattr(torch.ops._C, name)]
+        if spec.experts != cls.experts:
+            return f"computes {'experts only' if cls.experts else 'no experts'}"
+        missing = [name for name in cls.operators if not is_there(name)]
         if missing:
             return f"vLLM's extension has no {missing[0]}, it is another build or failed to load: install vLLM again"
         return cls.refusal(spec, spec.capability)

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _library: Any = torch.library.Library("fptquant", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def register(
-    schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor], device: str = "CUDA"
-) -> None:
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str = "CUDA") -> None:
     """Registers an operator.
 
     Args:

@@ -23,7 +23,7 @@ class Marlin(GpuKernel):
     on scales per channel (it multiplies by a missing `input_global_scale`).
     """
 
-    operators = ("marlin_gemm", "gptq_marlin_repack")
+    operators: ClassVar[tuple[str, ...]] = ("marlin_gemm", "gptq_marlin_repack")
     int8: ClassVar[bool]
     weight: Tensor
     weight_scale: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fptquant.errors import FPTQuantError, unknown
 from vllm_fptquant.kernels.base import Kernel, LinearSpec
 from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
+from vllm_fptquant.kernels.experts import MarlinExperts, MarlinInt8Experts
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.humming import HummingInt4Kernel, HummingInt8Kernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
@@ -20,6 +21,8 @@ KERNELS: tuple[type[Kernel], ...] = (
     HummingInt4Kernel,
     HummingInt8Kernel,
     MarlinKernel,
+    MarlinInt8Experts,
+    MarlinExperts,
     FbgemmKernel,
     ReferenceKernel,
 )
@@ -50,7 +53,7 @@ def select_kernel(spec: LinearSpec, override: str | None, layer: str) -> tuple[t
         reasons = "; ".join(f"'{name}' cannot compute {layer}: {refusals[name]}" for name in names)
         others = ", ".join(kernel.name for kernel in able) or "none"
         raise FPTQuantError(f"kernel {reasons}; kernels that can: {others}")
-    here = [kernel for kernel in KERNELS if kernel.device == spec.device]
+    here = [kernel for kernel in KERNELS if kernel.device == spec.device and kernel.experts == spec.experts]
     if not able:
         reasons = "; ".join(f"{kernel.name}: {refusals[kernel.name]}" for kernel in here)
         raise FPTQuantError(f"no kernel can compute {layer} ({reasons or f'none runs on {spec.device}'})")

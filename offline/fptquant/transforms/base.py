@@ -33,7 +33,6 @@ class Transform(nn.Module):
 
     name: ClassVar[str]
     Options: ClassVar[type[TransformOptions]] = TransformOptions
-    in_weights: ClassVar[bool] = True  # both halves are, so that an objective on weights alone sees all of it
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
     restriction: ClassVar[str] = ""  # what another form of the transform is, for users to read
@@ -98,6 +97,15 @@ class Transform(nn.Module):
         Any number of backward passes may run inside; the gradients reach the parameters when it ends.
         """
         yield
+
+    @property
+    def start_is_measured(self) -> bool:
+        """Whether the starting value is taken from activations (`fptquant.calibration.starts`)."""
+        return False
+
+    def seen_in_weights(self) -> dict[str, nn.Parameter]:
+        """Parameters both halves of which are in weights, so that an objective on weights alone says what is good."""
+        return dict(self.named_parameters())
 
     def metrics(self) -> dict[str, float]:
         """What to watch while training, by name."""

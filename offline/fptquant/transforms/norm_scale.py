@@ -34,7 +34,6 @@ class NormScale(Transform):
 
     name = "T_s"
     Options = NormScaleOptions
-    in_weights = False
     in_gains = True
 
     def __init__(self, shape: Shape, options: NormScaleOptions, generator: torch.Generator) -> None:
@@ -51,6 +50,15 @@ class NormScale(Transform):
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """1 / s."""
         return torch.exp(-self.log_scale[place.layer, _NORMS[place.role]].to(dtype))
+
+    @property
+    def start_is_measured(self) -> bool:
+        """Where alpha says how."""
+        return self.options.alpha is not None
+
+    def seen_in_weights(self) -> dict[str, nn.Parameter]:
+        """None: the other half is in gains."""
+        return {}
 
     @torch.no_grad()
     def start(self, place: Place, inputs: Tensor, weights: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fptquant.transforms.base import Transform, TransformOptions
 from fptquant.transforms.head_matrices import bounded, condition, matrix_pair
@@ -14,6 +14,7 @@ from fptquant.transforms.orthogonal import cayley
 from fptquant.wiring import Architecture, Place, Role, Shape
 
 _ROLES = (Role.QUERY, Role.KEY)
+_SMALLEST = 1e-4  # a pair of keys, relative to the largest
 _MAX_CONDITION = 100.0  # of a matrix in a layer without RoPE
 
 
@@ -21,9 +22,55 @@ class QueryKeyOptions(TransformOptions):
     """What T_k may do."""
 
     only: Literal["scale"] | None = Field(None, description="scale: the angles stay zero")
+    start: Literal["identity", "keys"] = Field(
+        "identity", description="keys: RoPE pairs of keys start equally large on the calibration text"
+    )
 
 
-class QueryKeyTransform(Transform):
+class KeyScale(Transform):
+    """What forms of T_k have in common: one scale per RoPE pair of keys.
+
+    A static range is as wide as the largest pair, and the error of a key's pair counts as its query's counterpart is
+    large. Of all scales that keep a range, those that make all pairs equally large leave the smallest error; biases of
+    keys, as Qwen2's, make them differ by orders of magnitude. Rows of weights have scales of their own, so the weights
+    don't care.
+    """
+
+    options: QueryKeyOptions
+    log_scale: Tensor  # (layers, ..., pairs)
+
+    @property
+    def start_is_measured(self) -> bool:
+        """Where the options say so."""
+        return self.options.start == "keys"
+
+    def seen_in_weights(self) -> dict[str, nn.Parameter]:
+        """All but a measured scale."""
+        found = super().seen_in_weights()
+        return {name: p for name, p in found.items() if name != "log_scale" or not self.start_is_measured}
+
+    def pair_norms(self, keys: Tensor) -> Tensor:
+        """Lengths (..., pairs) of the RoPE pairs of keys (..., head_dim), before RoPE or behind it."""
+        sizes, pair = ((-1, 2), -1) if self.shape.interleaved else ((2, -1), -2)
+        rotated = keys[..., : self.shape.head_dim - self.shape.unrotated_dims]
+        lengths: Tensor = torch.linalg.vector_norm(rotated.unflatten(-1, sizes), dim=pair)  # type: ignore[no-untyped-call]
+        return lengths
+
+    @torch.no_grad()
+    def start(self, layer: int, largest: Tensor) -> None:
+        """Sets s = 1 / largest, their geometric mean over the layer kept at 1.
+
+        Args:
+            layer: index.
+            largest: (kv_heads, pairs) length of each pair on some text.
+        """
+        logs = largest.clamp_min(_SMALLEST * float(largest.amax())).log()
+        if self.log_scale.dim() == 2:  # all heads share a norm's gain
+            logs = logs.amax(0)
+        self.log_scale[layer] = logs.mean() - logs
+
+
+class QueryKeyTransform(KeyScale):
     """Keys k' = k A, queries q' = q A^-T with A_j = s_j Rot(phi_j) per KV head and RoPE pair j.
 
     2x2 scaled rotations are what commutes with RoPE (FPTQuant section 3.1; method.md 1.1). The query gets the same
@@ -128,7 +175,7 @@ class PartlyRotatedQueryKeyTransform(QueryKeyTransform):
         return {"condition": condition(bounded(self.log_lambda.detach(), _MAX_CONDITION))}
 
 
-class NormedQueryKeyTransform(Transform):
+class NormedQueryKeyTransform(KeyScale):
     """T_k where queries and keys are normed before RoPE: g_k' = g_k s and g_q' = g_q / s with one s > 0 per RoPE pair.
 
     A norm divides scales of what it reads out again, and its gains differ within a pair, so that rotations don't pass:
@@ -137,7 +184,6 @@ class NormedQueryKeyTransform(Transform):
 
     name = "T_k"
     Options = QueryKeyOptions
-    in_weights = False
     restriction = "one scale per RoPE pair, in the gains of the query and key norms"
 
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
@@ -145,6 +191,10 @@ class NormedQueryKeyTransform(Transform):
         super().__init__(shape, options, generator)
         self._add("log_scale", (shape.layers, shape.head_dim // 2))  # s = exp(.)
         self.log_scale: Tensor
+
+    def seen_in_weights(self) -> dict[str, nn.Parameter]:
+        """None: the scales are in gains."""
+        return {}
 
     def head_gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
         """The scale for keys, its inverse for queries."""

@@ -56,7 +56,7 @@ def test_a_file_of_something_else(content: str, message: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value) and (tmp_path / "s.json").read_text() == content
 
 
-def test_plots(tmp_path: Path) -> None:
+def test_plots(tmp_path: Path, drawn: None) -> None:
     results = Results(SETTINGS)
     for row in (Row("keys", None, Effect(0.2, 9)), Row("down_input", None, Effect(0.0, 8))):
         results.add(row)

@@ -377,36 +377,38 @@ def differing(first: Path, second: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("where", ["local 1", "local 5", "end_to_end 3", "layer 1", "scales 1", "scales 6", "write"])
-def test_killed_run_continues_to_the_same_checkpoint(
-    where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def killed_while(where: str, patch: pytest.MonkeyPatch) -> None:
+    """Has a run killed in a step of a stage, behind a layer, or where it would write."""
     stage, _, step = where.partition(" ")
+    if stage == "write":
+        patch.setattr(pipeline, "write_checkpoint", stop)
+    elif stage == "layer":
+        original = stages.RunState.save
 
-    with monkeypatch.context() as patch:
-        if stage == "write":
-            patch.setattr(pipeline, "write_checkpoint", stop)
-        elif stage == "layer":
-            original = stages.RunState.save
+        def save(self: Any, name: str, *arguments: Any) -> None:
+            original(self, name, *arguments)
+            if name == "model.layers.0":
+                raise Killed
 
-            def save(self: Any, name: str, *arguments: Any) -> None:
-                original(self, name, *arguments)
-                if name == "model.layers.0":
-                    raise Killed
+        patch.setattr(stages.RunState, "save", save)
+    else:
+        recorded = stages.MetricsFile.__call__
 
-            patch.setattr(stages.RunState, "save", save)
-        else:
-            recorded = stages.MetricsFile.__call__
+        def record(self: Any, name: str, at: int, values: dict[str, float]) -> None:
+            recorded(self, name, at, values)
+            if (name, at) == (stage, int(step)):
+                raise Killed
 
-            def record(self: Any, name: str, at: int, values: dict[str, float]) -> None:
-                recorded(self, name, at, values)
-                if (name, at) == (stage, int(step)):
-                    raise Killed
+        patch.setattr(stages.MetricsFile, "__call__", record)
 
-            patch.setattr(stages.MetricsFile, "__call__", record)
-        with pytest.raises(Killed):
+
+def test_killed_run_continues_to_the_same_checkpoint(whole: Path, tmp_path: Path) -> None:
+    """However often: each run goes on where the one before was killed."""
+    for where in ("local 1", "local 5", "end_to_end 3", "layer 1", "scales 1", "scales 6", "write"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            killed_while(where, patch)
             pipeline.quantize(make_job("gqa", tmp_path, **TRAINED), tmp_path / "out")
-    assert (tmp_path / ".out.state").is_dir() and not (tmp_path / "out").exists()
+        assert (tmp_path / ".out.state").is_dir() and not (tmp_path / "out").exists(), where
     pipeline.quantize(make_job("gqa", tmp_path, **TRAINED), tmp_path / "out")
     assert not (tmp_path / ".out.state").exists()
     assert not differing(whole, tmp_path / "out")

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fptquant.calibration.smoothing import start_from_activations
+from fptquant.calibration.starts import start_from_activations, start_is_measured
 from fptquant.errors import FPTQuantError
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
+from fptquant.run.needs import expected_needs
 from fptquant.transforms import TransformSet
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import build_model
@@ -51,6 +52,13 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) 
             expected = largest**alpha / weights ** (1 - alpha)
             found = transforms.transforms["T_s"].log_scale[index, which].exp()
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["w4a8kv8", "w4a8"])
+def test_keys_are_looked_at_where_they_are_quantized(precision: str, model_dir: Path) -> None:
+    job = open_job(model_dir, Recipe.load("fptquant-light").changed("test", precision=precision))
+    assert start_is_measured(job.transforms) == (precision == "w4a8kv8")
+    assert ("measure activations" in expected_needs(job, "resident", 1 << 30)) == (precision == "w4a8kv8")
 
 
 def test_norm_scales_and_residual_scale_exclude_each_other(model_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""T_s started from what the norms put out on the calibration text."""
+"""Starts that are taken from activations: T_s's from what norms put out, T_k's from keys."""
 
 from __future__ import annotations
 
@@ -7,41 +7,86 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from fptquant import parallel
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.layers.residency import entered
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
+from fptquant.transforms.query_key import KeyScale
 from fptquant.wiring import EMBEDDING, Architecture, Place
+
+KEY_SEQUENCES = 16  # that keys are looked at on
 
 
 def start_is_measured(transforms: TransformSet) -> bool:
     """Whether a transform's starting value depends on activations."""
-    return any(isinstance(transform, NormScale) and transform.options.alpha is not None for transform in transforms)
+    return any(transform.start_is_measured for transform in transforms)
 
 
 @torch.no_grad()
 def start_from_activations(
     model: PreTrainedModel, architecture: Architecture, transforms: TransformSet, windows: Tensor, first: int
 ) -> None:
-    """Gives T_s its starting value (`start_is_measured`).
+    """Gives the transforms of which `start_is_measured` their starting values.
 
     Args:
         model: norms folded, transforms not merged.
         architecture: its family.
-        transforms: at their starting values; T_s is changed.
+        transforms: at their starting values; those are changed.
         windows: (sequences, length) tokens.
         first: tokens of a sequence before this one do not count.
     """
-    (scale,) = (transform for transform in transforms if isinstance(transform, NormScale))
+    for transform in transforms:
+        if not transform.start_is_measured:
+            continue
+        if isinstance(transform, NormScale):
+            _start_norm_scale(transform, model, architecture, transforms, windows, first)
+        else:
+            assert isinstance(transform, KeyScale)
+            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first)
+
+
+def _start_key_scale(
+    transform: KeyScale, model: PreTrainedModel, architecture: Architecture, windows: Tensor, first: int
+) -> None:
+    """From the largest length of every RoPE pair of keys in a sequence, averaged over the sequences; RoPE keeps it."""
+    inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
+    for index, layer in enumerate(architecture.layer_modules(model)):
+        cache = _Keys()
+        with entered(layer):
+            inputs.cached(cache).advance(layer)
+        found = [transform.pair_norms(keys[:, :, first:]).amax(2).sum(0) for keys in cache.seen]
+        transform.start(index, parallel.summed(torch.stack(found).sum(0)) / len(windows))
+
+
+class _Keys(DynamicCache):  # type: ignore[misc]  # transformers has no types
+    """Hands on what it gets, and keeps the keys (batch, kv_heads, tokens, head_dim)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen.append(key_states)
+        return key_states, value_states
+
+
+def _start_norm_scale(
+    scale: NormScale,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    transforms: TransformSet,
+    windows: Tensor,
+    first: int,
+) -> None:
+    """From the largest magnitude of every channel of what a norm puts out, rotated as the residual is."""
     largest: dict[Place, Tensor] = {}
 
     def watch(key: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            states = output[:, first:].flatten(0, 1)
-            found = transforms.inputs(EMBEDDING, states).abs().amax(0)  # rotated as the residual is
+            found = transforms.inputs(EMBEDDING, output[:, first:].flatten(0, 1)).abs().amax(0)
             largest[key] = torch.maximum(largest[key], found) if key in largest else found
 
         return hook
