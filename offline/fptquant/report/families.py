@@ -51,7 +51,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     """A row of `COLUMNS` for each family."""
     listed = [(family.model_type, family.models, family) for family in FAMILIES.values()]
     listed += [(fused.model_type, fused.models, fused.windowed) for fused in FUSED.values()]
-    texts: list[tuple[str, ...]] = [
+    texts = [
         (
             facts.model_type,
             facts.models,
