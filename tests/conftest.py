@@ -156,7 +156,7 @@ def undrawn() -> Iterator[Callable[..., None]]:
     """
     with pytest.MonkeyPatch.context() as patch:
         draw = Figure.savefig
-        patch.setattr(Figure, "savefig", lambda self, file: Path(file).touch())
+        patch.setattr(Figure, "savefig", lambda self, file, **_: Path(file).touch())
         yield draw
 
 
