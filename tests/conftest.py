@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,8 +87,9 @@ def randomized(model: Model, seed: int, *, gain: float, bias: float, embedding: 
     return model
 
 
+@cache
 def build_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` tokens; with `bos` it puts `<s>` in front of a text."""
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens, shared; with `bos` it puts `<s>` in front of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -154,7 +156,7 @@ def undrawn() -> Iterator[Callable[..., None]]:
     """
     with pytest.MonkeyPatch.context() as patch:
         draw = Figure.savefig
-        patch.setattr(Figure, "savefig", lambda self, file: Path(file).touch())
+        patch.setattr(Figure, "savefig", lambda self, file, **_: Path(file).touch())
         yield draw
 
 

@@ -123,7 +123,7 @@ def row(layers: int, hidden: int, **changes: object) -> dict[str, object]:
     return {**sizes, **used, **ended, **changes}
 
 
-def test_tables_and_plot(tmp_path: Path) -> None:
+def test_tables_and_plot(tmp_path: Path, drawn: None) -> None:
     rows = {
         "4x64 | rtn | 4 x 256 | default": row(4, 64),
         "8x64 | rtn | 4 x 256 | default": row(8, 64, stages={"load": 30.0, "write": 50.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -66,6 +67,13 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
     yield
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def forked_workers(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM's workers are forks of this process. On CPUs it spawns them, and each imports for twenty seconds."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: context)
 
 
 class NoModel:

@@ -70,7 +70,6 @@ def main() -> None:
     parser.add_argument("--kernel")
     parser.add_argument("--gpu", type=int, metavar="CAPABILITY", help="pretend to have it, and emulate its kernels")
     parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--pipeline-parallel", type=int, default=1)
     arguments = parser.parse_args()
 
     for name, value in ENVIRONMENT.items():
@@ -89,7 +88,6 @@ def main() -> None:
         request["max_tokens"],
         dtype=arguments.dtype,
         tensor_parallel_size=arguments.tensor_parallel,
-        pipeline_parallel_size=arguments.pipeline_parallel,
         additional_config={"fptquant": {"kernel": arguments.kernel}} if arguments.kernel else {},
         **(compiled(arguments.compile) if arguments.compile else {}),
     )

@@ -33,10 +33,10 @@ EVERYTHING: dict[str, Any] = {
         pytest.param(2, {"pipeline_parallel_size": 2, **compiled("aot_eager")}, id="pipeline-compiled"),
     ],
 )
-def test_served_equals_reference(kv_heads: int, options: dict[str, Any], tmp_path: Path, one_process: None) -> None:
+def test_served_equals_reference(kv_heads: int, options: dict[str, Any], tmp_path: Path, forked_workers: None) -> None:
     """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one.
 
-    Inductor compiles a pipeline in test_served_sink.py.
+    Inductor compiles a pipeline in test_served_sink.py; workers are spawned in the test below and for mixtures.
     """
     model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True, kv_heads=kv_heads)
     check_served(model, tmp_path, **options)

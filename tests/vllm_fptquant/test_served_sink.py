@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # Two processes beside this one. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a
 # compiled model up.
+# Two workers. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled model up.
 TENSOR = {"tensor_parallel_size": 2}
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 
@@ -42,7 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     ids=["S_n", "no S_n", "tensor parallel", "pipeline parallel"],
 )
 def test_served_equals_simulated(
-    residual_scale: bool, options: dict[str, Any], checkpoints: dict[bool, Path], one_process: None
+    residual_scale: bool, options: dict[str, Any], checkpoints: dict[bool, Path], forked_workers: None
 ) -> None:
     """Prompts with and without the token, prefill and decode; the head is quantized too."""
     out = checkpoints[residual_scale]

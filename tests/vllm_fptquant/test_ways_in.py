@@ -152,6 +152,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return checkpoints
 
 
+@pytest.fixture(params=["own", "stock"])
+def dense(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """For what has nothing to do with experts."""
+    checkpoints: tuple[Path, Path] = request.getfixturevalue(request.param)
+    return checkpoints
+
+
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
@@ -241,12 +248,12 @@ def test_weights_of_another_configuration(own: tuple[Path, Path], tmp_path: Path
     ],
     ids=["load_weights", "kernel format", "state_dict"],
 )
-def test_prepared_weights_are_refused(way: Callable[..., Any], match: str, pair: tuple[Path, Path]) -> None:
+def test_prepared_weights_are_refused(way: Callable[..., Any], match: str, dense: tuple[Path, Path]) -> None:
     """In one line, and the model goes on as it was."""
-    engine = Engine(pair[0])
+    engine = Engine(dense[0])
     before = engine()
     with pytest.raises(FPTQuantError, match=match):
-        way(engine, tensors_of(pair[1]))
+        way(engine, tensors_of(dense[1]))
     if "vLLM's reload" not in match:
         assert torch.equal(engine(), before)
 
@@ -269,10 +276,10 @@ def test_formats_of_prepared_weights(load_format: str, own: tuple[Path, Path]) -
         require_supported_loading(config)
 
 
-def test_embeddings(pair: tuple[Path, Path]) -> None:
+def test_embeddings(dense: tuple[Path, Path]) -> None:
     """The hidden states that the head would get; and again after a reload."""
-    engine = Engine(pair[0], runner="pooling", convert="embed")
-    for path, way in ((pair[0], None), (pair[1], engine.reload)):
+    engine = Engine(dense[0], runner="pooling", convert="embed")
+    for path, way in ((dense[0], None), (dense[1], engine.reload)):
         if way is not None:
             way(weights_path=str(path))
         generating = Engine(path)
@@ -285,9 +292,9 @@ def test_as_a_draft_model(pair: tuple[Path, Path]) -> None:
     assert torch.equal(Engine(pair[0], prefix="draft_model")(), Engine(pair[0])())
 
 
-def test_a_language_model_does_not_classify(pair: tuple[Path, Path]) -> None:
+def test_a_language_model_does_not_classify(dense: tuple[Path, Path]) -> None:
     with pytest.raises(FPTQuantError, match=r"has no score.weight to classify with: serve it with --convert embed"):
-        Engine(pair[0], runner="pooling", convert="classify")
+        Engine(dense[0], runner="pooling", convert="classify")
 
 
 @pytest.mark.parametrize("head_bits", [7, 16])
