@@ -23,8 +23,7 @@ Written by `python -m fptquant.report.families`; `fptquant families` prints the 
 {table}
 
 All are served by the plugin's own class, S_n and a constant first token included: on CPUs as the simulation in
-transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run, and mixtures of
-experts are refused.
+transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run.
 
 {fused}
 What is not in the table is refused by name, before any work: another `model_type`, `architectures` of another family
