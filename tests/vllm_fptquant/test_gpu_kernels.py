@@ -79,7 +79,8 @@ def layers(draw: st.DrawFn, kernel: type[GpuKernel]) -> tuple[LinearWeights, Ten
     """A random layer that a kernel can compute, and an input that meets its whole range."""
     bits = draw(st.sampled_from([4, 8]))
     limit = 2 ** (bits - 1)
-    symmetric = draw(st.booleans()) if bits == 4 or kernel is CutlassInt8Kernel else True
+    zero_points = (CutlassInt8Kernel, MarlinInt8Experts)
+    symmetric = draw(st.booleans()) if bits == 4 or kernel in zero_points else True
     zero_point = None if symmetric else draw(st.integers(-limit, limit - 1))
     weight_bits = 4 if issubclass(kernel, MarlinInt8Kernel) else draw(st.sampled_from([4, 8]))
     step = 16 if kernel is CutlassInt8Kernel else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,7 +90,9 @@ class TestGpus:
         chosen = PRECISIONS[precision]
         scheme = LinearScheme(weights=chosen.weights, activations=chosen.activations)
         for dtype in (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,):
-            assert select_kernel(on_gpu(scheme, capability, dtype), None, "x")[0].name == LAYERS[precision]
+            spec = on_gpu(scheme, capability, dtype)
+            assert select_kernel(spec, None, "x")[0].name == LAYERS[precision]
+            assert select_kernel(replace(spec, experts=True), None, "x")[0].name == f"{LAYERS[precision]}-experts"
         int4 = humming and precision == "w4a4kv4-symmetric" and 80 <= capability < 90
         wanted = select_kernel(on_gpu(scheme, capability), "humming-int4,marlin-int8,marlin", "x")[0].name
         assert wanted == ("humming-int4" if int4 else LAYERS[precision])

@@ -9,6 +9,7 @@ Of the routing weights the kernel could see to as well, but in 16 bits: they are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from vllm.scalar_type import ScalarType
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import quantize
+from vllm_fptquant.kernels.base import LinearSpec, LinearWeights, holds_zero_point
 from vllm_fptquant.kernels.gpu import GpuLinear
 from vllm_fptquant.kernels.library import register
-from vllm_fptquant.kernels.marlin import Marlin, MarlinInt8Kernel, MarlinKernel
+from vllm_fptquant.kernels.marlin import Marlin, MarlinInt8Kernel, MarlinKernel, turing_refusal
 
 BLOCKS = (16, 32, 48, 64)  # rows of one expert that a thread block multiplies; int8 needs 16
 FILLED = 0.9  # of the rows of all blocks, at most, when each expert has one: beyond, larger ones are better
@@ -145,11 +147,61 @@ register(
 )
 
 
+def zero_point_columns(weights: LinearWeights) -> tuple[Tensor, Tensor]:
+    """Further inputs, constant ones, whose products with further weights add up to -z times the sum of a row's weights.
+
+    Such a sum is d + 16 e - 128 (f_1 + ... + f_n), with each of d, e and f a 4-bit integer. A sixteenth more columns, at
+    least 64, hold it at any z as long as a row's integers have a mean of 0.4 or less.
+
+    Args:
+        weights: 4-bit ones, for activations that hold their zero point z.
+
+    Returns:
+        int8 (columns,) of inputs, and (N, columns) of weights.
+
+    Raises:
+        FPTQuantError: a row's sum is too large.
+    """
+    columns = (weights.codes.shape[1] // 16 + 127) // 64 * 64
+    inputs = torch.full((columns,), -128, dtype=torch.int8, device=weights.codes.device)
+    inputs[0], inputs[1] = 1, 16
+    missing = -weights.zero_point * weights.codes.sum(1)
+    ones = (missing + 8) % 16 - 8
+    sixteens = ((missing - ones) // 16 + 4) % 8 - 4
+    rest = (ones + 16 * sixteens - missing) // 128
+    spread = (rest[:, None] + torch.arange(columns - 2, device=rest.device)) // (columns - 2)
+    if bool(((spread < -8) | (spread > 7)).any()):
+        raise FPTQuantError(
+            f"{weights.name}: its zero point times the sum of a row of weights is too large for experts on GPUs: "
+            "quantize with symmetric activations, or serve on CPUs"
+        )
+    return inputs, torch.cat((ones[:, None], sixteens[:, None], spread), 1).to(torch.int8)
+
+
 class ExpertKernel(Marlin):
-    """What kernels for experts share. One of them packs one expert, and computes it alone or all of a stack."""
+    """What kernels for experts share. One of them packs one expert, and computes it alone or all of a stack.
+
+    Attributes:
+        constant: int8, what every row has behind its codes, where those hold their zero point.
+    """
+
+    constant: Tensor | None
 
     experts = True
     operators = ("gptq_marlin_repack", "_moe_C::moe_align_block_size", "_moe_C::moe_wna16_marlin_gemm")
+
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
+        """See `GpuKernel`; a zero point becomes columns of the weights.
+
+        Raises:
+            FPTQuantError: see `zero_point_columns`, `Marlin`.
+        """
+        constant = None
+        if weights.codes_hold_zero_point:
+            constant, columns = zero_point_columns(weights)
+            weights = replace(weights, codes=torch.cat((weights.codes, columns), 1))
+        super().__init__(weights, dtype)
+        self.register_buffer("constant", constant, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """See `GpuKernel.forward`: all rows go through this expert."""
@@ -172,6 +224,8 @@ class ExpertKernel(Marlin):
         Returns:
             (M * top_k, N) of type `dtype`.
         """
+        if self.constant is not None:
+            x = torch.cat((x, self.constant.expand(len(x), -1)), 1)
         if self.padded_k != x.shape[-1]:
             x = pad(x, (0, self.padded_k - x.shape[-1]))
         output: Tensor = torch.ops.fptquant.multiply_experts(
@@ -181,9 +235,20 @@ class ExpertKernel(Marlin):
 
 
 class MarlinInt8Experts(ExpertKernel, MarlinInt8Kernel):
-    """`MarlinInt8Kernel` for experts, with the same arithmetic."""
+    """`MarlinInt8Kernel` for experts, with the same arithmetic; takes zero points."""
 
     name = "marlin-int8-experts"
+
+    @classmethod
+    def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
+        """4-bit weights; all activations that are quantized."""
+        if (
+            spec.scheme.activations.bits == 8
+            and not spec.scheme.activations.symmetric
+            and spec.scheme.weights.bits == 4
+        ):
+            return turing_refusal(spec, capability)
+        return super().refusal(spec, capability)
 
 
 class MarlinExperts(ExpertKernel, MarlinKernel):
@@ -226,6 +291,7 @@ class ExpertStack(torch.nn.Module):
             raise FPTQuantError(f"{name}: can't compute the step {step} of experts on GPUs: serve on CPUs")
         self.name, self.count, self.one_input = name, len(layers), one_input
         self.quantized, self.scaled, self.undone = first.quantize is not None, first.scaled, first.undone
+        self.adds_zero_point = holds_zero_point(first.product.scheme.activations)
         self.stacked: dict[str, Tensor] = {}  # buffers, which vLLM takes off their module for the time of a reload
         for number, layer in enumerate(layers):
             layer.quant_method.place = partial(self.place, number)
@@ -239,16 +305,16 @@ class ExpertStack(torch.nn.Module):
         """
         kernel = prepared.kernel
         assert isinstance(kernel, ExpertKernel)
-        tensors = dict(kernel.named_buffers())
-        tensors |= {name: prepared.get_buffer(name) for name in ("input_scale", "low", "high") if self.quantized}
+        tensors = {name: kernel.get_buffer(name) for name in ("weight", "weight_scale")}
+        quantizer = ("input_scale", "low", "high", *(("zero_point",) if self.adds_zero_point else ()))
+        tensors |= {name: prepared.get_buffer(name) for name in quantizer if self.quantized}
         for name, tensor in tensors.items():
             if name not in self.stacked:
                 self.stacked[name] = tensor.new_empty((self.count, *tensor.shape))
                 self.register_buffer(name, self.stacked[name], persistent=False)
             self.stacked[name][number].copy_(tensor)
         if not hasattr(self, "kernel"):
-            for name in dict(kernel.named_buffers()):
-                delattr(kernel, name)
+            del kernel.weight, kernel.weight_scale
             self.kernel, self.inputs = kernel, prepared.inputs
 
     def require_one_quantizer(self) -> None:
@@ -287,6 +353,8 @@ class ExpertStack(torch.nn.Module):
             return self._multiply(scaled.to(self.kernel.dtype), None, routed, top_k)
         input_scale = self.input_scale[numbers]
         codes = quantize(scaled, input_scale[:, None], self.low[numbers, None], self.high[numbers, None])
+        if self.adds_zero_point:
+            codes = codes + self.get_buffer("zero_point")[numbers, None]
         if self.undone and scale is not None:
             input_scale = input_scale / scale.flatten()
         return self._multiply(codes.to(torch.int8), input_scale, routed, top_k)

@@ -25,8 +25,7 @@ Written by `python -m fptquant.report.families`; `fptquant families` prints the 
 {table}
 
 All are served by the plugin's own class, S_n and a constant first token included: on CPUs as the simulation in
-transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run, and mixtures of
-experts are refused.
+transformers computes (`tests/vllm_fptquant/test_served_families.py`); on GPUs, only Llama was run.
 
 {fused}
 Of a multimodal model only the text part is read, quantized and served, as a model of the family whose function it has
