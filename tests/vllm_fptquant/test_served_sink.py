@@ -21,8 +21,6 @@ from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-# Two processes beside this one. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a
-# compiled model up.
 # Two workers. vLLM's CPU worker makes the buffers between pipeline stages only when it warms a compiled model up.
 TENSOR = {"tensor_parallel_size": 2}
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
