@@ -42,7 +42,7 @@ def check_served(model: TinyLlama, directory: Path, *flags: str, **options: Any)
         model: to serve.
         directory: to write it to.
         flags: of `serve_tokens.py`, which is a process of its own; without any, the engine is in this one, which takes
-            a quarter of the time (fixture `one_process`).
+            a tenth of the time (fixture `one_process`).
         options: of the engine in this process.
     """
     checkpoint = model.write(directory / "checkpoint")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -49,6 +50,8 @@ def world() -> Iterator[None]:
 def right() -> tuple[Outcome, Outcome]:
     outcomes = in_transformers(CHECKPOINT), in_vllm(CHECKPOINT)
     assert not any(isinstance(outcome, str) for outcome in outcomes), outcomes
+    gc.collect()
+    gc.freeze()  # what loading has imported
     return outcomes
 
 
