@@ -29,7 +29,7 @@ from vllm_fptquant.kernels.library import register
 from vllm_fptquant.kernels.marlin import Marlin, MarlinInt8Kernel, MarlinKernel, turing_refusal
 
 BLOCKS = (16, 32, 48, 64)  # rows of one expert that a thread block multiplies; int8 needs 16
-FILLED = 0.9  # of the rows of all blocks, at most, when each expert has one: beyond, larger ones are better
+FULL = 0.9  # part of a block's rows: where experts have more than that on average, blocks are larger
 
 
 class Routed(NamedTuple):
@@ -49,7 +49,7 @@ class Routed(NamedTuple):
 
 def block_size(routes: int, experts: int) -> int:
     """Rows of a block, by the number of rows of all experts together; vLLM's own choice but for blocks of 8."""
-    return next((size for size in BLOCKS if routes < FILLED * size * experts), BLOCKS[-1])
+    return next((size for size in BLOCKS if routes < FULL * size * experts), BLOCKS[-1])
 
 
 def sort_rows(chosen: Tensor, experts: int) -> Routed:
@@ -136,8 +136,7 @@ def _multiply_fake(
     return weight_scale.new_empty((x.shape[0] * top_k, weight_scale.shape[2]))
 
 
-# Operators of our own: the size of blocks depends on the number of rows, which graphs leave open, and vLLM's have no
-# trace of their own outputs.
+# Operators of our own: the size of blocks depends on the number of rows, which graphs leave open.
 register("sort_rows(Tensor chosen, int experts) -> (Tensor, Tensor, Tensor)", _sort, _sort_fake)
 register(
     "multiply_experts(Tensor x, Tensor weight, Tensor weight_scale, Tensor? row_scale, Tensor rows, Tensor experts, "
@@ -148,10 +147,10 @@ register(
 
 
 def zero_point_columns(weights: LinearWeights) -> tuple[Tensor, Tensor]:
-    """Further inputs, constant ones, whose products with further weights add up to -z times the sum of a row's weights.
+    """Constant inputs and weights whose products add up to -z times the sum of a row's other weights.
 
-    Such a sum is d + 16 e - 128 (f_1 + ... + f_n), with each of d, e and f a 4-bit integer. A sixteenth more columns, at
-    least 64, hold it at any z as long as a row's integers have a mean of 0.4 or less.
+    Such a sum is d + 16 e - 128 (f_1 + ... + f_n), with each of d, e and f a 4-bit integer. A sixteenth more columns,
+    at least 64, hold it at any z as long as a row's integers have a mean of 0.4 or less.
 
     Args:
         weights: 4-bit ones, for activations that hold their zero point z.
@@ -162,7 +161,7 @@ def zero_point_columns(weights: LinearWeights) -> tuple[Tensor, Tensor]:
     Raises:
         FPTQuantError: a row's sum is too large.
     """
-    columns = (weights.codes.shape[1] // 16 + 127) // 64 * 64
+    columns = 64 * -(-weights.codes.shape[1] // 1024)
     inputs = torch.full((columns,), -128, dtype=torch.int8, device=weights.codes.device)
     inputs[0], inputs[1] = 1, 16
     missing = -weights.zero_point * weights.codes.sum(1)
@@ -242,11 +241,7 @@ class MarlinInt8Experts(ExpertKernel, MarlinInt8Kernel):
     @classmethod
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """4-bit weights; all activations that are quantized."""
-        if (
-            spec.scheme.activations.bits == 8
-            and not spec.scheme.activations.symmetric
-            and spec.scheme.weights.bits == 4
-        ):
+        if spec.scheme.weights.bits == 4 and holds_zero_point(spec.scheme.activations):
             return turing_refusal(spec, capability)
         return super().refusal(spec, capability)
 
