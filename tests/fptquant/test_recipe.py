@@ -24,8 +24,8 @@ def test_the_default_recipe_has_everything() -> None:
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
     assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
-    untrained = {"description": "", "name": "fptquant", "local": {"steps": 0}}
-    assert light.changed(**untrained) == Recipe()  # a recipe without fields trains nothing
+    untrained = {"description": "", "name": "fptquant", "local": {"steps": 0}, "transforms": list(FPTQUANT)}
+    assert light.changed(**untrained) == Recipe()  # a recipe without fields trains and measures nothing
     assert list(recipe.transforms) == list(FPTQUANT) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")
     methods = {baseline.weight_range.method, baseline.activation_range.method, baseline.kv_range.method}

@@ -57,8 +57,8 @@ def _start_key_scale(
         cache = _Keys()
         with entered(layer):
             inputs.cached(cache).advance(layer)
-        found = [transform.pair_norms(keys[:, :, first:]).amax(2).sum(0) for keys in cache.seen]
-        transform.start(index, parallel.summed(torch.stack(found).sum(0)) / len(windows))
+        largest = torch.cat([transform.pair_norms(keys[:, :, first:]).amax(2) for keys in cache.seen])
+        transform.start(index, parallel.joined(largest).mean(0))  # the same bits, however many processes there are
 
 
 class _Keys(DynamicCache):  # type: ignore[misc]  # transformers has no types
