@@ -732,7 +732,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
     errors = tmp_path / "errors"
     options = ("--calibration", calibration, *SMALL, "--recipe", "fptquant-light")
     command = ("quantize", model, "-o", tmp_path / "out", *options)
-    process = multiprocessing.get_context("fork").Process(target=until_trained, args=(command, errors))
+    process = multiprocessing.get_context("spawn").Process(target=until_trained, args=(command, errors))
     process.start()
     deadline = time.monotonic() + 180
     trained = tmp_path / ".out.state" / "local.safetensors"

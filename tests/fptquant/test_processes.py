@@ -121,10 +121,10 @@ def one_of_two(rank: int, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what two processes made: forks of this one, which has imported everything."""
+    """A directory with what two processes made; not forks, which can hang on what tests before left of threads."""
     path = tmp_path_factory.mktemp("pair")
     job("rtn", path)
-    multiprocessing.start_processes(one_of_two, (path,), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(one_of_two, (path,), nprocs=2, start_method="spawn")
     return path
 
 
