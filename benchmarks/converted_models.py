@@ -19,7 +19,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,15 +73,15 @@ def to_mixtral(original: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config)
     generator, state = torch.Generator().manual_seed(0), dict(original.state_dict())
     for index in range(settings["num_hidden_layers"]):
-        old, new = f"model.layers.{index}.mlp.", f"model.layers.{index}.mlp."
-        parts = {part: state.pop(f"{old}{part}_proj.weight") for part in ("gate", "up", "down")}
+        mlp = f"model.layers.{index}.mlp."
+        parts = {part: state.pop(f"{mlp}{part}_proj.weight") for part in ("gate", "up", "down")}
         noisy = {
             part: torch.stack([w + NOISE * w.std() * torch.randn(w.shape, generator=generator) for _ in range(EXPERTS)])
             for part, w in parts.items()
         }
-        state[f"{new}experts.gate_up_proj"] = torch.cat((noisy["gate"], noisy["up"]), 1)
-        state[f"{new}experts.down_proj"] = noisy["down"]
-        state[f"{new}gate.weight"] = torch.randn(EXPERTS, settings["hidden_size"], generator=generator) * 0.05
+        state[f"{mlp}experts.gate_up_proj"] = torch.cat((noisy["gate"], noisy["up"]), 1)
+        state[f"{mlp}experts.down_proj"] = noisy["down"]
+        state[f"{mlp}gate.weight"] = torch.randn(EXPERTS, settings["hidden_size"], generator=generator) * 0.05
     model.load_state_dict(state)
     return model
 
@@ -90,12 +89,13 @@ def to_mixtral(original: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
 CONVERSIONS = {"qwen3": to_qwen3, "mixtral": to_mixtral}
 
 
-def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, steps: int, rate: float) -> None:
+def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, rate: float) -> None:
     """Adam on the KL divergence from the teacher's next-token distribution; a window a step, cosine to 0."""
     student.train()
     trained = [p for name, p in student.named_parameters() if "embed_tokens" not in name]
     optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.98), weight_decay=0.0)
-    for step, window in enumerate(forever(windows, steps)):
+    steps = len(windows)
+    for step, window in enumerate(windows):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
@@ -109,12 +109,6 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, 
         if step % 10 == 0:
             print(f"step {step} of {steps}: KL {float(loss):.4f}", file=sys.stderr, flush=True)
     student.eval()
-
-
-def forever(windows: Tensor, steps: int) -> Iterator[Tensor]:
-    """Windows one by one, from the start again where they end."""
-    for step in range(steps):
-        yield windows[step % len(windows)]
 
 
 def convert(name: str, steps: int = 200, rate: float = 2e-4) -> Path:
@@ -135,7 +129,7 @@ def convert(name: str, steps: int = 200, rate: float = 2e-4) -> Path:
         for what, measured in (("original", original), ("converted", model.eval())):
             facts[what] = measure(map(transformers_scorer(measured), test), LENGTH).perplexity
         print(facts, file=sys.stderr, flush=True)
-        distil(model, original, windows, steps, rate)
+        distil(model, original, windows, rate)
         facts["distilled"] = measure(map(transformers_scorer(model), test), LENGTH).perplexity
         facts["seconds"] = round(time.perf_counter() - start)
         print(facts, file=sys.stderr, flush=True)

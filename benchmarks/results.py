@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from results_page import FAMILIES, TEXTS, write_page
+from results_page import FAMILIES, FAMILY_PRECISIONS, TEXTS, write_page
 
 from fptquant.recipe import Recipe
 from fptquant.transforms import FPTQUANT
@@ -35,7 +35,7 @@ PARTS = {
     "left out": ("w4a4kv4",),
     "choices": ("w4a4kv4",),
     "as shipped": ("w4a8kv8", "w4a4kv4"),
-    "families": ("w4a8kv8", "w4a8", "w4a4kv4"),
+    "families": FAMILY_PRECISIONS,
 }
 FAMILY_WINDOWS = 12  # of each text, where models are larger
 ALL = list(FPTQUANT)

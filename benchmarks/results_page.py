@@ -19,6 +19,7 @@ FAMILIES = {
     "mixtral": "SmolLM2 given four experts for each MLP, and distilled from itself",
     "gemma3": "Gemma-3-270M, real, a dequantized GGUF",
 }
+FAMILY_PRECISIONS = ("w4a8kv8", "w4a8", "w4a4kv4")
 # Rows of one table by name; several where a row was run with several seeds.
 Table = dict[str, list[dict[str, Any]]]
 
@@ -95,18 +96,16 @@ def families_table(rows: dict[str, dict[str, Any]]) -> list[str]:
             found.setdefault(name, {})[precision] = row
     if not found:
         return []
-    precisions = ("w4a8kv8", "w4a8", "w4a4kv4")
     windows = next(iter(next(iter(found.values())).values()))["windows"]
     what = f"Perplexity on {windows} windows of `wiki`, its ratio to float32's, and minutes and GB that it took."
     lines = ["", "## Families", "", what, ""]
     lines += [f"- {model}: {what}." for model, what in FAMILIES.items()]
-    lines += ["", f"| | float32 | {' | '.join(precisions)} |", f"|---|---|{'---|' * len(precisions)}"]
+    lines += ["", f"| | float32 | {' | '.join(FAMILY_PRECISIONS)} |", f"|---|---|{'---|' * len(FAMILY_PRECISIONS)}"]
     for name in sorted(found, key=lambda name: list(FAMILIES).index(name.split(":")[0])):
         reference = rows[f"float32 | {name.split(':')[0]}"]["wiki"]["perplexity"]
-        cells = [name, f"{reference:.2f}"]
-        for precision in precisions:
-            cells += [family_cell(row, reference) for row in [found[name].get(precision)] if row] or [""]
-        lines.append(f"| {' | '.join(cells)} |")
+        measured = found[name]
+        cells = [family_cell(measured[key], reference) if key in measured else "" for key in FAMILY_PRECISIONS]
+        lines.append(f"| {' | '.join([name, f'{reference:.2f}', *cells])} |")
     return lines
 
 

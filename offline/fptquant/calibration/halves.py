@@ -6,7 +6,9 @@ and none is fitted to a handful of tokens. What leaves the layer, and the next o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,37 +21,15 @@ from fptquant.simulate.modules import SimulatedDecoderLayer
 from fptquant.wiring import Architecture
 
 
-class _Attention(nn.Module):
-    """The first half of a layer."""
+class _Part(nn.Module):
+    """A part of a layer, to be run as a layer is."""
 
-    def __init__(self, layer: SimulatedDecoderLayer) -> None:
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layer = layer
+        self.compute = compute
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self.layer.attended(hidden_states, **kwargs)
-
-
-class _Rest(nn.Module):
-    """The second half."""
-
-    def __init__(self, layer: SimulatedDecoderLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.layer.behind_attention(hidden_states)
-
-
-class _Expert(nn.Module):
-    """A layer's norm behind the attention, and one expert."""
-
-    def __init__(self, layer: SimulatedDecoderLayer, expert: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.expert = layer, expert
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.layer.through(self.expert, hidden_states)
+        return self.compute(hidden_states, **kwargs)
 
 
 class SecondHalf:
@@ -66,25 +46,25 @@ class SecondHalf:
         """
         assert isinstance(layer, SimulatedDecoderLayer)
         self._layer, self._inputs = layer, inputs
-        _advance(inputs, _Attention(layer), inputs.arguments[layer])
+        _advance(inputs, _Part(layer.attended), inputs.arguments[layer])
         self._mlp = layer.get_submodule(architecture.mlp)
         if isinstance(self._mlp, SparseMLP):
             self._count(self._mlp)
 
     def of(self, expert: int | None) -> tuple[LayerInputs, nn.Module]:
         """What enters, and what it goes through: the MLP, or the expert of this number."""
-        if expert is None:
-            part: nn.Module = _Rest(self._layer)
-        else:
+        compute: Callable[..., Tensor] = self._layer.behind_attention
+        if expert is not None:
             assert isinstance(self._mlp, SparseMLP)
-            part = _Expert(self._layer, self._mlp.expert(expert))
+            compute = partial(self._layer.through, self._mlp.expert(expert))
+        part = _Part(compute)
         return replace(self._inputs, arguments={part: {}}, masks=None), part
 
     @torch.no_grad()
     def finish(self) -> None:
         """Takes the inputs through the rest of the layer, once it is quantized."""
         masks, self._inputs.masks = self._inputs.masks, None
-        _advance(self._inputs, _Rest(self._layer), {})
+        _advance(self._inputs, _Part(self._layer.behind_attention), {})
         self._inputs.masks = masks
 
     def _count(self, mixture: SparseMLP) -> None:
