@@ -36,7 +36,8 @@ the original's next-token distribution from the model's, nats per token. Agreeme
 most likely successor. Several seeds: each figure. Time and peak memory of `fptquant quantize` are as they came: two
 virtual cores of several machines, mostly beside other jobs, some with AVX-512 (log.md), a run that was stopped and
 continued from its continuation on; they tell minutes from hours, and methods apart only where the difference is large.
-`fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet.
+`fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet. The
+rows of `fptquant` recipes are from before T_k started from keys (`T_k: {start: keys}`) and were not measured again.
 """
 
 
