@@ -73,7 +73,7 @@ def measure(
     for layer in sorted({place.layer for place in weights}):
         query, key = (Place(role, layer) for role in ROLES)
         merged = {place: transforms.merge(place, weights[place], None)[0] for place in (query, key)}
-        row = [sum(float(weight_norm([weight], 4)) for weight in merged.values())]
+        row = [sum(float(weight_norm(weight, 4)) for weight in merged.values())]
         row += [error(rounded(w, weight_scales(w, 4, WeightRangeOptions()), 0, 4), w) for w in merged.values()]
         q, k = (transforms.outputs(place, seen[place]) for place in (query, key))
         for bits in (8, 4):
@@ -110,7 +110,7 @@ def main() -> None:
             optimization = Optimization(groups, options.steps, clip=None)
             for _ in range(options.steps):
                 for place, weight in weights.items():
-                    weight_norm([transforms.merge(place, weight, None)[0]], options.p).backward()  # type: ignore[no-untyped-call]
+                    weight_norm(transforms.merge(place, weight, None)[0], options.p).backward()  # type: ignore[no-untyped-call]
                 optimization.update()
         with torch.no_grad():
             found = measure(weights, seen, transforms, shape.head_dim)

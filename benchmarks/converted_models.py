@@ -87,38 +87,50 @@ def to_mixtral(original: PreTrainedModel, windows: Tensor) -> PreTrainedModel:
 
 
 CONVERSIONS = {"qwen3": to_qwen3, "mixtral": to_mixtral}
+SCHEDULES = {"qwen3": (200, 3e-4), "mixtral": (80, 1e-4)}  # steps and rate
+CHANGED = {"qwen3": ".self_attn.", "mixtral": ".mlp."}  # what is distilled, by a part of its name
 
 
-def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, rate: float) -> None:
+def distil(student: PreTrainedModel, teacher: PreTrainedModel, changed: str, windows: Tensor, rate: float) -> None:
     """Adam on the KL divergence from the teacher's next-token distribution and on what leaves each layer.
 
-    The second is the mean over layers and tokens of the squared relative error. A window a step, cosine to 0.
+    The second is the mean over layers and tokens of the squared relative error. A window a step, cosine to 0. Gains of
+    norms, which are larger than weights, get 30 times the rate.
     """
     student.train()
-    trained = [p for name, p in student.named_parameters() if "embed_tokens" not in name]
-    optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.98), weight_decay=0.0)
+    student.requires_grad_(False)
+    trained = [parameter.requires_grad_() for name, parameter in student.named_parameters() if changed in name]
+    gains = [parameter for parameter in trained if parameter.dim() == 1]
+    weights = [parameter for parameter in trained if parameter.dim() > 1]
+    groups = [{"params": gains, "lr": 30 * rate}, {"params": weights, "lr": rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     steps = len(windows)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
     for step, window in enumerate(windows):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             wanted = teacher(window[None], output_hidden_states=True)
         found = student(window[None], output_hidden_states=True)
-        kl = F.kl_div(*(out.logits[0].log_softmax(-1) for out in (found, wanted)), log_target=True, reduction="batchmean")
+        given, aimed = (outputs.logits[0].log_softmax(-1) for outputs in (found, wanted))
+        kl = F.kl_div(given, aimed, log_target=True, reduction="batchmean")
         layers = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
-        errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in layers]
+        errors = [((mine - its).square().sum(-1) / its.square().sum(-1)).mean() for mine, its in layers]
         loss = kl + torch.stack(errors).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         if step % 10 == 0:
-            print(f"step {step} of {steps}: KL {float(kl):.4f}, layers {float(loss - kl):.4f}", file=sys.stderr, flush=True)
+            losses = f"KL {float(kl.detach()):.4f}, layers {float((loss - kl).detach()):.4f}"
+            print(f"step {step} of {steps}: {losses}", file=sys.stderr, flush=True)
     student.eval()
 
 
-def convert(name: str, steps: int = 200, rate: float = 2e-4) -> Path:
+def convert(name: str) -> Path:
     """The checkpoint, made where it isn't in the cache."""
+    steps, rate = SCHEDULES[name]
     checkpoint = cache_dir() / f"SmolLM2-135M-as-{name}"
     with exclusive(checkpoint.with_suffix(".lock")):
         if checkpoint.is_dir():
@@ -135,7 +147,7 @@ def convert(name: str, steps: int = 200, rate: float = 2e-4) -> Path:
         for what, measured in (("original", original), ("converted", model.eval())):
             facts[what] = measure(map(transformers_scorer(measured), test), LENGTH).perplexity
         print(facts, file=sys.stderr, flush=True)
-        distil(model, original, windows, rate)
+        distil(model, original, CHANGED[name], windows, rate)
         facts["distilled"] = measure(map(transformers_scorer(model), test), LENGTH).perplexity
         facts["seconds"] = round(time.perf_counter() - start)
         print(facts, file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
                                  2 P + inputs (T, K) + 2 (K, K) in float64 + 3 M, and 2.5 E for the head
         write, read back:        2 E + half a weight file
         teacher:                 hidden states + 2 P + 1.5 E
-        transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 of the pieces that E is cut into
+        transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 times the rows of E that a step sees
         what else trains:        activations (of a layer, or of all) + 2 P, and 2 E where the loss is the model's
 
     and a resident one all weights as floats and as packed integers. Factors were fitted to measured runs, which
@@ -110,9 +110,10 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     if transforms and start_is_measured(job.transforms):
         found["measure activations"] = Need(model + hidden + pair, source)
     if in_weights and recipe.local.steps:
-        piece = min(sizes.ends, ROWS * shape.hidden)
-        graph = max(pair + _FLOAT32 * 6 * sizes.matrix, int(_FLOAT32 * (1.5 * sizes.ends + 7 * piece)))
-        found["train transforms on weights"] = Need(model + graph, source * (recipe.local.steps * streamed or 1))
+        rounds = -(-recipe.local.steps // recipe.local.turns)  # through all layers
+        rows = min(sizes.ends, ROWS * shape.hidden)
+        graph = max(pair + _FLOAT32 * 6 * sizes.matrix, int(_FLOAT32 * (1.5 * sizes.ends + 7 * rows)))
+        found["train transforms on weights"] = Need(model + graph, source * (rounds * streamed or 1))
     if transforms and (recipe.block_wise.steps or recipe.end_to_end.steps):
         found["first ranges"] = Need(model + hidden + max(layer, head), source)
     if transforms and recipe.block_wise.steps:

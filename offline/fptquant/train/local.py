@@ -2,18 +2,17 @@
 
     min over transforms of sum over layers ( mean |W~|^p )^(1/p),  p = 4
 
-(FPTQuant, arXiv 2506.04985; method.md 4.1). Weight by weight, and a large one in pieces, so that the graph of one is
-in memory at a time.
+(FPTQuant, arXiv 2506.04985; method.md 4.1). Weight by weight, so that the graph of one is in memory at a time. A step
+sees some rows of the embedding and the head, and a part of the layers: their mean over steps is the objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant import parallel
@@ -23,7 +22,7 @@ from fptquant.train.optimization import Optimization
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
-ROWS = 1 << 13  # of the embedding or the head that are merged at once
+ROWS = 1 << 12  # of the embedding and of the head that a step sees
 
 
 class LocalOptions(BaseModel):
@@ -35,29 +34,14 @@ class LocalOptions(BaseModel):
     p: float = Field(4.0, gt=1, description="exponent of the norm")
     rate: float = Field(1e-2, gt=0)
     rotation_rate: float = Field(1e-2, ge=0, description="of T_r; 0 keeps it at its start")
+    turns: PositiveInt = Field(1, description="steps in which each layer is seen once")
 
 
-def weight_norm(pieces: Sequence[Tensor], p: float, merge: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
-    """(mean |w|^p)^(1/p) of what `merge` makes of a weight, with a gradient of 0 where all weights are 0.
-
-    Args:
-        pieces: the weight (N, K), cut into rows; several are merged again one by one for the gradient.
-        p: exponent.
-        merge: of the rows of a piece, by themselves.
-    """
-
-    def mean(rows: Tensor) -> Tensor:
-        merged = merge(rows)
-        # even powers without abs(): its gradient costs another pass
-        return (merged.square().square() if p == 4 else merged.abs().pow(p)).mean()
-
-    if len(pieces) == 1:
-        found = mean(pieces[0])
-    else:
-        count = sum(map(len, pieces))
-        means = [checkpoint(mean, rows, use_reentrant=False, preserve_rng_state=False) for rows in pieces]
-        found = torch.stack([mean * (len(rows) / count) for mean, rows in zip(means, pieces, strict=True)]).sum()
-    return found.clamp_min(torch.finfo(found.dtype).tiny).pow(1 / p)
+def weight_norm(weight: Tensor, p: float) -> Tensor:
+    """(mean |w|^p)^(1/p), with a gradient of 0 where all weights are 0."""
+    # even powers without abs(): its gradient costs another pass
+    mean = (weight.square().square() if p == 4 else weight.abs().pow(p)).mean()
+    return mean.clamp_min(torch.finfo(mean.dtype).tiny).pow(1 / p)
 
 
 def train_local(
@@ -79,19 +63,17 @@ def train_local(
         optimization: over the transforms' parameters.
 
     Yields:
-        Metrics of each step.
+        Metrics of each step; the loss is of what it sees, the layers' times the number of turns.
 
     Raises:
         FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
     """
-    layers = parallel.share(list(enumerate(architecture.layer_modules(model))))
+    layers = list(enumerate(architecture.layer_modules(model)))
     ends = [(EMBEDDING, architecture.embedding), (HEAD, architecture.head)]
 
-    def backward(place: Place, module: nn.Module, name: str) -> float:
+    def backward(place: Place, weight: Tensor, name: str, factor: int = 1) -> float:
         """Adds the gradients of one weight's loss; returns the loss."""
-        weight = module.get_parameter("weight")
-        pieces = torch.split(weight, ROWS) if place in (EMBEDDING, HEAD) else (weight,)
-        loss = weight_norm(pieces, options.p, lambda rows: transforms.merge(place, rows, None)[0])
+        loss = factor * weight_norm(transforms.merge(place, weight, None)[0], options.p)
         if not bool(torch.isfinite(loss)):
             raise FPTQuantError(
                 f"step {optimization.step}: the loss of {name} is not finite; lower local.rate and local.rotation_rate"
@@ -100,18 +82,27 @@ def train_local(
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
+    def some_rows(weight: Tensor) -> Tensor:
+        """`ROWS` of an embedding's or a head's, at random; the same in each process, others in each step."""
+        if len(weight) <= ROWS:
+            return weight
+        generator = torch.Generator().manual_seed(optimization.step)
+        rows = torch.randperm(len(weight), generator=generator)[:ROWS].sort().values
+        return weight[rows.to(weight.device)]
+
     while optimization.step < optimization.steps:
         total = 0.0
         with transforms.reused(torch.float32):
-            for index, layer in layers:
+            for index, layer in parallel.share(layers[optimization.step % options.turns :: options.turns]):
                 with entered(layer):
                     for projection in reversed(architecture.projections_of(index)):
-                        module = layer.get_submodule(projection.path)
-                        total += backward(projection.at(index), module, architecture.projection_name(index, projection))
+                        name = architecture.projection_name(index, projection)
+                        weight = layer.get_submodule(projection.path).get_parameter("weight")
+                        total += backward(projection.at(index), weight, name, options.turns)
             if options.rotation_rate > 0 and any(transform.shared for transform in transforms):
                 for place, path in parallel.share(ends):
                     with entered(model.get_submodule(path)) as module:
-                        total += backward(place, module, path)
+                        total += backward(place, some_rows(module.get_parameter("weight")), path)
         total = parallel.sum_gradients(optimization.parameters.values(), total)
         norms = optimization.update()
         yield {"loss": total, **{f"gradient/{name}": norm for name, norm in norms.items()}}

@@ -269,16 +269,29 @@ def test_stage_one_names_the_layer_that_is_not_finite() -> None:
         list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
 
 
-def test_a_weight_in_pieces_has_the_loss_and_the_gradient_of_the_whole() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, matrix = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (21, 8))
-    found = []
-    for pieces in ((weight,), weight.split(8)):
-        leaf = matrix.clone().requires_grad_()
-        loss = local.weight_norm(pieces, 4.0, lambda rows, leaf=leaf: rows @ leaf)
-        loss.backward()
-        found.append(torch.cat((loss.detach()[None, None].expand(1, 8), leaf.grad)))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+def test_a_step_of_stage_one_sees_a_part_of_layers_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over its turns the layers' gradients add up to those of a step that sees all of them."""
+    monkeypatch.setattr(local, "ROWS", 16)
+    base, transforms, found = folded("gqa"), random_transforms("gqa"), []
+
+    class Watched(Optimization):
+        def update(self) -> dict[str, float]:
+            found.append({name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None})
+            self._adam.zero_grad(set_to_none=True)
+            self.step += 1
+            return {}
+
+    for turns, rotation_rate in ((1, 0.0), (2, 0.0), (1, 1e-2)):
+        options = local.LocalOptions(steps=2, turns=turns, rotation_rate=rotation_rate)
+        groups = transform_groups(transforms, 1e-2, 1e-2, in_weights=True)
+        list(local.train_local(base, LLAMA, transforms, options, Watched(groups, 2, clip=None)))
+    whole, again, first, second, *ends = found
+    assert all(torch.equal(gradient, again[name]) for name, gradient in whole.items())
+    for name, gradient in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, gradient, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(first[name], gradient, rtol=1e-2)
+    rotation = "rotation/transforms.T_r.skew"
+    assert not torch.equal(ends[0][rotation], ends[1][rotation])  # of other rows
 
 
 def test_stage_one_leaves_weights_of_zero_alone() -> None:
