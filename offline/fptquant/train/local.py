@@ -32,9 +32,9 @@ class LocalOptions(BaseModel):
 
     steps: NonNegativeInt = Field(0, description="0 leaves the transforms at their starting values")
     p: float = Field(4.0, gt=1, description="exponent of the norm")
-    rate: float = Field(1e-2, gt=0)
+    rate: float = Field(0.1, gt=0, description="of the layers' own transforms")
     rotation_rate: float = Field(1e-2, ge=0, description="of T_r; 0 keeps it at its start")
-    turns: PositiveInt = Field(1, description="steps in which each layer is seen once")
+    turns: PositiveInt = Field(4, description="steps in which each layer is seen once")
 
 
 def weight_norm(weight: Tensor, p: float) -> Tensor:
@@ -69,6 +69,7 @@ def train_local(
         FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
     """
     layers = list(enumerate(architecture.layer_modules(model)))
+    turns = min(options.turns, len(layers))
     ends = [(EMBEDDING, architecture.embedding), (HEAD, architecture.head)]
 
     def backward(place: Place, weight: Tensor, name: str, factor: int = 1) -> float:
@@ -93,12 +94,12 @@ def train_local(
     while optimization.step < optimization.steps:
         total = 0.0
         with transforms.reused(torch.float32):
-            for index, layer in parallel.share(layers[optimization.step % options.turns :: options.turns]):
+            for index, layer in parallel.share(layers[optimization.step % turns :: turns]):
                 with entered(layer):
                     for projection in reversed(architecture.projections_of(index)):
                         name = architecture.projection_name(index, projection)
                         weight = layer.get_submodule(projection.path).get_parameter("weight")
-                        total += backward(projection.at(index), weight, name, options.turns)
+                        total += backward(projection.at(index), weight, name, turns)
             if options.rotation_rate > 0 and any(transform.shared for transform in transforms):
                 for place, path in parallel.share(ends):
                     with entered(model.get_submodule(path)) as module:

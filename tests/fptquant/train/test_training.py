@@ -179,7 +179,7 @@ def test_every_parameter_learns(tmp_path: Path) -> None:
 
     base = folded("bias")
     groups = transform_groups(transforms, 1e-3, 1e-3)
-    list(local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=1), Watched(groups, 1)))
+    list(local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=1, turns=1), Watched(groups, 1)))
     trained = {name for name, _ in transforms.named_parameters()}
     assert {name.split("/")[1] for name in seen} == trained and min(seen.values()) > 0
 
@@ -266,7 +266,7 @@ def test_stage_one_names_the_layer_that_is_not_finite() -> None:
     with pytest.raises(
         FPTQuantError, match=r"step 0: the loss of model.layers.1.mlp.up_proj is not finite; lower local.rate"
     ):
-        list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
+        list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3, turns=1), optimization))
 
 
 def test_a_step_of_stage_one_sees_a_part_of_layers_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
