@@ -112,9 +112,8 @@ CHOICES = {
 }
 # With the calibration that they come with: 64 sequences, 128 in the last.
 SHIPPED = {name: {"recipe": name} for name in ("fptquant-light", "fptquant", "fptquant-best")}
-# Of each model, in minutes: no training, and a third of the training of scales and ranges.
-UNTRAINED: dict[str, Any] = {**LIGHT, "local": {"steps": 0}}
-FAMILY_RECIPES = {"untrained": UNTRAINED, "scales trained": {**UNTRAINED, "scales": {"steps": 50}}}
+# Of each model, in minutes: stage 1, and a third of the training of scales and ranges.
+FAMILY_RECIPES = {"fptquant-light": LIGHT, "scales trained": {**LIGHT, "scales": {"steps": 50}}}
 FAMILY_ROWS = {
     f"{model}: {name}": {**fields, "model": model} for model in FAMILIES for name, fields in FAMILY_RECIPES.items()
 }
