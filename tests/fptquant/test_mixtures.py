@@ -21,7 +21,9 @@ from fptquant.format import CheckpointConfig
 from fptquant.format.checks import require_consistent
 from fptquant.format.routing import mixture, route
 from fptquant.loading import load_model, open_source
-from fptquant.sensitivity import require_measurable
+from fptquant.run.models import transformed
+from fptquant.sensitivity import require_measurable, sites_of, spend
+from fptquant.sensitivity.sites import CACHES
 from fptquant.simulate import SimulatedLinear, install_simulation
 from fptquant.simulate.install import set_exact
 from fptquant.simulate.mixture import SparseMLP, separate_projections
@@ -189,6 +191,31 @@ def test_saved_again_by_transformers(variant: str, tmp_path: Path) -> None:
     assert torch.equal(load_model(open_source(out), residency="streamed")(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize(
+    ("precision", "budget"),
+    [("w4a4kv4", {"sites": 9}), ("w4a16", {"extra_bytes": 40_000, "weight_bits": 8})],
+)
+def test_a_budget_tells_no_experts_apart(precision: str, budget: dict[str, Any], tmp_path: Path) -> None:
+    """And leaves them the bits of their weights where GPUs have no kernel for others."""
+    job = make_job("qwen2_moe", tmp_path, precision=precision, budget={**budget, "windows": 2, "length": 16})
+    changed, spending = spend(job, transformed(job))
+    kinds = {choice.site.kind for choice in spending.choices}
+    wide = {choice.site for choice in spending.choices}
+    assert spending.after.kl < spending.before.kl and kinds & {"gate_up_input", "down_input", "down_weights"}
+    assert ("experts keep their bits" in "".join(job.source.notes)) == (precision == "w4a4kv4")
+    if precision == "w4a4kv4":
+        assert not kinds & {"gate_up_weights", "down_weights"}
+    for site in sites_of(changed):
+        if site.kind not in CACHES:
+            schemes = {changed.config.scheme_for(name) for name in site.modules(changed)}
+            assert len(schemes) == 1
+            (scheme,) = schemes
+            bits = scheme.activations.bits if site.is_input else scheme.weights.bits
+            assert (bits > 4) == (site in wide), site
+    assert len(changed.config.overrides) < 30  # patterns, not a name for each expert
+    require_measurable(changed)
+
+
 # -- what is computed --
 
 
@@ -221,11 +248,17 @@ def test_equal_experts_are_chosen_alike_in_any_batch() -> None:
 # -- refusals --
 
 
+LAST = "model.layers.1.mlp.experts.3.down_proj"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"rounding": {"method": "gptq", "hessian": "output"}}, "rounding.hessian: output weighs tokens"),
-        ({"budget": {"sites": 1}}, "budget: experts of a MixtralForCausalLM can't be measured"),
+        (
+            {"budget": {"sites": 1}, "overrides": [{"modules": LAST, "activations": {"bits": 4}}]},
+            rf"budget: experts of a layer are measured together, .*layers.1.mlp.experts.0.down_proj and {LAST} are ",
+        ),
         ({"transforms": {"T_d": {"block": 64}}}, "T_d: block 64 does not divide the intermediate size 96"),
     ],
 )
@@ -235,8 +268,9 @@ def test_impossible_recipes(fields: dict[str, Any], message: str, tmp_path: Path
 
 
 def test_what_can_not_be_measured(tmp_path: Path) -> None:
-    with pytest.raises(FPTQuantError, match="^sensitivity: experts of a MixtralForCausalLM"):
-        require_measurable(make_job("mixtral", tmp_path, transforms=[]))
+    require_measurable(make_job("mixtral", tmp_path, transforms=[], ignore=[r"re:.*\.experts\.\d\.down_proj$"]))
+    with pytest.raises(FPTQuantError, match=rf"^sensitivity: experts of a layer .* and {LAST} are quantized different"):
+        require_measurable(make_job("mixtral", tmp_path, transforms=[], ignore=[LAST]))
 
 
 def test_fused_files(tmp_path: Path) -> None:

@@ -181,6 +181,20 @@ def test_together_is_one_by_one(scheme: str, scaled: bool, dtype: torch.dtype, m
             assert torch.equal(output, expected)
 
 
+def test_wide_inputs_of_one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a budget chooses them: 4 bits into gate and up, 8 bits, symmetric, into down."""
+    wide = {"modules": r"re:model\.layers\.0\.mlp\.experts\.\d+\.down_proj$", "activations": {"bits": 8}}
+    quantization = config("w4a4", overrides=[wide])
+    built = prepare(fill(build(quantization)))
+    assert built.gate_up.adds_zero_point == built.down.adds_zero_point is False
+    chosen, x, scale = routes("many"), torch.randn(230, HIDDEN).bfloat16(), torch.rand(230, 1) + 0.5
+    one = torch.eye(COUNT)[torch.arange(230) % COUNT]
+    expected = loop(dense(quantization, torch.bfloat16, monkeypatch), x, scale, one, chosen)
+    assert torch.equal(built.together(x, scale, one, chosen), expected)
+    narrow = prepare(fill(build(config("w4a4"))))
+    assert not torch.equal(narrow.together(x, scale, one, chosen), expected)
+
+
 @contextmanager
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No GPU is pretended."""

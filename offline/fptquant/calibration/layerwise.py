@@ -184,7 +184,7 @@ def _quantize_group(
             part.copy_(linears[0].quantized_input(part))
     hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
     del seen  # as large as a Hessian
-    for some in _at_once(linears):
+    for some in at_once(linears):
         sizes = [linear.out_features for linear in some]
         clip = None
         if log_clip is not None:
@@ -194,7 +194,7 @@ def _quantize_group(
             linear.set_weight_codes(part, scale)
 
 
-def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:
+def at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:
     """Layers that share an input, in parts that are rounded together: three, or as many experts' as are no larger."""
     largest = max(WEIGHTS, 3 * max(linear.in_features * linear.out_features for linear in linears))
     parts: list[list[SimulatedLinear]] = [[]]

@@ -103,6 +103,12 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
     recipe = _with_starts(recipe)
+    budget = recipe.budget
+    if budget and budget.weights and source.architecture.mixtures and recipe.precision.activations.bits < 16:
+        note = (
+            "budget: weights of experts keep their bits, GPUs have no kernel that multiplies quantized inputs by others"
+        )
+        source = replace(source, notes=(*source.notes, note))
     sink, vocabulary = _sink(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
     source.require_length("calibration.length", recipe.calibration.length)
@@ -134,8 +140,11 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
-    if source.architecture.mixtures:
-        _check_mixture(source, recipe)
+    if source.architecture.mixtures and recipe.rounding.hessian == "output":
+        raise FPTQuantError(
+            f"rounding.hessian: output weighs tokens that all layers see, experts of a "
+            f"{source.architecture.class_name} don't; take 'input'"
+        )
     transforms = TransformSet(recipe.transforms, shape, recipe.seed).to(source.device)
     record = transforms.record()
     in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)
@@ -163,21 +172,12 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     )
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
+    if recipe.budget is not None:
+        require_alike_experts(source, config, "budget")
     _check_online(source, config, transforms)
     tied = was_tied(source) and untied_by(source, config, transforms) is None
     size = estimate_bytes(source, config, dtype, tied=tied)
     return Job(source, recipe, config, windows, training_windows, transforms, dtype, size, tied=tied)
-
-
-def _check_mixture(source: Source, recipe: Recipe) -> None:
-    """What isn't there yet for experts, who see a part of the tokens each."""
-    name = source.architecture.class_name
-    if recipe.rounding.hessian == "output":
-        raise FPTQuantError(
-            f"rounding.hessian: output weighs tokens that all layers see, experts of a {name} don't; take 'input'"
-        )
-    if recipe.budget is not None:
-        raise FPTQuantError(f"budget: experts of a {name} can't be measured one by one yet; leave it out")
 
 
 def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -286,6 +286,30 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
                 raise FPTQuantError(
                     f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
                     "so they need the same scheme; name them all"
+                )
+
+
+def require_alike_experts(source: Source, config: CheckpointConfig, what: str) -> None:
+    """Refuses what tells the experts of a layer apart, where they are to be measured together.
+
+    Args:
+        source: the model.
+        config: says how it is quantized.
+        what: measures them, for the message.
+
+    Raises:
+        FPTQuantError: names two experts of a layer that are quantized differently.
+    """
+    architecture = source.architecture
+    for layer in architecture.mixtures or ():
+        found = [group for group in architecture.groups_of(layer) if group.name == "down"]
+        names = [name for group in found for name in architecture.group_names(layer, group)]
+        schemes = [config.scheme_for(name) for name in names]
+        for name, scheme in zip(names, schemes, strict=True):
+            if scheme != schemes[0]:
+                raise FPTQuantError(
+                    f"{what}: experts of a layer are measured together, {names[0]} and {name} are quantized "
+                    "differently; name all of them in overrides and ignore, or none"
                 )
 
 
