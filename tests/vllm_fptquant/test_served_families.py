@@ -53,10 +53,10 @@ def test_a_tied_head_is_served(tmp_path: Path, one_process: None) -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_budget_over_experts_is_served(tmp_path: Path, one_process: None) -> None:
-    """Inputs of some experts at 8 bits, of others at 4; a shared expert's weights at 7."""
+    """Inputs of some experts at 8 bits, of others at 4; T_h in front of them, and not of the router."""
     budget = {"sites": 9, "windows": 2, "length": 24}
     fields = {"precision": "w4a4kv4", "rounding": {"method": "nearest"}, "budget": budget}
-    require_served(make_job("qwen2_moe", tmp_path, transforms=["T_k", "T_v", "T_r", "T_d", "S_n"], **fields), tmp_path)
+    require_served(make_job("qwen2_moe", tmp_path, transforms=["T_k", "T_h", "T_d", "S_n"], **fields), tmp_path)
     bought = json.loads((tmp_path / "out" / "fptquant" / "budget.json").read_text())["choices"]
     kinds = [choice["kind"] for choice in bought if choice["kind"] in ("down_input", "gate_up_input")]
     assert 0 < len(kinds) < 4, bought
