@@ -140,11 +140,6 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
-    if source.architecture.mixtures and recipe.rounding.hessian == "output":
-        raise FPTQuantError(
-            f"rounding.hessian: output weighs tokens that all layers see, experts of a "
-            f"{source.architecture.class_name} don't; take 'input'"
-        )
     transforms = TransformSet(recipe.transforms, shape, recipe.seed).to(source.device)
     record = transforms.record()
     in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)

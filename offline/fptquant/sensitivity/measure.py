@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import SecondHalf
-from fptquant.calibration.layerwise import at_once, observe_inputs, rounded_weights, second_moment, set_kv_ranges
+from fptquant.calibration.layerwise import (
+    Weighted,
+    observe_inputs,
+    round_parts,
+    routed_importance,
+    set_kv_ranges,
+    weighted_parts,
+)
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits
@@ -105,12 +112,16 @@ class Probe:
                     quantizer = _quantizer(attention)
                     quantizer.ready, quantizer.sides = False, set()
                 half: SecondHalf | None = None
+                importance = self._importance
                 for group in architecture.groups_of(index):
                     entering, part = inputs, layer
                     if group.first.path.startswith(f"{architecture.mlp}."):
-                        half = half or SecondHalf(layer, architecture, inputs)
+                        if half is None:
+                            half = SecondHalf(layer, architecture, inputs)
+                            importance = importance | routed_importance(half, index, architecture, self.job.recipe)
                         entering, part = half.of(group.first.expert)
-                    self._fit_group(index, group, wanted, entering, part)
+                    parts = weighted_parts(layer, index, group, architecture, importance)
+                    self._fit_group(index, group, wanted, parts, (entering, part))
                 assert half is not None
                 half.finish()
             yield index
@@ -135,33 +146,40 @@ class Probe:
         return Effect(max(0.0, kl / (windows * length)), math.exp(loss / (windows * (length - 1))))
 
     def _fit_group(
-        self, index: int, group: InputGroup, wanted: set[Site], inputs: LayerInputs, part: nn.Module
+        self,
+        index: int,
+        group: InputGroup,
+        wanted: set[Site],
+        parts: list[Weighted],
+        entering: tuple[LayerInputs, nn.Module],
     ) -> None:
-        """Ranges of an input and codes of the weights that read it, from what `inputs` become within `part`."""
+        """Ranges of an input and codes of the weights that read it.
+
+        Args:
+            index: of the layer.
+            group: of linear layers.
+            wanted: sites to be fitted.
+            parts: from `weighted_parts`.
+            entering: inputs, and what they go through up to the group.
+        """
         source, weights = Site(f"{group.name}_input", index), Site(f"{group.name}_weights", index)
         if source not in wanted and weights not in wanted:
             return
-        linears, recipe = self._members(index, group), self.job.recipe
-        scheme = linears[0].scheme
+        first, recipe = parts[0][0][0], self.job.recipe
+        scheme = first.scheme
         assert scheme is not None
-        seen = observe_inputs(linears[0], inputs, part)  # (tokens, K)
+        seen = observe_inputs(first, *entering)  # (tokens, K)
         if source in wanted:
             for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
                 scale, zero_point = search_input_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
                 found = _Range(scale, *code_bounds(zero_point, kind.bits))
                 self._ranges.setdefault((source, wide), []).append(found)
         if weights in wanted:
-            importance = self._importance.get(self.job.source.architecture.group_names(index, group)[0])
-            hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
-            del seen
             total = sum(linear.in_features * linear.out_features for linear in self._linears(weights))
             total *= sum(site.kind == weights.kind for site in wanted)
-            for some in at_once(linears):
-                codes, scale = rounded_weights(some, scheme.weights.bits, hessian, recipe)
-                sizes = [linear.out_features for linear in some]
-                for part_codes, part_scale in zip(*(torch.split(x, sizes) for x in (codes, scale)), strict=True):
-                    kept = _Codes(put_away(part_codes.to(torch.int8), total), part_scale)
-                    self._codes.setdefault(weights, []).append(kept)
+            for _, codes, scale in round_parts(parts, seen, recipe):
+                kept = _Codes(put_away(codes.to(torch.int8), total), scale)
+                self._codes.setdefault(weights, []).append(kept)
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
