@@ -275,8 +275,9 @@ def make_job(variant: str, path: Path, **fields: Any) -> Job:
             build(variant).save_pretrained(model)
             build_tokenizer(bos=True).save_pretrained(model)
     (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:12000], encoding="utf-8")
-    calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32, **fields.pop("calibration", {})}
-    recipe = {"calibration": calibration, "training": {"sequences": 6, "length": 24}, **fields}
-    job = open_job(model, Recipe.parse(recipe))
+    calibration = {"source": str(path / "text.txt"), "sequences": 4, "length": 32}
+    job = open_job(
+        model, Recipe.parse({"calibration": calibration, "training": {"sequences": 6, "length": 24}, **fields})
+    )
     job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
     return job

@@ -193,8 +193,7 @@ def routed_importance(
     Returns:
         By name of each expert's first layer in a group, (sequences, tokens that count); nothing without experts.
     """
-    options = recipe.rounding
-    if recipe.calibration.routing == "all" or options.method == "nearest" or options.hessian == "output":
+    if recipe.rounding.hessian != "routed" or recipe.rounding.method == "nearest":
         return {}
     first = [members[0] for group in architecture.groups_of(index) for members in group.by_expert]
     shares = {expert: half.shares(expert) for expert in {item.expert for item in first} if expert is not None}

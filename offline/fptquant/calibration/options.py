@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
@@ -22,7 +20,4 @@ class CalibrationOptions(BaseModel):
     field: str = Field("text", description="column of a dataset: text, chats (through the chat template) or token ids")
     sequences: PositiveInt = 64
     length: int = Field(512, ge=8)
-    routing: Literal["all", "weighted"] = Field(
-        "all", description="how experts are rounded: for all tokens alike, or each by what the router gives it of them"
-    )
     special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")

@@ -26,7 +26,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     With d_t the gradient of the next-token cross entropy with respect to the output W x_t of a group, sum_t |d_t|^2
     x_t x_t^T is the token-diagonal form of the output-adaptive Hessian (OAC, Edalati et al., arXiv 2405.15025).
     An expert of a mixture is a group of its own: d_t holds what the router multiplies its output by, and is zero for
-    tokens that don't go through it; such tokens count as with `calibration.routing: weighted` (`halves.with_floor`).
+    tokens that don't go through it; such tokens have a floor (`halves.with_floor`).
     All sequences go forward through a layer before the next is read, and backward likewise; what entered each layer is
     kept between.
 

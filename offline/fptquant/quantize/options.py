@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.quantize.ranges import InputRangeOptions, RangeOptions
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.quantize.weights import WeightRangeOptions
@@ -24,10 +23,6 @@ class QuantizeOptions(Protocol):
     @property
     def kv_range(self) -> RangeOptions:
         """How ranges of keys and values are chosen."""
-
-    @property
-    def calibration(self) -> CalibrationOptions:
-        """What ranges and rounding are fitted to."""
 
     @property
     def rounding(self) -> RoundingOptions:
