@@ -14,7 +14,8 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import Override, WeightScheme, packed_words
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
-from fptquant.run.job import Job, linear_sizes, with_recipe
+from fptquant.run.job import Job, with_recipe
+from fptquant.run.sizes import linear_sizes
 from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe
 from fptquant.sensitivity.sites import INPUTS, WEIGHTS, Site, sites_of
 from fptquant.wiring import SHARED

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fptquant.errors import unknown
 from fptquant.format import LinearScheme
-from fptquant.run.job import Job, require_alike_experts
+from fptquant.run.checks import require_alike_experts
+from fptquant.run.job import Job
 from fptquant.wiring import SHARED, InputGroup, Projection
 
 GROUPS = ("qkv", "o", "gate_up", "down", "shared_down")  # names of input groups (`fptquant.wiring`)
