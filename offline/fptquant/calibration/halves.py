@@ -91,10 +91,9 @@ class SecondHalf:
         self._inputs.masks = masks
 
     def _route(self, mixture: SparseMLP) -> None:
+        """Weights and numbers of the experts that each token goes through, (sequences, tokens, count)."""
         found = [(x.shape[:2], *mixture.route(x.flatten(0, 1))) for x in self._read()]
-        self._weights = torch.cat(
-            [weights.view(*shape, -1) for shape, weights, _ in found]
-        )  # (sequences, tokens, count)
+        self._weights = torch.cat([weights.view(*shape, -1) for shape, weights, _ in found])
         self._chosen = torch.cat([chosen.view(*shape, -1) for shape, _, chosen in found])
         mixture.routed = parallel.summed(torch.bincount(self._chosen.flatten(), minlength=len(mixture.experts)))
 

@@ -232,25 +232,41 @@ def _quantize_group(
             linear.set_input_quantizer(scale, zero_point)
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
-    for linear, codes, scale in round_parts(parts, seen, recipe, log_clip):
+    hessians = hessians_of(parts, seen, recipe)
+    del seen  # as large as a Hessian
+    for linear, codes, scale in round_parts(parts, hessians, recipe, log_clip):
         linear.set_weight_codes(codes, scale)
 
 
+def hessians_of(parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions) -> Iterator[Tensor | None]:
+    """The Hessian of each part, one after the other; None for rounding to nearest. Lets `seen` go before the last.
+
+    Args:
+        parts: from `weighted_parts`.
+        seen: (tokens, K), what they read.
+        recipe: how weights are rounded.
+    """
+    for number, (_, importance) in enumerate(parts):
+        hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+        if number + 1 == len(parts):
+            del seen
+        yield hessian
+        del hessian
+
+
 def round_parts(
-    parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions, log_clip: Tensor | None = None
+    parts: list[Weighted], hessians: Iterator[Tensor | None], recipe: QuantizeOptions, log_clip: Tensor | None = None
 ) -> Iterator[tuple[SimulatedLinear, Tensor, Tensor]]:
     """Each of the layers that share an input, its integer codes (N, K) and channel scales (N, 1).
 
     Args:
         parts: from `weighted_parts`.
-        seen: (tokens, K), what they read.
+        hessians: from `hessians_of`.
         recipe: how.
         log_clip: (sum of N, 1), learned clipping of the weights.
     """
-    for number, (linears, importance) in enumerate(parts):
-        hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
-        if number + 1 == len(parts):
-            del seen  # as large as a Hessian
+    for linears, _ in parts:
+        hessian = next(hessians)
         for some in _at_once(linears):
             assert some[0].scheme is not None
             sizes = [linear.out_features for linear in some]
@@ -259,6 +275,7 @@ def round_parts(
                 clip, log_clip = log_clip[: sum(sizes)], log_clip[sum(sizes) :]
             codes, scales = rounded_weights(some, some[0].scheme.weights.bits, hessian, recipe, clip)
             yield from zip(some, torch.split(codes, sizes), torch.split(scales, sizes), strict=True)
+        del hessian  # before the next is computed
 
 
 def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:

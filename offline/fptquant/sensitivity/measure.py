@@ -15,6 +15,7 @@ from fptquant import parallel
 from fptquant.calibration.halves import SecondHalf
 from fptquant.calibration.layerwise import (
     Weighted,
+    hessians_of,
     observe_inputs,
     round_parts,
     routed_importance,
@@ -177,7 +178,9 @@ class Probe:
         if weights in wanted:
             total = sum(linear.in_features * linear.out_features for linear in self._linears(weights))
             total *= sum(site.kind == weights.kind for site in wanted)
-            for _, codes, scale in round_parts(parts, seen, recipe):
+            hessians = hessians_of(parts, seen, recipe)
+            del seen
+            for _, codes, scale in round_parts(parts, hessians, recipe):
                 kept = _Codes(put_away(codes.to(torch.int8), total), scale)
                 self._codes.setdefault(weights, []).append(kept)
 

@@ -67,7 +67,7 @@ class Site:
 
 
 def require_measurable(job: Job) -> None:
-    """Refuses models whose sites are no sites.
+    """Refuses jobs in which what would be one site is quantized in several ways.
 
     Raises:
         FPTQuantError: experts of a layer are quantized differently.
