@@ -61,8 +61,8 @@ class RichStages(Stages):
 def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
     from fptquant.devices import CPU, free_memory
-    from fptquant.run.job import sink_obstacle
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
+    from fptquant.run.sink import sink_obstacle
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config

@@ -12,7 +12,7 @@ import fptquant.quantize.rounding
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.format import CheckpointConfig
 from fptquant.recipe import Recipe
-from fptquant.run.job import head_scheme
+from fptquant.run.head import head_scheme
 from fptquant.simulate import install_simulation
 from fptquant.transforms import TransformSet
 from fptquant.wiring.llama import LLAMA

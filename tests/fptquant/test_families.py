@@ -564,7 +564,8 @@ def test_a_tensor_under_two_names(variant: str, multimodal: tuple[PreTrainedMode
 def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) -> None:
     """And each transform's parameters get a gradient, in every layer."""
     fields = {"precision": "w4a8kv8", "head_bits": 16, "rounding": {"method": "nearest"}}
-    job = make_job(variant, tmp_path, transforms=possible(variant, FPTQUANT), **fields)
+    names = [*FPTQUANT, "T_h"] if family_of(variant).mixture else FPTQUANT
+    job = make_job(variant, tmp_path, transforms=possible(variant, names), **fields)
     family, simulation = job.source.architecture, with_constants(job)
     for _ in calibrate_and_round(simulation, family, job.recipe, job.windows):
         pass

@@ -1,6 +1,8 @@
 """The weights of tokens in an output-adaptive Hessian, against autograd on the plain model."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from transformers import LlamaForCausalLM
 
 import fptquant.calibration.layerwise
 import fptquant.quantize.rounding
+from fptquant.calibration.halves import FLOOR
 from fptquant.calibration.output_gradients import token_weights
-from fptquant.simulate import simulated_linears
+from fptquant.format import CheckpointConfig
+from fptquant.simulate import install_simulation, simulated_linears
+from fptquant.simulate.mixture import SparseMLP, separate_projections
 from fptquant.wiring.llama import LLAMA
+from tests import families
 
 Simulate = Callable[..., LlamaForCausalLM]
 MakeModel = Callable[..., LlamaForCausalLM]
@@ -34,7 +40,7 @@ def reference(model: LlamaForCausalLM, windows: Tensor) -> dict[str, Tensor]:
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
             loss = -torch.log_softmax(logits, -1).gather(-1, window[1:, None]).sum()
             for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-                norms.setdefault(name, []).append(gradient[0].pow(2).sum(-1))
+                norms.setdefault(name, []).append(gradient.flatten(0, -2).pow(2).sum(-1))
     for handle in handles:
         handle.remove()
     return {name: torch.cat(values) for name, values in norms.items()}
@@ -51,6 +57,47 @@ def test_weights_equal_autograd(kind: str, make_model: MakeModel, simulate: Simu
         assert isinstance(total, Tensor) and values.shape == windows.shape
         torch.testing.assert_close(values.flatten(), total / total.mean(), rtol=1e-3, atol=1e-5, msg=name)
     assert found["lm_head"][:, -1].abs().max() == 0  # the last token predicts nothing
+
+
+@pytest.mark.parametrize("variant", ["qwen2_moe", "qwen3_moe with windows", "mixtral"])
+def test_weights_of_experts_equal_autograd(variant: str, windows: Tensor) -> None:
+    """Each expert is a group of its own; a token counts for those that it goes through, others have a floor."""
+    family, tokens = families.family_of(variant), windows[:, :12]
+    plain = separate_projections(families.build(variant), family)
+    simulation = copy.deepcopy(plain)
+    install_simulation(simulation, family, CheckpointConfig())
+    found = token_weights(simulation, family, tokens)
+    chosen: dict[str, list[Tensor]] = {}
+
+    def route(name: str, mixture: nn.Module, args: tuple[Tensor, ...]) -> None:
+        gate = args[0].flatten(0, 1) @ mixture.get_parameter("gate.weight").T
+        chosen.setdefault(name, []).append(gate.topk(plain.config.num_experts_per_tok).indices)
+
+    for name, module in plain.named_modules():
+        if isinstance(module, SparseMLP):
+            module.register_forward_pre_hook(partial(route, name))
+    expected: dict[str, list[Tensor]] = {}
+    for window in tokens:
+        for name, norms in reference(plain, window[None]).items():
+            expected.setdefault(name, []).append(norms)
+    checked = 0
+    for name, values in found.items():
+        mixture, _, place = name.partition(".experts.")
+        if not place:
+            continue
+        total = torch.zeros(values.shape)
+        for index in range(len(tokens)):
+            there = (chosen[mixture][index] == int(place.split(".")[0])).any(-1)
+            for each in GROUPS.get(name.rpartition(".")[2], ("down_proj",)):
+                norms = expected.get(f"{name.rpartition('.')[0]}.{each}")
+                if bool(there.any()):
+                    assert norms is not None
+                    total[index, there] += norms.pop(0)
+            assert bool((values[index, ~there] == FLOOR).all())
+        torch.testing.assert_close(values, total / total.mean() + FLOOR, rtol=1e-3, atol=1e-5, msg=name)
+        checked += 1
+    shape = family.shape(plain.config)
+    assert checked == 2 * shape.experts * shape.mixtures
 
 
 def test_residual_scale_is_taken_out(make_model: MakeModel, simulate: Simulate, windows: Tensor) -> None:

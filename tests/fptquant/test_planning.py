@@ -16,7 +16,8 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import InputHadamard
 from fptquant.loading import load_model
 from fptquant.recipe import Recipe
-from fptquant.run.job import Job, open_job, sink_obstacle, with_recipe
+from fptquant.run.job import Job, open_job, with_recipe
+from fptquant.run.sink import sink_obstacle
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.wiring import FAMILIES
 from fptquant.wiring.llama import LLAMA

@@ -57,7 +57,7 @@ def merge(model: Any, transforms: TransformSet, family: Architecture = LLAMA) ->
     record = transforms.record()
     blocks: dict[str, int | None] = dict.fromkeys(group.name for group in family.groups)
     blocks.update(record.input_hadamard or {})
-    blocks["down"] = None if record.down_hadamard is None else record.down_hadamard.block
+    blocks["down"] = blocks["shared_down"] = None if record.down_hadamard is None else record.down_hadamard.block
     for index, layer in enumerate(family.layer_modules(model)):
         for group in family.groups_of(index):
             if (block := blocks[group.name]) is None:

@@ -20,7 +20,15 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.platforms import current_platform
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import ActivationScheme, DownHadamard, TransformRecord, WeightScheme, pack_codes, round_scale
+from fptquant.format import (
+    ActivationScheme,
+    DownHadamard,
+    InputHadamard,
+    TransformRecord,
+    WeightScheme,
+    pack_codes,
+    round_scale,
+)
 from fptquant.format.routing import mixture
 from tests.families import config_of, family_of
 from tests.vllm_fptquant import gpu_emulation
@@ -56,9 +64,10 @@ def world(parallel_world: Callable[[int, int], None], monkeypatch: pytest.Monkey
     return pretend
 
 
-def config(scheme: str, *, scaled: bool = True, **fields: Any) -> FPTQuantConfig:
+def config(scheme: str, *, scaled: bool = True, rotated: bool = False, **fields: Any) -> FPTQuantConfig:
     bits, activations = SCHEMES[scheme]
-    transforms = TransformRecord(down_hadamard=DownHadamard(block=16), residual_scale=scaled)
+    rotation = InputHadamard(gate_up=32) if rotated else None
+    transforms = TransformRecord(down_hadamard=DownHadamard(block=16), input_hadamard=rotation, residual_scale=scaled)
     return quant_config(weights=WeightScheme(bits=bits), activations=activations, transforms=transforms, **fields)
 
 
@@ -156,11 +165,14 @@ ROUTES = ("one token", "one expert has no tokens", "all tokens to the same", "ma
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("transforms", ["scaled", "rotated", "scaled and rotated", "neither"])
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_together_is_one_by_one(scheme: str, scaled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_is_one_by_one(
+    scheme: str, transforms: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every bit of what an expert puts out; sums of them in float32 differ by their order."""
-    quantization = config(scheme, scaled=scaled)
+    scaled = "scaled" in transforms
+    quantization = config(scheme, scaled=scaled, rotated="rotated" in transforms)
     built, apart = prepare(fill(build(quantization, dtype))), dense(quantization, dtype, monkeypatch)
     assert not any(parameter.numel() for name, parameter in built.experts.named_parameters())
     for case in ROUTES:
@@ -181,6 +193,20 @@ def test_together_is_one_by_one(scheme: str, scaled: bool, dtype: torch.dtype, m
             assert torch.equal(output, expected)
 
 
+def test_wide_inputs_of_one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a budget chooses them: 4 bits into gate and up, 8 bits, symmetric, into down."""
+    wide = {"modules": r"re:model\.layers\.0\.mlp\.experts\.\d+\.down_proj$", "activations": {"bits": 8}}
+    quantization = config("w4a4", overrides=[wide])
+    built = prepare(fill(build(quantization)))
+    assert built.gate_up.adds_zero_point == built.down.adds_zero_point is False
+    chosen, x, scale = routes("many"), torch.randn(230, HIDDEN).bfloat16(), torch.rand(230, 1) + 0.5
+    one = torch.eye(COUNT)[torch.arange(230) % COUNT]
+    expected = loop(dense(quantization, torch.bfloat16, monkeypatch), x, scale, one, chosen)
+    assert torch.equal(built.together(x, scale, one, chosen), expected)
+    narrow = prepare(fill(build(config("w4a4"))))
+    assert not torch.equal(narrow.together(x, scale, one, chosen), expected)
+
+
 @contextmanager
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No GPU is pretended."""
@@ -193,12 +219,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("variant", ["qwen2_moe", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a8 asymmetric", "w4a4"])
 def test_as_on_cpus(scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Router, shared expert and S included: what the CPU computes in float32, but for 16-bit numbers in between."""
+    """Router, T_h, shared expert and S included: what the CPU computes in float32, but for 16-bit numbers."""
     with on_cpu(monkeypatch):
-        exact = fill(build(config(scheme), torch.float32, variant))
+        exact = fill(build(config(scheme, rotated=True), torch.float32, variant))
         for _, layer in projections(exact):
             layer.quant_method.process_weights_after_loading(layer)
-    built = prepare(fill(build(config(scheme), torch.float16, variant)))
+    built = prepare(fill(build(config(scheme, rotated=True), torch.float16, variant)))
     for mixed in (exact, built):
         mixed.gate.weight[1] = mixed.gate.weight[3]  # a tie for every token
     torch.manual_seed(0)
@@ -212,6 +238,9 @@ def test_as_on_cpus(scheme: str, variant: str, monkeypatch: pytest.MonkeyPatch) 
     tolerance = 0.05 if scheme == "w4a4" else 0.01  # some codes of what down projections read fall the other way
     assert error(output) < tolerance, error(output)
     assert error(built(x, scale * 1.1)) > 2 * tolerance
+    unrotated = prepare(fill(build(config(scheme), torch.float16, variant)))
+    unrotated.gate.weight[1] = unrotated.gate.weight[3]
+    assert error(unrotated(x, scale)) > 2 * tolerance
     built.down.stacked["input_scale"].copy_(built.down.stacked["input_scale"].roll(1))
     assert error(built(x, scale)) > 2 * tolerance  # another expert's quantizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_tied_head_is_served(tmp_path: Path, one_process: None) -> None:
     job = make_job("qwen2", tmp_path, **fields)
     assert job.tied
     require_served(job, tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_budget_over_experts_is_served(tmp_path: Path, one_process: None) -> None:
+    """Inputs of some experts at 8 bits, of others at 4; T_h in front of them, and not of the router."""
+    budget = {"sites": 9, "windows": 2, "length": 24}
+    fields = {"precision": "w4a4kv4", "rounding": {"method": "nearest"}, "budget": budget}
+    require_served(make_job("qwen2_moe", tmp_path, transforms=["T_k", "T_h", "T_d", "S_n"], **fields), tmp_path)
+    bought = json.loads((tmp_path / "out" / "fptquant" / "budget.json").read_text())["choices"]
+    kinds = [choice["kind"] for choice in bought if choice["kind"] in ("down_input", "gate_up_input")]
+    assert 0 < len(kinds) < 4, bought
 
 
 def require_served(job: Job, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ and none is fitted to a handful of tokens. What leaves the layer, and the next o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,9 @@ from fptquant import parallel
 from fptquant.layers.inputs import LayerInputs
 from fptquant.simulate.mixture import SparseMLP
 from fptquant.simulate.modules import SimulatedDecoderLayer
-from fptquant.wiring import Architecture
+from fptquant.wiring import SHARED, Architecture
+
+FLOOR = 0.1  # what a token counts to an expert that it does not go through; a token on average counts one
 
 
 class _Part(nn.Module):
@@ -37,7 +39,7 @@ class SecondHalf:
 
     @torch.no_grad()
     def __init__(self, layer: nn.Module, architecture: Architecture, inputs: LayerInputs) -> None:
-        """Takes the inputs through the layer's attention; of a mixture, counts how many tokens each expert gets.
+        """Takes the inputs through the layer's attention; of a mixture, notes which experts each token goes through.
 
         Args:
             layer: of a simulation, quantized up to its MLP.
@@ -49,7 +51,7 @@ class SecondHalf:
         _advance(inputs, _Part(layer.attended), inputs.arguments[layer])
         self._mlp = layer.get_submodule(architecture.mlp)
         if isinstance(self._mlp, SparseMLP):
-            self._count(self._mlp)
+            self._route(self._mlp)
 
     def of(self, expert: int | None) -> tuple[LayerInputs, nn.Module]:
         """What enters, and what it goes through: the MLP, or the expert of this number."""
@@ -61,23 +63,58 @@ class SecondHalf:
         return replace(self._inputs, arguments={part: {}}, masks=None), part
 
     @torch.no_grad()
+    def shares(self, expert: int) -> Tensor:
+        """How much each token counts to an expert: by the square of what its output there is multiplied by.
+
+        So the error of an expert's output is weighed as in that of the mixture. A token that does not go through it
+        counts `FLOOR` times as much as one does on average; all alike, where none goes through it.
+
+        Args:
+            expert: its number, or `SHARED`.
+
+        Returns:
+            (sequences, tokens that count).
+        """
+        mixture = self._mlp
+        assert isinstance(mixture, SparseMLP)
+        if expert == SHARED:
+            found = torch.cat([mixture.shared_weight(x)[..., 0] for x in self._read()])
+        else:
+            found = (self._weights * (self._chosen == expert)).sum(-1)
+        return with_floor(found.square())
+
+    @torch.no_grad()
     def finish(self) -> None:
         """Takes the inputs through the rest of the layer, once it is quantized."""
         masks, self._inputs.masks = self._inputs.masks, None
         _advance(self._inputs, _Part(self._layer.behind_attention), {})
         self._inputs.masks = masks
 
-    def _count(self, mixture: SparseMLP) -> None:
-        routed = torch.zeros(len(mixture.experts), dtype=torch.int64, device=self._inputs.device)
+    def _route(self, mixture: SparseMLP) -> None:
+        """Weights and numbers of the experts that each token goes through, (sequences, tokens, count)."""
+        found = [(x.shape[:2], *mixture.route(x.flatten(0, 1))) for x in self._read()]
+        self._weights = torch.cat([weights.view(*shape, -1) for shape, weights, _ in found])
+        self._chosen = torch.cat([chosen.view(*shape, -1) for shape, _, chosen in found])
+        mixture.routed = parallel.summed(torch.bincount(self._chosen.flatten(), minlength=len(mixture.experts)))
 
-        def count(x: Tensor, scale: Tensor | None) -> Tensor:
-            _, chosen = mixture.route(x[:, self._inputs.first :].flatten(0, 1))
-            routed.add_(torch.bincount(chosen.flatten(), minlength=len(routed)))
-            return x
-
+    @torch.no_grad()
+    def _read(self) -> Iterator[Tensor]:
+        """What the MLP reads of the tokens that count, (batch, tokens, hidden), batch by batch."""
         for hidden in self._inputs.hidden:
-            self._layer.through(count, hidden.to(self._inputs.device))
-        mixture.routed = parallel.summed(routed)
+            found: list[Tensor] = []
+
+            def see(x: Tensor, scale: Tensor | None, found: list[Tensor] = found) -> Tensor:
+                found.append(x[:, self._inputs.first :])
+                return x
+
+            self._layer.through(see, hidden.to(self._inputs.device))
+            yield found[0]
+
+
+def with_floor(weights: Tensor) -> Tensor:
+    """Weights of tokens of an expert, divided by their mean over all processes, plus `FLOOR`."""
+    mean = parallel.joined(weights).mean()
+    return weights / mean.clamp_min(torch.finfo(weights.dtype).tiny) + FLOOR
 
 
 def _advance(inputs: LayerInputs, part: nn.Module, arguments: dict[str, Any]) -> None:

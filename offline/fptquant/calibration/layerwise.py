@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,9 @@ from fptquant.quantize import channel_scale, search_input_range, search_range, w
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
-from fptquant.wiring import Architecture, InputGroup, Role
+from fptquant.wiring import Architecture, InputGroup, Projection, Role
+
+Weighted = tuple[list[SimulatedLinear], Tensor | None]  # and how much tokens count, (sequences, tokens); None: alike
 
 _TOKENS = 4096  # handled at once, where a copy is needed
 WEIGHTS = 1 << 26  # of experts that are rounded at once
@@ -60,7 +62,9 @@ def calibrate_and_round(
     layers = architecture.layer_modules(model)
     head = model.get_submodule(architecture.head)
     windows = parallel.part(windows)
-    importance = token_weights(model, architecture, windows) if recipe.rounding.hessian == "output" else {}
+    importance: dict[str, Tensor] = {}
+    if recipe.rounding.hessian == "output":
+        importance = token_weights(model, architecture, windows)
     inputs = first_inputs(model, architecture, windows)
     ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
 
@@ -76,12 +80,15 @@ def calibrate_and_round(
             if not finished:
                 catch_up()
             half: SecondHalf | None = None
+            here = importance
             for group in () if finished else architecture.groups_of(index):
                 entering, part = inputs, layer
                 if group.first.path.startswith(f"{architecture.mlp}."):
-                    half = half or SecondHalf(layer, architecture, inputs)
+                    if half is None:
+                        half = SecondHalf(layer, architecture, inputs)
+                        here = importance | routed_importance(half, index, architecture, recipe)
                     entering, part = half.of(group.first.expert)
-                _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, importance, clipping)
+                _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, here, clipping)
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
             if half is None:
@@ -97,7 +104,7 @@ def calibrate_and_round(
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
         entering = replace(inputs, arguments={final: {}}, masks=None)  # a constant first token does not count
-        _quantize_group([head], architecture.head, entering, final, recipe, importance.get(architecture.head))
+        _quantize_group([([head], importance.get(architecture.head))], architecture.head, entering, final, recipe)
         if store is not None:
             store.save(architecture.head, head.state_dict())
 
@@ -136,39 +143,82 @@ def _quantize_input_group(
         architecture: of the model.
         entering: inputs, and what they go through up to the group: the layer, or a part of it.
         recipe: ranges and rounding.
-        importance: of tokens, by name of a group's first layer.
+        importance: of tokens, by name of a group's first layer, or of an expert's first in it.
         clipping: learned, by layer name.
     """
     inputs, part = entering
-    modules = [layer.get_submodule(projection.path) for projection in group.members]
-    linears = [x for x in modules if isinstance(x, SimulatedLinear)]
     names = architecture.group_names(index, group)
     log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
-    _quantize_group(linears, names[0], inputs, part, recipe, importance.get(names[0]), log_clip)
+    parts = weighted_parts(layer, index, group, architecture, importance)
+    _quantize_group(parts, names[0], inputs, part, recipe, log_clip)
     if any(projection.role is Role.VALUE for projection in group.members):
         set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
 
 
+def weighted_parts(
+    layer: nn.Module, index: int, group: InputGroup, architecture: Architecture, importance: Mapping[str, Tensor]
+) -> list[Weighted]:
+    """Linear layers of a group that share a Hessian: all, or those of each expert where tokens count for it alone.
+
+    Args:
+        layer: with the group.
+        index: of the layer.
+        group: to be quantized.
+        architecture: of the model.
+        importance: of tokens, by name of a group's first layer, or of an expert's first in it.
+    """
+
+    def linears(members: Iterable[Projection]) -> list[SimulatedLinear]:
+        modules = (layer.get_submodule(projection.path) for projection in members)
+        return [module for module in modules if isinstance(module, SimulatedLinear)]
+
+    experts = group.by_expert
+    weights = [importance.get(architecture.projection_name(index, members[0])) for members in experts]
+    if all(found is None for found in weights):
+        return [(linears(group.members), None)]
+    return [(linears(members), found) for members, found in zip(experts, weights, strict=True)]
+
+
+def routed_importance(
+    half: SecondHalf, index: int, architecture: Architecture, recipe: QuantizeOptions
+) -> dict[str, Tensor]:
+    """How much tokens count in the Hessian of each expert of a layer, where that is what the router says.
+
+    Args:
+        half: of the layer.
+        index: of the layer.
+        architecture: of the model.
+        recipe: says whether it is.
+
+    Returns:
+        By name of each expert's first layer in a group, (sequences, tokens that count); nothing without experts.
+    """
+    if recipe.rounding.hessian != "routed" or recipe.rounding.method == "nearest":
+        return {}
+    first = [members[0] for group in architecture.groups_of(index) for members in group.by_expert]
+    shares = {expert: half.shares(expert) for expert in {item.expert for item in first} if expert is not None}
+    return {architecture.projection_name(index, item): shares[item.expert] for item in first if item.expert in shares}
+
+
 def _quantize_group(
-    linears: list[SimulatedLinear],
+    parts: list[Weighted],
     name: str,
     inputs: LayerInputs,
     layer: nn.Module,
     recipe: QuantizeOptions,
-    importance: Tensor | None = None,
     log_clip: Tensor | None = None,
 ) -> None:
     """Fixes the input range and rounds the weights.
 
     Args:
-        linears: the layers that share the input.
+        parts: the layers that share the input.
         name: of the first, for errors.
         inputs: of the layer they belong to.
         layer: that layer.
         recipe: how.
-        importance: (sequences, tokens), weighs the Hessian's tokens.
         log_clip: (sum of N, 1), learned clipping of the weights.
     """
+    linears = [linear for members, _ in parts for linear in members]
     scheme = linears[0].scheme
     if scheme is None:
         return
@@ -182,16 +232,50 @@ def _quantize_group(
             linear.set_input_quantizer(scale, zero_point)
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
-    hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+    hessians = hessians_of(parts, seen, recipe)
     del seen  # as large as a Hessian
-    for some in _at_once(linears):
-        sizes = [linear.out_features for linear in some]
-        clip = None
-        if log_clip is not None:
-            clip, log_clip = log_clip[: sum(sizes)], log_clip[sum(sizes) :]
-        codes, scales = rounded_weights(some, scheme.weights.bits, hessian, recipe, clip)
-        for linear, part, scale in zip(some, torch.split(codes, sizes), torch.split(scales, sizes), strict=True):
-            linear.set_weight_codes(part, scale)
+    for linear, codes, scale in round_parts(parts, hessians, recipe, log_clip):
+        linear.set_weight_codes(codes, scale)
+
+
+def hessians_of(parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions) -> Iterator[Tensor | None]:
+    """The Hessian of each part, one after the other; None for rounding to nearest. Lets `seen` go before the last.
+
+    Args:
+        parts: from `weighted_parts`.
+        seen: (tokens, K), what they read.
+        recipe: how weights are rounded.
+    """
+    for number, (_, importance) in enumerate(parts):
+        hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+        if number + 1 == len(parts):
+            del seen
+        yield hessian
+        del hessian
+
+
+def round_parts(
+    parts: list[Weighted], hessians: Iterator[Tensor | None], recipe: QuantizeOptions, log_clip: Tensor | None = None
+) -> Iterator[tuple[SimulatedLinear, Tensor, Tensor]]:
+    """Each of the layers that share an input, its integer codes (N, K) and channel scales (N, 1).
+
+    Args:
+        parts: from `weighted_parts`.
+        hessians: from `hessians_of`.
+        recipe: how.
+        log_clip: (sum of N, 1), learned clipping of the weights.
+    """
+    for linears, _ in parts:
+        hessian = next(hessians)
+        for some in _at_once(linears):
+            assert some[0].scheme is not None
+            sizes = [linear.out_features for linear in some]
+            clip = None
+            if log_clip is not None:
+                clip, log_clip = log_clip[: sum(sizes)], log_clip[sum(sizes) :]
+            codes, scales = rounded_weights(some, some[0].scheme.weights.bits, hessian, recipe, clip)
+            yield from zip(some, torch.split(codes, sizes), torch.split(scales, sizes), strict=True)
+        del hessian  # before the next is computed
 
 
 def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,24 +11,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import fptquant
-from fptquant.calibration.text import calibration_windows, fingerprint, sink_token
+from fptquant.calibration.text import calibration_windows, fingerprint
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import CheckpointConfig, Sink, TransformRecord, match_name, packed_words
+from fptquant.format import CheckpointConfig
 from fptquant.format.schema import EXTRAS
-from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
+from fptquant.run.checks import (
+    float_patterns,
+    require_alike_experts,
+    require_known_layers,
+    require_online,
+    require_shared_schemes,
+    transform_obstacles,
+)
 from fptquant.run.head import head_scheme, untied_by, was_tied
+from fptquant.run.sink import constant_token
+from fptquant.run.sizes import estimate_bytes
 from fptquant.transforms import TRANSFORMS, TransformSet
-from fptquant.transforms.query_key import QueryKeyTransform
-from fptquant.wiring import Architecture, Projection, Role
 from fptquant.wiring.lookup import require_range
 
 
@@ -103,7 +107,13 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
     recipe = _with_starts(recipe)
-    sink, vocabulary = _sink(source, recipe), source.config.vocab_size
+    budget = recipe.budget
+    if budget and budget.weights and source.architecture.mixtures and recipe.precision.activations.bits < 16:
+        note = (
+            "budget: weights of experts keep their bits, GPUs have no kernel that multiplies quantized inputs by others"
+        )
+        source = replace(source, notes=(*source.notes, note))
+    sink, vocabulary = constant_token(source, recipe), source.config.vocab_size
     token = sink.token if sink else None
     source.require_length("calibration.length", recipe.calibration.length)
     windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
@@ -119,10 +129,9 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
 
 def _with_starts(recipe: Recipe) -> Recipe:
     """Without a start that is measured for a KV cache that nothing quantizes."""
-    options = recipe.to_dict()["transforms"]
-    if recipe.precision.kv_cache.bits < 16 or options.get(QueryKeyTransform.name, {}).get("start") != "keys":
+    if recipe.precision.kv_cache.bits < 16:
         return recipe
-    options[QueryKeyTransform.name]["start"] = "identity"
+    options = {name: found.without_cache().model_dump(mode="json") for name, found in recipe.transforms.items()}
     return recipe.changed("transforms", transforms=options)
 
 
@@ -134,8 +143,6 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         raise FPTQuantError(
             f"transforms: a {source.architecture.class_name} can't have {name} ({obstacle}): leave it out of the recipe"
         )
-    if source.architecture.mixtures:
-        _check_mixture(source, recipe)
     transforms = TransformSet(recipe.transforms, shape, recipe.seed).to(source.device)
     record = transforms.record()
     in_gains = ", ".join(transform.name for transform in transforms if transform.in_gains)
@@ -151,9 +158,9 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
         activations=recipe.precision.activations,
         kv_cache=recipe.precision.kv_cache,
         transforms=record,
-        sink=_sink(source, recipe),
+        sink=constant_token(source, recipe),
         overrides=(*head_override, *recipe.overrides),
-        ignore=(*recipe.ignore, *head_ignore, *_float_patterns(source.architecture)),
+        ignore=(*recipe.ignore, *head_ignore, *float_patterns(source.architecture)),
         producer={
             "package": f"vllm-fptquant {fptquant.__version__}",
             "recipe": recipe.name,
@@ -161,69 +168,14 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
             "calibration": fingerprint(windows),
         },
     )
-    _check_patterns(source, config)
-    _check_shared_schemes(source, config)
-    _check_online(source, config, transforms)
+    require_known_layers(source, config)
+    require_shared_schemes(source, config)
+    if recipe.budget is not None:
+        require_alike_experts(source, config, "budget")
+    require_online(source, config, transforms)
     tied = was_tied(source) and untied_by(source, config, transforms) is None
     size = estimate_bytes(source, config, dtype, tied=tied)
     return Job(source, recipe, config, windows, training_windows, transforms, dtype, size, tied=tied)
-
-
-def _check_mixture(source: Source, recipe: Recipe) -> None:
-    """What isn't there yet for experts, who see a part of the tokens each."""
-    name = source.architecture.class_name
-    if recipe.rounding.hessian == "output":
-        raise FPTQuantError(
-            f"rounding.hessian: output weighs tokens that all layers see, experts of a {name} don't; take 'input'"
-        )
-    if recipe.budget is not None:
-        raise FPTQuantError(f"budget: experts of a {name} can't be measured one by one yet; leave it out")
-
-
-def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
-    """Transforms of a recipe that the source's family can't have, and why."""
-    found = {name: TRANSFORMS[name].obstacle(source.architecture) for name in recipe.transforms}
-    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
-
-
-def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
-    """Why no first token can be constant, whatever the recipe asks for; None when it can."""
-    if recipe.precision.kv_cache.bits == 16:
-        return "the KV cache is not quantized"  # it's the quantized cache's attention class that writes the constants
-    for layer_type, kind in rope_types(source.config).items():
-        factor = ROPE_INIT_FUNCTIONS.get(kind)  # there is none of the default type
-        scaling = 1.0 if factor is None else factor(source.config, torch.device("cpu"), layer_type=layer_type)[1]
-        if scaling != 1:  # the simulation puts the constant before RoPE, the plugin behind it
-            return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
-    window = min(filter(None, attention_windows(source)), default=None)
-    if window is not None and window < source.config.max_position_embeddings:
-        return f"layers attend to the last {window} tokens, which the first one leaves"
-    return None
-
-
-def rope_types(config: PretrainedConfig) -> dict[str | None, str]:
-    """Type of RoPE by type of layer; by None where all layers have the same."""
-    parameters = config.rope_parameters
-    if "rope_type" in parameters:
-        return {None: parameters["rope_type"]}
-    return {layer_type: of_type["rope_type"] for layer_type, of_type in parameters.items()}
-
-
-def attention_windows(source: Source) -> list[int | None]:
-    """How many tokens each layer attends to; None for all."""
-    layers = source.architecture.shape(source.config).layers
-    return [source.architecture.window(source.config, layer) for layer in range(layers)]
-
-
-def _sink(source: Source, recipe: Recipe) -> Sink | None:
-    """The token that becomes a constant."""
-    obstacle = sink_obstacle(source, recipe)
-    if obstacle is not None:
-        if recipe.sink not in ("auto", "none"):
-            raise FPTQuantError(f"sink: '{recipe.sink}' can't be constant, {obstacle}; choose 'none'")
-        return None
-    token = sink_token(source.tokenizer, recipe.sink)
-    return None if token is None else Sink(token=token)
 
 
 def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -> Job:
@@ -261,112 +213,7 @@ def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -
     return job
 
 
-def _check_patterns(source: Source, config: CheckpointConfig) -> None:
-    """A pattern that matches no layer is a slip of the pen."""
-    architecture = source.architecture
-    layers = range(architecture.shape(source.config).layers)
-    members = [(layer, projection) for layer in layers for projection in architecture.projections_of(layer)]
-    names = [*(architecture.projection_name(*member) for member in members), *_readers(source)]
-    for pattern in (*config.ignore, *(override.modules for override in config.overrides)):
-        if not any(match_name(name, pattern) for name in (*names, architecture.head)):
-            raise FPTQuantError(
-                f"overrides/ignore: '{pattern}' matches no linear layer; give a full name such as '{names[0]}', "
-                "or 're:' and a regular expression"
-            )
-
-
-def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
-    """Layers that share an input share its quantizer, so overrides may not tell them apart."""
-    architecture = source.architecture
-    for layer in range(architecture.shape(source.config).layers):
-        for group in architecture.groups_of(layer):
-            names = architecture.group_names(layer, group)
-            schemes = [config.scheme_for(name) for name in names]
-            if any(scheme != schemes[0] for scheme in schemes):
-                raise FPTQuantError(
-                    f"overrides/ignore: {', '.join(names)} share one input and are fused when served, "
-                    "so they need the same scheme; name them all"
-                )
-
-
-def _check_online(source: Source, config: CheckpointConfig, transforms: TransformSet) -> None:
-    """Only quantized layers run steps online; the plugin leaves others to vLLM."""
-    for layer in linear_sizes(source):
-        for transform in transforms:
-            steps = linear_steps(None, online_steps(TransformRecord(**transform.online()), layer))
-            if config.scheme_for(layer) is None and arrange(steps, layer).online:
-                name = transform.name
-                raise FPTQuantError(
-                    f"ignore: {layer} can't stay in floating point while {name} is on; switch {name} off"
-                )
-
-
 def with_recipe(job: Job, recipe: Recipe) -> Job:
     """The same job with another recipe; calibration text and transforms stay as they are."""
     changed = _job(job.source, recipe, job.windows, job.training_windows)
     return replace(changed, transforms=job.transforms, residency=job.residency, room=job.room, left_out=job.left_out)
-
-
-def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
-    """(out, in) of every projection, by full name, in the order of the layers."""
-    architecture = source.architecture
-    shape = architecture.shape(source.config)
-    queries, values = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-
-    def size_of(projection: Projection) -> tuple[int, int]:
-        width = shape.width(projection.expert)
-        sizes = {
-            Role.QUERY: (queries, shape.hidden),
-            Role.KEY: (values, shape.hidden),
-            Role.VALUE: (values, shape.hidden),
-            Role.OUTPUT: (shape.hidden, queries),
-            Role.GATE: (width, shape.hidden),
-            Role.UP: (width, shape.hidden),
-            Role.DOWN: (shape.hidden, width),
-        }
-        return sizes[projection.role]
-
-    return {
-        architecture.projection_name(layer, projection): size_of(projection)
-        for layer in range(shape.layers)
-        for projection in architecture.projections_of(layer)
-    }
-
-
-def _float_patterns(architecture: Architecture) -> tuple[str, ...]:
-    """Patterns of the linear layers that stay in floating point whatever a recipe says: routers and the like."""
-    layers = re.escape(architecture.layers)
-    paths = {
-        reader.path: None
-        for groups in (architecture.mixtures or {}).values()
-        for group in groups
-        for reader in group.readers
-    }
-    return tuple(rf"re:{layers}\.\d+\.{re.escape(path)}$" for path in paths)
-
-
-def _readers(source: Source) -> list[str]:
-    """Full names of the layers that `_float_patterns` match."""
-    architecture = source.architecture
-    return [
-        architecture.projection_name(layer, reader)
-        for layer in range(architecture.shape(source.config).layers)
-        for group in architecture.groups_of(layer)
-        for reader in group.readers
-    ]
-
-
-def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype, *, tied: bool) -> int:
-    """Expected size of the checkpoint's weights; `tied`: the head has the embedding's."""
-    architecture = source.architecture
-    vocabulary = (source.config.vocab_size, architecture.shape(source.config).hidden)
-    total: int = vocabulary[0] * vocabulary[1] * dtype.itemsize  # the embedding
-    linears = linear_sizes(source) | ({} if tied else {architecture.head: vocabulary})
-    shape = architecture.shape(source.config)
-    total += shape.mixtures * (shape.experts + bool(shape.shared_width)) * shape.hidden * dtype.itemsize  # routers
-    total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
-    for name, (rows, columns) in linears.items():
-        scheme = config.scheme_for(name)
-        words = packed_words(columns, scheme.weights.bits) if scheme else 0
-        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
-    return total

@@ -8,8 +8,9 @@ from fptquant import parallel
 from fptquant.calibration.layerwise import WEIGHTS
 from fptquant.calibration.starts import start_is_measured
 from fptquant.layers.residency import Residency
-from fptquant.run.job import Job, linear_sizes
+from fptquant.run.job import Job
 from fptquant.run.shards import LARGEST
+from fptquant.run.sizes import linear_sizes
 from fptquant.run.state_size import state_bytes
 from fptquant.train.local import ROWS
 

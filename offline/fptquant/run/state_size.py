@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fptquant.run.job import Job, estimate_bytes, linear_sizes
+from fptquant.run.job import Job
+from fptquant.run.sizes import estimate_bytes, linear_sizes
 
 _ADAM = 3  # a trained value and its two moments
 

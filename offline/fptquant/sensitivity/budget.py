@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import Override, WeightScheme, packed_words
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
-from fptquant.run.job import Job, linear_sizes, with_recipe
+from fptquant.run.job import Job, with_recipe
+from fptquant.run.sizes import linear_sizes
 from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe
 from fptquant.sensitivity.sites import INPUTS, WEIGHTS, Site, sites_of
+from fptquant.wiring import SHARED
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,18 @@ def spend(job: Job, model: PreTrainedModel, stages: Stages | None = None) -> tup
 
 
 def _candidates(job: Job, budget: BudgetOptions) -> list[Site]:
-    """Sites that may be widened and are not that wide already."""
+    """Sites that may be widened and are not that wide already.
+
+    Experts with quantized inputs keep the bits of their weights: no kernel on GPUs would compute others.
+    """
     inputs = budget.inputs and budget.extra_bytes is None  # they cost none
     found = []
     for site in sites_of(job, (*(INPUTS if inputs else ()), *(WEIGHTS if budget.weights else ()))):
         scheme = site.scheme(job)
         assert scheme is not None
+        experts = any(projection.expert not in (None, SHARED) for projection in site.projections(job))
+        if site.is_weights and experts and scheme.activations.bits < 16:
+            continue
         bits = scheme.activations.bits if site.is_input else scheme.weights.bits
         if bits < (WIDE_INPUT.bits if site.is_input else budget.weight_bits):
             found.append(site)
@@ -205,10 +214,20 @@ def _reach(
 
 
 def _overrides(job: Job, budget: BudgetOptions, choices: Iterable[Choice]) -> Iterator[Override]:
-    """One per linear layer: those that share an input get the same."""
+    """One per linear layer, or for all experts of a layer: those that share an input get the same."""
     for choice in choices:
-        for name in choice.site.modules(job):
+        for name in dict.fromkeys(_patterns(job, choice.site)):
             if choice.site.is_input:
                 yield Override(modules=name, activations=WIDE_INPUT)
             else:
                 yield Override(modules=name, weights=WeightScheme(bits=budget.weight_bits))
+
+
+def _patterns(job: Job, site: Site) -> Iterator[str]:
+    """Of a site's linear layers: names, or one pattern for all experts."""
+    for name, projection in zip(site.modules(job), site.projections(job), strict=True):
+        if projection.expert in (None, SHARED):
+            yield name
+        else:
+            before, _, after = name.rpartition(f".{projection.expert}.")
+            yield rf"re:{re.escape(before)}\.\d+\.{re.escape(after)}$"

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.layerwise import observe_inputs, rounded_weights, second_moment, set_kv_ranges
+from fptquant.calibration.halves import SecondHalf
+from fptquant.calibration.layerwise import (
+    Weighted,
+    hessians_of,
+    observe_inputs,
+    round_parts,
+    routed_importance,
+    set_kv_ranges,
+    weighted_parts,
+)
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits
@@ -21,9 +30,10 @@ from fptquant.layers.scratch import put_away
 from fptquant.quantize import search_input_range, weight_scales
 from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
-from fptquant.sensitivity.sites import CACHES, GROUPS, Site
+from fptquant.sensitivity.sites import CACHES, Site
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.sink import put_output
+from fptquant.wiring import InputGroup
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 WIDE_WEIGHTS = WeightScheme(bits=7)
@@ -76,8 +86,8 @@ class Probe:
         architecture = job.source.architecture
         self.layers = architecture.layer_modules(model)
         self.norm, self.head = model.get_submodule(architecture.final_norm), model.get_submodule(architecture.head)
-        self._ranges: dict[tuple[Site, bool], _Range] = {}
-        self._codes: dict[Site, _Codes] = {}
+        self._ranges: dict[tuple[Site, bool], list[_Range]] = {}  # of each of a site's groups
+        self._codes: dict[Site, list[_Codes]] = {}  # of each of its linear layers
         self._importance: dict[str, Tensor] = {}  # of tokens, by name of a group's first layer
         self._float: dict[Site, list[Tensor]] = {}  # weights that are out while their rounded form is in
 
@@ -97,14 +107,24 @@ class Probe:
         inputs = first_inputs(self.model, architecture, windows)
         for index, layer in enumerate(self.layers):
             with entered(layer):
-                for name in GROUPS:
-                    self._fit_group(Site(f"{name}_input", index), Site(f"{name}_weights", index), wanted, inputs)
                 if any(Site(kind, index) in wanted for kind in CACHES):
                     attention = layer.get_submodule(architecture.attention)
                     set_kv_ranges(attention, inputs, layer, self.job.recipe)
                     quantizer = _quantizer(attention)
                     quantizer.ready, quantizer.sides = False, set()
-                inputs.advance(layer)
+                half: SecondHalf | None = None
+                importance = self._importance
+                for group in architecture.groups_of(index):
+                    entering, part = inputs, layer
+                    if group.first.path.startswith(f"{architecture.mlp}."):
+                        if half is None:
+                            half = SecondHalf(layer, architecture, inputs)
+                            importance = importance | routed_importance(half, index, architecture, self.job.recipe)
+                        entering, part = half.of(group.first.expert)
+                    parts = weighted_parts(layer, index, group, architecture, importance)
+                    self._fit_group(index, group, wanted, parts, (entering, part))
+                assert half is not None
+                half.finish()
             yield index
         self._record_reference()
 
@@ -126,25 +146,43 @@ class Probe:
         windows, length = self.tokens.shape
         return Effect(max(0.0, kl / (windows * length)), math.exp(loss / (windows * (length - 1))))
 
-    def _fit_group(self, source: Site, weights: Site, wanted: set[Site], inputs: LayerInputs) -> None:
-        """Ranges of an input and codes of the weights that read it."""
+    def _fit_group(
+        self,
+        index: int,
+        group: InputGroup,
+        wanted: set[Site],
+        parts: list[Weighted],
+        entering: tuple[LayerInputs, nn.Module],
+    ) -> None:
+        """Ranges of an input and codes of the weights that read it.
+
+        Args:
+            index: of the layer.
+            group: of linear layers.
+            wanted: sites to be fitted.
+            parts: from `weighted_parts`.
+            entering: inputs, and what they go through up to the group.
+        """
+        source, weights = Site(f"{group.name}_input", index), Site(f"{group.name}_weights", index)
         if source not in wanted and weights not in wanted:
             return
-        linears, recipe = self._linears(source), self.job.recipe
-        scheme = linears[0].scheme
+        first, recipe = parts[0][0][0], self.job.recipe
+        scheme = first.scheme
         assert scheme is not None
-        seen = observe_inputs(linears[0], inputs, self.layers[source.layer])  # (tokens, K)
+        seen = observe_inputs(first, *entering)  # (tokens, K)
         if source in wanted:
             for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
                 scale, zero_point = search_input_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
-                self._ranges[source, wide] = _Range(scale, *code_bounds(zero_point, kind.bits))
+                found = _Range(scale, *code_bounds(zero_point, kind.bits))
+                self._ranges.setdefault((source, wide), []).append(found)
         if weights in wanted:
-            importance = self._importance.get(weights.modules(self.job)[0])
-            hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
+            total = sum(linear.in_features * linear.out_features for linear in self._linears(weights))
+            total *= sum(site.kind == weights.kind for site in wanted)
+            hessians = hessians_of(parts, seen, recipe)
             del seen
-            codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
-            total = codes.numel() * sum(site.kind == weights.kind for site in wanted)
-            self._codes[weights] = _Codes(put_away(codes.to(torch.int8), total), scale)
+            for _, codes, scale in round_parts(parts, hessians, recipe):
+                kept = _Codes(put_away(codes.to(torch.int8), total), scale)
+                self._codes.setdefault(weights, []).append(kept)
 
     def _record_reference(self) -> None:
         """Hidden states at the entry of every layer, and the predictions of the model as it is."""
@@ -184,23 +222,23 @@ class Probe:
             quantizer = _quantizer(self._attention(site))
             quantizer.sides.add(CACHES[site.kind])
             quantizer.ready = True
-        linears = self._linears(site)
         if site.is_input:
-            found = self._ranges[site, wide]
-            for linear in linears:
-                linear.input_scale, linear.low, linear.high = found.scale, found.low, found.high
+            for group, found in zip(site.groups(self.job), self._ranges[site, wide], strict=True):
+                for linear in self._members(site.layer, group):
+                    linear.input_scale, linear.low, linear.high = found.scale, found.low, found.high
         elif site.is_weights:
+            linears = self._linears(site)
             self._float[site] = [linear.float_weight() for linear in linears]
-            sizes = [len(weight) for weight in self._float[site]]
-            _set_weights(linears, torch.split(self._rounded(site, wide), sizes))
+            _set_weights(linears, self._rounded(site, wide))
 
-    def _rounded(self, site: Site, wide: bool) -> Tensor:
-        if wide:
-            weight = torch.cat(self._float[site])
+    def _rounded(self, site: Site, wide: bool) -> Iterator[Tensor]:
+        """The weights of each of a site's linear layers."""
+        if not wide:
+            yield from (found.codes.float() * found.scale for found in self._codes[site])
+            return
+        for weight in self._float[site]:
             scale = weight_scales(weight, self.wide_weights.bits, self.job.recipe.weight_range)
-            return round_to_nearest(weight, scale, self.wide_weights.bits) * scale
-        found = self._codes[site]
-        return found.codes.float() * found.scale
+            yield round_to_nearest(weight, scale, self.wide_weights.bits) * scale
 
     def _remove(self, site: Site) -> None:
         if site.kind in CACHES:
@@ -217,8 +255,10 @@ class Probe:
         return self.layers[site.layer].get_submodule(self.job.source.architecture.attention)
 
     def _linears(self, site: Site) -> list[SimulatedLinear]:
-        layer = self.layers[site.layer]
-        modules = [layer.get_submodule(projection.path) for projection in site.projections(self.job)]
+        return [linear for group in site.groups(self.job) for linear in self._members(site.layer, group)]
+
+    def _members(self, index: int, group: InputGroup) -> list[SimulatedLinear]:
+        modules = [self.layers[index].get_submodule(projection.path) for projection in group.members]
         return [module for module in modules if isinstance(module, SimulatedLinear)]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fptquant.errors import FPTQuantError, unknown
+from fptquant.errors import unknown
 from fptquant.format import LinearScheme
+from fptquant.run.checks import require_alike_experts
 from fptquant.run.job import Job
-from fptquant.wiring import InputGroup, Projection
+from fptquant.wiring import SHARED, InputGroup, Projection
 
-GROUPS = ("qkv", "o", "gate_up", "down")  # names of input groups (`fptquant.wiring`)
+GROUPS = ("qkv", "o", "gate_up", "down", "shared_down")  # names of input groups (`fptquant.wiring`)
 INPUTS = tuple(f"{name}_input" for name in GROUPS)
 WEIGHTS = tuple(f"{name}_weights" for name in GROUPS)
 CACHES = {"keys": "k", "values": "v"}
@@ -19,7 +20,11 @@ KINDS = (*INPUTS, *WEIGHTS, *CACHES)
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """An input, the weights that share it, or keys or values of one layer."""
+    """An input, the weights that share it, or keys or values of one layer.
+
+    What enters the down projections of a layer's experts is one site, of as many inputs, since GPUs serve experts that
+    are quantized alike; that of a shared expert is another.
+    """
 
     kind: str  # one of KINDS
     layer: int
@@ -50,10 +55,10 @@ class Site:
 
     def watched(self, job: Job) -> str | None:
         """Module whose input is an input site's at all tokens; None where each expert of a mixture has its own."""
-        architecture, groups = job.source.architecture, self.groups(job)
-        if groups[0].first.expert is None:
-            return architecture.projection_name(self.layer, groups[0].first)
-        return f"{architecture.layer_name(self.layer)}.{architecture.mlp}" if len(groups) == 1 else None
+        architecture, group = job.source.architecture, self.groups(job)[0]
+        if group.first.expert in (None, SHARED):
+            return architecture.projection_name(self.layer, group.first)
+        return None if group.norm is None else f"{architecture.layer_name(self.layer)}.{architecture.mlp}"
 
     def scheme(self, job: Job) -> LinearScheme | None:
         """How the job quantizes the linear layers; None for layers in floating point, and for keys and values."""
@@ -62,15 +67,12 @@ class Site:
 
 
 def require_measurable(job: Job) -> None:
-    """Refuses models that sites can't be measured in.
+    """Refuses jobs in which what would be one site is quantized in several ways.
 
     Raises:
-        FPTQuantError: the model has mixtures of experts.
+        FPTQuantError: experts of a layer are quantized differently.
     """
-    if job.source.architecture.mixtures:
-        raise FPTQuantError(
-            f"sensitivity: experts of a {job.source.architecture.class_name} can't be measured one by one yet"
-        )
+    require_alike_experts(job.source, job.config, "sensitivity")
 
 
 def sites_of(job: Job, kinds: Iterable[str] = KINDS) -> list[Site]:

@@ -45,6 +45,11 @@ class SparseMLP(nn.Module):
         """See `fptquant.format.routing.route`; `x` (tokens, hidden)."""
         return route(self._read(self.gate, x), self.count, self.renormalize)
 
+    def shared_weight(self, x: Tensor) -> Tensor:
+        """What the shared expert's output is multiplied by, (..., 1), of `x` (..., hidden)."""
+        assert self.shared_expert_gate is not None
+        return torch.sigmoid(self._read(self.shared_expert_gate, x))
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Args: x (..., hidden), and S (..., 1) where down projections scale by it. Returns: (..., hidden)."""
         rows = x.reshape(-1, x.shape[-1])
@@ -55,8 +60,8 @@ class SparseMLP(nn.Module):
             return y
 
         y = mixture(*self.route(rows), x.shape[-1], through)
-        if self.shared_expert is not None and self.shared_expert_gate is not None:
-            y = y + torch.sigmoid(self._read(self.shared_expert_gate, rows)) * self.shared_expert(rows, scales)
+        if self.shared_expert is not None:
+            y = y + self.shared_weight(rows) * self.shared_expert(rows, scales)
         return y.view(x.shape).to(x.dtype)
 
     def _read(self, reader: nn.Module, x: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ class TransformOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def without_cache(self) -> TransformOptions:
+        """What becomes of them where nothing quantizes the KV cache."""
+        return self
+
 
 class Transform(nn.Module):
     """A pair of transforms that cancel: what it does to the two sides of each linear layer.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fptquant.transforms.base import Transform
 from fptquant.transforms.down_hadamard import HadamardOptions, block_rotated, block_size, tensor_parallel_sizes
-from fptquant.wiring import Architecture, Place, Role, Shape
+from fptquant.wiring import Place, Role, Shape
 
 _GROUPS = {
     Role.QUERY: "qkv",
@@ -37,7 +37,7 @@ class InputHadamard(Transform):
     """x' = x B online with B = blockdiag(H_b / sqrt(b)), W' = W B, where x is a norm's output with its gain in W.
 
     It spreads outliers over a block as T_r does over all channels, and touches neither the residual nor what writes it:
-    it is exact where blocks end in norms, and leaves a tied head what it was.
+    it is exact where blocks end in norms, and leaves a tied head what it was. Experts read B x, their router x.
     """
 
     name = "T_h"
@@ -53,11 +53,6 @@ class InputHadamard(Transform):
                 channels, what = shape.heads * shape.head_dim, "size of all heads"
                 ranks = tensor_parallel_sizes(shape, options.max_tensor_parallel)
             self.blocks[group] = block_size(options, channels, ranks, self.name, what)
-
-    @classmethod
-    def obstacle(cls, architecture: Architecture) -> str | None:
-        """Experts share one quantized input with no step before it."""
-        return "not there yet for experts" if architecture.mixture else None
 
     def online(self) -> dict[str, Any]:
         """The block size at each group."""

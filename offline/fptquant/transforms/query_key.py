@@ -26,6 +26,10 @@ class QueryKeyOptions(TransformOptions):
         "identity", description="keys: RoPE pairs of keys start equally large on the calibration text"
     )
 
+    def without_cache(self) -> QueryKeyOptions:
+        """No start is measured: it is for the range of quantized keys."""
+        return self.model_copy(update={"start": "identity"})
+
 
 class KeyScale(Transform):
     """What forms of T_k have in common: one scale per RoPE pair of keys.

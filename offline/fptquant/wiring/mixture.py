@@ -73,8 +73,8 @@ class Mixture:
             for number, path in paths.items()
             for role, name in ((Role.GATE, "gate_proj"), (Role.UP, "up_proj"))
         )
-        down = (Projection(Role.DOWN, f"{path}.down_proj", number) for number, path in paths.items())
+        down = [Projection(Role.DOWN, f"{path}.down_proj", number) for number, path in paths.items()]
         return (
             InputGroup("gate_up", members, norm, tuple(readers)),
-            *(InputGroup("down", (projection,)) for projection in down),
+            *(InputGroup("shared_down" if item.expert == SHARED else "down", (item,)) for item in down),
         )

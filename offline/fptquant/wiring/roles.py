@@ -63,3 +63,11 @@ class InputGroup:
     def first(self) -> Projection:
         """The member that stands for all."""
         return self.members[0]
+
+    @property
+    def by_expert(self) -> list[tuple[Projection, ...]]:
+        """The members of each expert, in order; all of them where there are no experts."""
+        found: dict[int | None, list[Projection]] = {}
+        for projection in self.members:
+            found.setdefault(projection.expert, []).append(projection)
+        return [tuple(members) for members in found.values()]

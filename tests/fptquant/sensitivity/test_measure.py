@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.perplexity import measure, transformers_scorer
 from fptquant.format import code_bounds
@@ -22,6 +24,7 @@ from fptquant.run.job import Job
 from fptquant.sensitivity import KINDS, Effect, Probe, Site, sites_of
 from fptquant.simulate import KVQuantizer
 from fptquant.simulate.attention import ATTENTION_NAME, QuantizedAttention
+from tests import families
 
 MakeProbe = Callable[..., Probe]
 
@@ -39,9 +42,10 @@ def close(first: Effect, second: Effect) -> bool:
 
 
 def test_sites_are_what_the_recipe_quantizes(make_job: Callable[..., Job]) -> None:
-    assert sites_of(make_job()) == [Site(kind, layer) for kind in KINDS for layer in range(2)]
-    assert {site.kind for site in sites_of(make_job(precision="w4a8"))} == set(KINDS) - {"keys", "values"}
-    assert {s.kind for s in sites_of(make_job(precision="w4a16"))} == {k for k in KINDS if k.endswith("weights")}
+    kinds = [kind for kind in KINDS if not kind.startswith("shared")]  # those are of experts
+    assert sites_of(make_job()) == [Site(kind, layer) for kind in kinds for layer in range(2)]
+    assert {site.kind for site in sites_of(make_job(precision="w4a8"))} == set(kinds) - {"keys", "values"}
+    assert {s.kind for s in sites_of(make_job(precision="w4a16"))} == {k for k in kinds if k.endswith("weights")}
     kept = make_job(ignore=["model.layers.0.self_attn.o_proj"])
     assert sites_of(kept, ["o_input", "o_weights"]) == [Site("o_input", 1), Site("o_weights", 1)]
     assert Site("qkv_weights", 1).modules(kept) == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
@@ -92,6 +96,36 @@ def test_an_input(kind: str, modules: list[str], norm: str | None, wide: bool, m
         found = probe.measure({Site(kind, index): wide})
         assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
         assert found.kl > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["down_input", "down_weights", "shared_down_input"])
+def test_experts(kind: str, tmp_path: Path) -> None:
+    """Each expert is fitted to all tokens; what is measured is what the router makes of them."""
+    job = families.make_job("qwen2_moe", tmp_path, precision="w4a4kv4", transforms=[], sink="none")
+    probe, site = Probe(job, pipeline.with_constants(job), job.windows[:3, :24]), Site(kind, 1)
+    assert list(probe.calibrate([site])) == [0, 1]
+    model, seen = load_model(job.source), []
+    expected = model(probe.tokens).logits
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    model(job.windows)
+    handle.remove()
+    for expert in [mlp.shared_expert] if kind.startswith("shared") else mlp.experts:
+        x = expert.act_fn(expert.gate_proj(seen[0])) * expert.up_proj(seen[0])
+        if kind == "down_weights":
+            hessian, weight = x.T @ x / len(x), expert.down_proj.weight
+            scale = weight_scales(weight, 4, WeightRangeOptions(), hessian.diagonal())
+            weight.copy_(round_gptq(weight, scale, 4, hessian, RoundingOptions()) * scale)
+            continue
+        scale, zero_point = search_range(x, 4, False, RangeOptions())
+        bounds = code_bounds(zero_point, 4)
+        expert.down_proj.register_forward_pre_hook(
+            lambda m, args, scale=scale, bounds=bounds: (quantize_codes(args[0], scale, *bounds) * scale,)
+        )
+    found = probe.measure({site: False})
+    assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
+    assert probe.measure({site: True}).kl < 0.2 * found.kl
+    assert probe.measure({}).kl < 1e-6
 
 
 def test_weights(make_probe: MakeProbe) -> None:

@@ -18,8 +18,10 @@ class RoundingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Literal["nearest", "gptq", "quantease"] = "gptq"
-    hessian: Literal["input", "output"] = Field(
-        "input", description="output: each token counts by the loss's gradient at the layer's output (OAC)"
+    hessian: Literal["input", "routed", "output"] = Field(
+        "input",
+        description="how much a token counts: input, all alike; routed, to an expert as its output does there; output, "
+        "by the loss's gradient at the layer's output (OAC)",
     )
     damping: float = Field(0.01, gt=0, description="share of the mean diagonal added to the Hessian")
     block: int = Field(128, ge=1, description="columns updated lazily together")
