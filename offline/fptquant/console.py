@@ -122,9 +122,11 @@ def facts(title: str = "") -> Table:
 
 
 def duration(seconds: float) -> str:
-    """A time to be read, in the two largest units: `40 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    """A time to be read: `4.2 s`, `40 s`, `1 min 35 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -152,14 +154,14 @@ class RichStages(Stages):
     def begin(self, name: str) -> None:
         """Starts a bar; the total is known with the first step."""
         columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-        note = TextColumn("{task.fields[note]}")
+        note, rest = TextColumn("{task.fields[note]}"), TextColumn("{task.fields[rest]}")
         console = Console(stderr=True, quiet=err.quiet)
-        self._bar = Progress(*columns, _Times(), note, console=console)
+        self._bar = Progress(*columns, _Times(), note, rest, console=console)
         names = list(self._expected)
         number = f"\\[{names.index(name) + 1}/{len(names)}] " if name in names else ""
-        log(f"{number}{name} begins" + self._all_left(name))
+        log(f"{number}{name} begins; {self._all_left(name)}".rstrip("; "))
         self._bar.start()
-        self._task = self._bar.add_task(f"{number}{name}", total=None, note=self._all_left(name).removeprefix("; "))
+        self._task = self._bar.add_task(f"{number}{name}", total=None, note="", rest=self._all_left(name))
 
     def advance(self, total: int) -> None:
         """Moves the bar."""
@@ -176,7 +178,7 @@ class RichStages(Stages):
     def end(self, name: str) -> None:
         """Completes the bar and leaves it on the screen."""
         task = self._bar.tasks[0]
-        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1)
+        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1, rest="")
         self._bar.stop()
         log(f"{name}: {self.seconds[name]:.1f} s, peak memory {megabytes(self.peaks[name])}")
 
@@ -189,15 +191,14 @@ class RichStages(Stages):
         planned = sum(self._expected[stage] for stage in done)
         speed = sum(self.seconds[stage] for stage in done) / planned if planned > 60 else 1.0
         left = sum(self._expected[stage] for stage in names[names.index(name) :]) * speed
-        return f"; all stages: about {duration(left)} left"
+        return f"all stages: about {duration(left)} left"
 
 
-def plan_table(job: Job) -> Table:
-    """What a run is about to do."""
+def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
+    """What a run is about to do, and what it is expected to take (`fptquant.run.times`)."""
     from fptquant.devices import CPU, free_memory
     from fptquant.run.job import sink_obstacle
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
-    from fptquant.run.times import expected_seconds
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
@@ -259,8 +260,9 @@ def plan_table(job: Job) -> Table:
     if job.device != CPU:
         shown.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
     shown.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
-    total = sum(expected_seconds(job).values())
-    shown.add_row("time", f"about {duration(total)} in all, give or take a factor of two")
+    shown.add_row(
+        "time", f"about {duration(sum(expected.values()))} in all, give or take a factor of two, beside no other work"
+    )
     return shown
 
 
@@ -274,16 +276,24 @@ def _tying(job: Job) -> str:
     return "; has the embedding's weight" if reason is None else f"; gets a weight of its own: {reason}"
 
 
-def needs_table(job: Job) -> Table:
+def needs_table(job: Job, expected: Mapping[str, float]) -> Table:
     """What each stage of a run is expected to take."""
     from fptquant.run.needs import expected_needs
-    from fptquant.run.times import expected_seconds
 
     where = "memory" if job.device.type == "cpu" else f"memory of {job.device}"
-    found, seconds = table("stage", where, "reads", "time", title="expected"), expected_seconds(job)
-    for name, need in expected_needs(job, job.residency, job.room).items():
-        reads = f"{need.reads / 1e9:,.1f} GB" if need.reads else ""
-        found.add_row(name, f"{need.memory / 1e9:.1f} GB", reads, f"about {duration(seconds[name])}")
+    found, needs = (
+        table(
+            "stage",
+            where,
+            "reads",
+            "time",
+        ),
+        expected_needs(job, job.residency, job.room),
+    )
+    for name, seconds in expected.items():
+        need = needs.get(name)
+        reads = f"{need.reads / 1e9:,.1f} GB" if need and need.reads else ""
+        found.add_row(name, f"{need.memory / 1e9:.1f} GB" if need else "", reads, f"about {duration(seconds)}")
     return found
 
 
@@ -299,5 +309,5 @@ def visible(text: str) -> str:
 
 
 def megabytes(count: int) -> str:
-    """A number of bytes, to be read."""
-    return f"{count / 1e6:,.0f} MB"
+    """A number of bytes, to be read; in kB where a MB is too much."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -21,7 +21,8 @@ from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
 from fptquant.progress import Stages
 from fptquant.report.card import MadeBy, provenance, write_card
-from fptquant.report.quality import Quality, compare_with_original
+from fptquant.report.compare import compare_with_original
+from fptquant.report.quality import Quality
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
@@ -156,7 +157,7 @@ def quantize(
             quality=measured,
             provenance=provenance(job, made_by),
         )
-        write_card(job, staging, measured, summary.provenance)
+        write_card(job, staging, summary.output, measured, summary.provenance)
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:
             _write_json(staging / EXTRAS / "budget.json", spending)

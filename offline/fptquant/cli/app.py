@@ -42,7 +42,10 @@ Verbose = Annotated[
 LogFile = Annotated[
     Path | None,
     typer.Option(
-        "--log-file", rich_help_panel=_PANEL, help="append what is printed to this file, with times [default: none]"
+        "--log-file",
+        show_default="none",
+        rich_help_panel=_PANEL,
+        help="append what is printed to this file, with times",
     ),
 ]
 

@@ -70,7 +70,8 @@ def evaluate(
             result = measure(layer_by_layer(network, source.architecture, tokens, track), length)
     settings = {"model": model, "text": str(text), "backend": backend.value, "special_tokens": special_tokens}
     shown = facts()
-    for key, value in {**settings, **asdict(result)}.items():
+    out.print(f"{model} on {text}", markup=False, highlight=False, soft_wrap=True)
+    for key, value in {"backend": backend.value, "special_tokens": special_tokens, **asdict(result)}.items():
         shown.add_row(key.replace("_", " "), f"{value:.4f}" if key == "perplexity" else str(value))
     out.print(shown)
     if json_file:

@@ -39,5 +39,6 @@ def inspect_(
     out.print(shown)
     out.print(sizes)
     if found["quality"]:
-        for key, value in found["quality"].items():
-            out.print(f"{key}: {value:.4g}", highlight=False)
+        from fptquant.report.quality import Quality
+
+        out.print(Quality(**found["quality"]).line(), highlight=False, soft_wrap=True)

@@ -33,7 +33,6 @@ from fptquant.run.publication import Publication
 if TYPE_CHECKING:
     from fptquant.pipeline import Summary
     from fptquant.recipe import Recipe
-    from fptquant.report.card import MadeBy
 
 
 @command()
@@ -159,16 +158,16 @@ def quantize(
         if dry_run:
             pipeline.prepare(job, output, overwrite=overwrite, fresh=fresh, dry_run=True)
     if parallel.is_main():
-        shown = out if dry_run else info
+        shown, expected = (out if dry_run else info), expected_seconds(job, quality)
         shown.print(f"plan: {job.source.path} -> {output}", markup=False, highlight=False, soft_wrap=True)
-        shown.print(plan_table(job))
+        shown.print(plan_table(job, expected))
         show_notes(job.source)
         if dry_run:
-            out.print(needs_table(job))
+            out.print(needs_table(job, expected))
             out.print("dry run: nothing was written")
     if dry_run:
         return
-    stages = RichStages(expected_seconds(job)) if parallel.is_main() else Stages()
+    stages = RichStages(expected) if parallel.is_main() else Stages()
     made_by = MadeBy(model, tuple(sys.argv[1:]))
     summary = pipeline.quantize(
         job, output, overwrite=overwrite, fresh=fresh, stages=stages, quality=quality, made_by=made_by

@@ -21,11 +21,11 @@ from fptquant.run.job import Job
 _SNAPSHOT = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")  # of the hub's cache
 _OF_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TAGS = ["fptquant", "vllm", "quantized", "int4"]
-_PROJECT = "https://arxiv.org/abs/2506.04985"
+_PAPER = "https://arxiv.org/abs/2506.04985"
 _TEXT = """# {title}
 
-{what} quantized by [FPTQuant]({paper}): static integer weights, activations and KV cache, all scales fixed in advance.
-Written by `vllm-fptquant` {version}; vLLM needs its plugin, transformers its package.
+{what}, quantized with `vllm-fptquant` {version} to static integers: all scales are fixed in advance. vLLM and
+transformers need that package to load it. The method is [FPTQuant]({paper})'s; the recipe says what of it was used.
 
 | | |
 |---|---|
@@ -34,7 +34,8 @@ Written by `vllm-fptquant` {version}; vLLM needs its plugin, transformers its pa
 ## Use
 
 ```sh
-vllm serve {here} --quantization fptquant        # on CPUs add --dtype float32; `fptquant serve {here}` knows
+vllm serve {here} --quantization fptquant    # on CPUs add --dtype float32
+fptquant serve {here}                        # the same, with what the machine needs
 ```
 
 ```python
@@ -89,17 +90,17 @@ def provenance(job: Job, made_by: MadeBy | None) -> dict[str, str]:
     return found
 
 
-def write_card(job: Job, directory: Path, quality: Quality | None, origin: dict[str, str]) -> None:
+def write_card(job: Job, directory: Path, name: str, quality: Quality | None, origin: dict[str, str]) -> None:
     """Writes README.md.
 
     Args:
         job: what was done.
         directory: of the checkpoint, with everything else in it.
+        name: that it will have.
         quality: if it was measured.
         origin: see `provenance`.
     """
     data = _card_data(job.source.path, directory, origin)
-    name = origin["source"].rpartition("/")[2]
     precision = _precision(job)
     source = origin["source"]
     made = [f"Recipe `{job.recipe.name}` ([all settings]({EXTRAS}/recipe.yaml)), seed {job.recipe.seed}, on "
@@ -116,17 +117,18 @@ def write_card(job: Job, directory: Path, quality: Quality | None, origin: dict[
         "architecture": job.source.kind,
         "precision": precision,
         "head": _head(job),
+        "recipe": f"{job.recipe.name}: {job.recipe.description}".rstrip(": "),
         "transforms": ", ".join(job.transforms.names) or "none",
         "first token": "constant keys and values" if job.config.sink else "like any other",
         "kept in": str(job.dtype).removeprefix("torch."),
     }
     content = _TEXT.format(
-        title=f"{name}, {precision}",
+        title=f"{source.rpartition('/')[2]}, {precision}",
         what=f"[{source}](https://huggingface.co/{source})" if "base_model" in origin else f"`{source}`",
-        paper=_PROJECT,
+        paper=_PAPER,
         version=fptquant.__version__,
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        here=_here(job, name),
+        here=name,
         quality=_quality(quality),
         command=origin.get("command", "fptquant quantize ..."),
         made="\n\n".join(made),
@@ -172,11 +174,6 @@ def _head(job: Job) -> str:
     return f"INT{scheme.weights.bits} weights, INT{scheme.activations.bits} inputs"
 
 
-def _here(job: Job, name: str) -> str:
-    """A name for the checkpoint in commands."""
-    return f"{name}-{_precision(job)}"
-
-
 def _quality(quality: Quality | None) -> str:
     if quality is None:
         return "Not measured when it was written: `fptquant evaluate` does."
@@ -185,7 +182,7 @@ def _quality(quality: Quality | None) -> str:
 | | original | quantized |
 |---|---|---|
 | perplexity | {quality.original:.3f} | {quality.quantized:.3f} |
-| KL divergence from the original, nats per token | 0 | {quality.kl:.4f} |
-| same most likely token | 100 % | {100 * quality.agreement:.1f} % |
+| KL divergence from the original, nats per token | | {quality.kl:.4f} |
+| same most likely token | | {100 * quality.agreement:.1f} % |
 
 Figures on so little text say whether something went wrong, not how two methods compare."""

@@ -32,8 +32,8 @@ def speed(device: torch.device) -> float:
     return 2 * _SIZE**3 / best
 
 
-def expected_seconds(job: Job) -> dict[str, float]:
-    """Seconds of each stage of `expected_needs`, by its name, in order.
+def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
+    """Seconds of each stage of `expected_needs`, and of measuring quality on so many windows; by name, in order.
 
     With P the values of all matrices, H their mean number of inputs, T calibration tokens (of a process's part) and t
     those of a training step, operations are:
@@ -82,4 +82,7 @@ def expected_seconds(job: Job) -> dict[str, float]:
     }
     if start_is_measured(job.transforms):
         found["measure activations"] += passes(1, tokens)
-    return {name: _START + found[name] for name in expected_needs(job, job.residency, job.room)}
+    seconds = {name: _START + found[name] for name in expected_needs(job, job.residency, job.room)}
+    if quality:
+        seconds["measure quality"] = _START + passes(2, quality * recipe.calibration.length, head=True)
+    return seconds
