@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,44 +31,11 @@ from fptquant.run.publication import Publication
 from fptquant.run.state import RunState
 from fptquant.wiring import FAMILIES
 from tests.conftest import TEXT, bound
+from tests.fptquant.conftest import Result, Run, one_error
 
 ROOT = Path(fptquant.__file__).parents[1]
 SMALL = ("--sequences", "4", "--length", "32")
 SHORT = TEXT.with_name("SOURCES.md")  # a few hundred tokens
-
-
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("quantize", ...)`: the command's entry point in this process, with a quick recipe."""
-
-    def call(*arguments: object) -> Result:
-        if arguments[:1] == ("quantize",) and "--recipe" not in arguments:
-            arguments = (*arguments, "--recipe", "fptquant-light")
-        if arguments[:1] == ("quantize",) and "--quality" not in arguments:
-            arguments = (*arguments, "--quality", 0)
-        monkeypatch.setattr(sys, "argv", ["fptquant", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +61,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, calibra
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
-
-
-def one_error(result: Result) -> str:
-    """The error line, after checking that it is the only thing on stderr."""
-    lines = result.err.strip().splitlines()
-    assert result.code == 2, result
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    assert "Traceback" not in result.out + result.err
-    return lines[0]
 
 
 # -- it works --
@@ -886,6 +843,25 @@ def test_defaults_are_in_the_help() -> None:
             flag = getattr(option, "is_flag", False) and option.default is False
             said = isinstance(option.show_default, str) or (option.show_default and option.default not in (None, ""))
             assert option.required or flag or said or option.name == "help", (name, option.name)
+
+
+def test_commands_in_the_docs() -> None:
+    """Commands and options that the documentation names exist; what comes behind `#` is no command."""
+    root = Path(__file__).parents[2]
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    known = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()
+    }
+    seen = set()
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for name, rest in re.findall(
+            r"(?:^\s*|`|\$ |-m )fptquant (\w[\w-]*)([^`\n#]*)", page.read_text(), re.MULTILINE
+        ):
+            if name in known:
+                seen.add(name)
+                options = {word.partition("=")[0] for word in rest.split() if re.fullmatch(r"-\w|--[a-z][\w=-]*", word)}
+                assert name == "serve" or options <= known[name], (page.name, name, options - known[name])
+    assert seen >= known.keys() - {"sensitivity"}
 
 
 def test_colours() -> None:

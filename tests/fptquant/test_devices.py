@@ -27,7 +27,7 @@ from fptquant.run.job import Job, open_job
 from fptquant.run.memory import choose_residency
 from fptquant.run.needs import expected_host_memory, expected_memory
 from tests.fptquant.emulated_cuda import CUDA, MEMORY, EmulatedCuda, emulated_cuda
-from tests.fptquant.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.fptquant.conftest import Run
 from tests.fptquant.test_golden import GOLDEN
 from tests.fptquant.test_residency import RECIPES
 from tests.fptquant.train.test_training import Killed, make_job
@@ -121,7 +121,7 @@ def test_a_run_goes_on_on_another_device(tmp_path: Path, monkeypatch: pytest.Mon
     require_same(written(tmp_path / "out"), written(tmp_path / "cpu"))
 
 
-def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:
     """Each prints what it prints on the CPU."""
     job = job_on("cpu", tmp_path, "resident", {**RECIPES["rtn"], **W4A4})
     pipeline.quantize(job, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_a_device_that_isnt_there(name: str, message: str) -> None:
     assert choose_device("auto") == choose_device("cpu") == CPU
 
 
-def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:
     for command in (("quantize", "no model", "-o", tmp_path / "out"), ("evaluate", "no model", "--text", "none")):
         result = run(*command, "--device", "cuda")
         assert result.code == 2 and "--device: 'cuda' is not here" in " ".join(result.err.split())
@@ -346,7 +346,7 @@ def test_training_in_bfloat16(tmp_path: Path) -> None:
         assert stage == "local" or rounded[stage, step] != loss
 
 
-def test_a_compute_dtype_that_nothing_uses(run: Run, model_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_compute_dtype_that_nothing_uses(run: Run, model_dir: Path, tmp_path: Path) -> None:
     arguments = ("quantize", model_dir, "-o", tmp_path / "out", "--recipe", "gptq", "--compute-dtype")
     result = run(*arguments, "bfloat16")
     assert result.code == 2 and "nothing is trained end to end: leave it out" in " ".join(result.err.split())

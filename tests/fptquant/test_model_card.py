@@ -23,7 +23,7 @@ from fptquant.report.compare import held_back
 from fptquant.report.inspection import inspect
 from fptquant.run.job import Job, open_job
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer
-from tests.fptquant.test_cli import Run, one_error, run  # noqa: F401 (a fixture)
+from tests.fptquant.conftest import Run, one_error
 
 SOURCE_CARD = """---
 license: llama3.2
@@ -175,7 +175,7 @@ def test_a_card_without_a_source_card(model_dir: Path, text: Path, tmp_path: Pat
     assert (tmp_path / "out" / "LICENSE.txt").is_file()
 
 
-def test_inspect(quantized: Path, run: Run, job: Job, model_dir: Path) -> None:  # noqa: F811
+def test_inspect(quantized: Path, run: Run, job: Job, model_dir: Path) -> None:
     found = inspect(quantized)
     with safe_open(quantized / "model.safetensors", framework="pt") as tensors:
         stored = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
@@ -194,7 +194,7 @@ def test_inspect(quantized: Path, run: Run, job: Job, model_dir: Path) -> None: 
     assert "is no checkpoint of fptquant" in one_error(run("inspect", model_dir))
 
 
-def test_push(quantized: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_push(quantized: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(quantized, tmp_path / "out"))
     (folder / ".secret").write_text("x")
     result = run("push", folder, "org/name", "--dry-run")
