@@ -50,7 +50,11 @@ class Tasks:
         if include_path is not None and not include_path.is_dir():
             raise FPTQuantError(f"--include-path: '{include_path}' is not a directory")
         self.names = list(names)
-        self._manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        folder = None if include_path is None else str(include_path)
+        if folder is not None:  # lm-eval's own files are thousands, and take seconds to look through
+            self._manager = TaskManager(include_path=folder, include_defaults=False)
+        if folder is None or not all(self._manager.match_tasks([name]) for name in names):
+            self._manager = TaskManager(include_path=folder)
         for name in names:
             if not self._manager.match_tasks([name]):
                 near = get_close_matches(name, self._manager.all_tasks, n=1)

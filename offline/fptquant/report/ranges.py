@@ -216,7 +216,7 @@ def plot_ranges(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", alpha=0.3)
     figure.supxlabel("layer")
-    figure.supylabel("root mean squares of the values there")
+    figure.supylabel("times the root mean square")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(file)
 
