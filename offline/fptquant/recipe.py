@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
+from fptquant.files import portable
 from fptquant.format import ActivationScheme, KVCacheScheme, Override, WeightScheme
 from fptquant.format.schema import ModulePattern
 from fptquant.quantize import InputRangeOptions, RangeOptions, WeightRangeOptions
@@ -227,9 +228,15 @@ class Recipe(BaseModel):
         data["transforms"] = {name: options.model_dump(mode="json") for name, options in self.transforms.items()}
         return data
 
+    def published(self) -> dict[str, Any]:
+        """`to_dict` without the directories of this machine."""
+        data = self.to_dict()
+        data["calibration"]["source"] = portable(data["calibration"]["source"])
+        return data
+
     def digest(self) -> str:
-        """Short hash of all settings."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """Short hash of all settings, as they are published."""
+        return hashlib.sha256(json.dumps(self.published(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _parse_transforms(value: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.files import portable
 from fptquant.format.binding import BINDING, bind, checksum
 from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.layers.residency import entered
@@ -39,10 +38,8 @@ def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
     save_file(transforms, directory / EXTRAS / "transforms.safetensors")
     record_logits(model, job.windows[0], directory / EXTRAS / RECORDED_LOGITS)
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    recipe = job.recipe.to_dict()
-    recipe["calibration"]["source"] = portable(recipe["calibration"]["source"])
-    text = yaml.safe_dump(recipe, sort_keys=False)
-    (directory / EXTRAS / "recipe.yaml").write_text(text, encoding="utf-8")
+    recipe = yaml.safe_dump(job.recipe.published(), sort_keys=False)
+    (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for file in directory.rglob("*.safetensors"):
         file.chmod(0o644)  # written for the owner only; a server often runs as another user
 
