@@ -89,9 +89,8 @@ def log(*objects: Any) -> None:
     if _log is None:
         return
     text = io.StringIO()
-    Console(file=text, width=_WIDE, color_system=None).print(
-        *objects, soft_wrap=all(isinstance(o, str) for o in objects)
-    )
+    plain = all(isinstance(shown, str) for shown in objects)
+    Console(file=text, width=_WIDE, color_system=None).print(*objects, soft_wrap=plain, markup=False)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     _log.writelines(f"{now} {line}\n" for line in text.getvalue().splitlines())
     _log.flush()
@@ -158,10 +157,10 @@ class RichStages(Stages):
         console = Console(stderr=True, quiet=err.quiet)
         self._bar = Progress(*columns, _Times(), note, rest, console=console)
         names = list(self._expected)
-        number = f"\\[{names.index(name) + 1}/{len(names)}] " if name in names else ""
+        number = f"[{names.index(name) + 1}/{len(names)}] " if name in names else ""
         log(f"{number}{name} begins; {self._all_left(name)}".rstrip("; "))
         self._bar.start()
-        self._task = self._bar.add_task(f"{number}{name}", total=None, note="", rest=self._all_left(name))
+        self._task = self._bar.add_task(escape(f"{number}{name}"), total=None, note="", rest=self._all_left(name))
 
     def advance(self, total: int) -> None:
         """Moves the bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fptquant.layers.constants import record_sink
 from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
 from fptquant.progress import Stages
-from fptquant.report.card import MadeBy, provenance, write_card
+from fptquant.report.card import provenance, write_card
 from fptquant.report.compare import compare_with_original
 from fptquant.report.quality import Quality
 from fptquant.report.ranges import FloatPasses, write_ranges
@@ -76,7 +77,7 @@ def quantize(
     fresh: bool = False,
     stages: Stages | None = None,
     quality: int = 0,
-    made_by: MadeBy | None = None,
+    command: Sequence[str] = (),
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
@@ -89,7 +90,7 @@ def quantize(
         fresh: throw the state of an unfinished run away.
         stages: shows progress.
         quality: windows to compare the result with the original on, of text that nothing was fitted to.
-        made_by: the model as the user named it, and the command line, for the model card.
+        command: arguments of `fptquant`, for the model card.
 
     Raises:
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
@@ -155,7 +156,7 @@ def quantize(
             budget="" if spending is None else _bought(spending),
             notes=notes,
             quality=measured,
-            provenance=provenance(job, made_by),
+            provenance=provenance(job, command),
         )
         write_card(job, staging, summary.output, measured, summary.provenance)
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))

@@ -18,7 +18,6 @@ from fptquant.calibration.text import calibration_windows, windows_left_over
 from fptquant.errors import FPTQuantError
 from fptquant.files import portable
 from fptquant.recipe import Recipe
-from fptquant.report.card import MadeBy
 from fptquant.report.compare import held_back
 from fptquant.report.inspection import inspect
 from fptquant.run.job import Job, open_job
@@ -64,7 +63,7 @@ def job(source: Path, text: Path) -> Job:
 def quantized(tmp_path_factory: pytest.TempPathFactory, source: Path, text: Path, job: Job) -> Path:
     out = tmp_path_factory.mktemp("results") / "out"
     command = ("quantize", str(source), "-o", str(out), f"--calibration={text}", "--seed", "0")
-    pipeline.quantize(job, out, quality=WINDOWS, made_by=MadeBy("org/Some-Model", command))
+    pipeline.quantize(job, out, quality=WINDOWS, command=command)
     return out
 
 
@@ -153,11 +152,11 @@ def test_quality_changes_nothing_else(
     assert summary.quality is None and "Not measured" in (tmp_path / "out" / "README.md").read_text()
 
     def fail(*arguments: object) -> None:
-        raise FPTQuantError("the text has gone")
+        raise FPTQuantError("the text '/here/a.txt' has gone")
 
     monkeypatch.setattr("fptquant.report.compare.windows_left_over", fail)
     summary = pipeline.quantize(open_job(job.source.path, job.recipe), tmp_path / "fails" / "out", quality=2)
-    assert summary.quality is None and summary.notes == ("quality was not measured: the text has gone",)
+    assert summary.quality is None and summary.notes == ("quality was not measured: the text 'a.txt' has gone",)
     for other in (tmp_path / "out", tmp_path / "fails" / "out"):
         for file in quantized.rglob("*"):
             if file.is_file() and file.name not in ("README.md", "summary.json", "metrics.jsonl"):  # times

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fptquant.cli.app import command, quiet_transformers
-from fptquant.cli.serve import require_checkpoint
+from fptquant.cli.options import require_checkpoint
 from fptquant.console import err, info, out
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line

@@ -14,7 +14,7 @@ import fptquant
 from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Backend, Device, Model, listed
-from fptquant.console import RichStages, err, log, out, show_notes, table
+from fptquant.console import RichStages, err, log, out, show_notes, table, verbose
 from fptquant.errors import FPTQuantError
 from fptquant.files import require_model, require_writable
 
@@ -144,8 +144,12 @@ def _scores(
     device: str,
 ) -> list[list[Score]]:
     """The scores of each model."""
+    import logging
+
     from fptquant.evaluation.tasks import Tasks
 
+    if not verbose():
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found, chosen = [], Tasks(names, include_path)
     for model in models:
         with err.status(f"{model}: {', '.join(names)}"):

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from fptquant.cli.app import command
-from fptquant.cli.options import Checkpoint
-from fptquant.cli.serve import require_checkpoint
+from fptquant.cli.options import Checkpoint, require_checkpoint
 from fptquant.console import facts, megabytes, out, table
 
 

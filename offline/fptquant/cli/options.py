@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
-from fptquant.files import require_model
+from fptquant.files import read_json, require_model
 from fptquant.recipe_errors import explain
 from fptquant.recipe_files import read_recipe
 
@@ -145,6 +145,16 @@ def require_start(
     for name in without:
         if name not in TRANSFORMS:
             raise unknown("transform", name, TRANSFORMS)
+
+
+def require_checkpoint(directory: Path) -> None:
+    """Raises FPTQuantError where `directory` is no checkpoint in our format."""
+    if not directory.expanduser().is_dir():
+        raise FPTQuantError(f"'{directory}' is not a directory: give one that `fptquant quantize` wrote")
+    require_model(str(directory))
+    found = read_json(directory.expanduser() / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != "fptquant":
+        raise FPTQuantError(f"'{directory}' is no checkpoint of fptquant: quantize it first")
 
 
 def listed(names: str) -> list[str]:

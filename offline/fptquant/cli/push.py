@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from fptquant.cli.app import command
-from fptquant.cli.options import Checkpoint
-from fptquant.cli.serve import require_checkpoint
+from fptquant.cli.options import Checkpoint, require_checkpoint
 from fptquant.console import err, megabytes, out, table
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -135,7 +136,6 @@ def quantize(
     from fptquant.devices import choose_device
     from fptquant.progress import Stages
     from fptquant.recipe import Recipe
-    from fptquant.report.card import MadeBy
     from fptquant.run.job import open_job
     from fptquant.run.memory import choose_residency, parse_size, room_for
     from fptquant.run.times import expected_seconds
@@ -168,9 +168,8 @@ def quantize(
     if dry_run:
         return
     stages = RichStages(expected) if parallel.is_main() else Stages()
-    made_by = MadeBy(model, tuple(sys.argv[1:]))
     summary = pipeline.quantize(
-        job, output, overwrite=overwrite, fresh=fresh, stages=stages, quality=quality, made_by=made_by
+        job, output, overwrite=overwrite, fresh=fresh, stages=stages, quality=quality, command=sys.argv[1:]
     )
     if parallel.is_main():
         _show(summary, model, output)
@@ -197,9 +196,9 @@ def _show(summary: Summary, model: str, output: Path) -> None:
         info.print(summary.quality.line(), highlight=False, soft_wrap=True)
     info.print("next:", highlight=False)
     for what, line in (
-        ("verify", f"fptquant verify {output} --against {model}"),
-        ("evaluate", f"fptquant evaluate {output} --text FILE"),
-        ("serve", f"{' '.join(serve_command(str(output)))}    # or: fptquant serve {output}"),
+        ("verify", shlex.join(["fptquant", "verify", str(output), "--against", model])),
+        ("evaluate", shlex.join(["fptquant", "evaluate", str(output), "--text", "FILE"])),
+        ("serve", f"{shlex.join(['fptquant', 'serve', str(output)])}    # {shlex.join(serve_command(str(output)))}"),
     ):
         info.print(f"  {what:<9} {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -12,10 +12,9 @@ from typing import Annotated
 import typer
 
 from fptquant.cli.app import command
-from fptquant.cli.options import Checkpoint
+from fptquant.cli.options import Checkpoint, require_checkpoint
 from fptquant.console import info, out
 from fptquant.errors import FPTQuantError
-from fptquant.files import read_json, require_model
 
 _TURING = (7, 5)  # the newest GPUs without bfloat16
 
@@ -48,7 +47,7 @@ def serve_command(checkpoint: str, *extra: str) -> list[str]:
 
     Args:
         checkpoint: directory.
-        extra: further arguments, which come before ours.
+        extra: further arguments; those of ours that they set are left out.
     """
     from fptquant.evaluation.vllm_backend import on_gpu
 
@@ -64,23 +63,8 @@ def serve_command(checkpoint: str, *extra: str) -> list[str]:
     return [*found, *extra]
 
 
-def require_checkpoint(directory: Path) -> dict[str, object]:
-    """The configuration of a checkpoint in our format.
-
-    Raises:
-        FPTQuantError: it is none.
-    """
-    if not directory.expanduser().is_dir():
-        raise FPTQuantError(f"'{directory}' is not a directory: give one that `fptquant quantize` wrote")
-    require_model(str(directory))
-    found = read_json(directory.expanduser() / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "fptquant":
-        raise FPTQuantError(f"'{directory}' is no checkpoint of fptquant: quantize it first")
-    return found
-
-
 def _program() -> str:
-    """VLLM's program, by the name that the user's shell knows; else the one beside this Python."""
+    """The program `vllm`, by the name that the user's shell knows; else the one beside this Python."""
     beside = Path(sys.executable).parent / "vllm"
     known = shutil.which("vllm")
     if beside.is_file() and (known is None or not os.path.samefile(known, beside)):

@@ -118,7 +118,9 @@ def _simulated(source: Source) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     model = load_model(source)
-    return HFLM(pretrained=model, tokenizer=source.tokenizer, batch_size=1, max_length=_length(source))
+    return HFLM(
+        pretrained=model, backend="causal", tokenizer=source.tokenizer, batch_size=1, max_length=_length(source)
+    )
 
 
 def _served(source: Source) -> Any:

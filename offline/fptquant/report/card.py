@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,24 +64,21 @@ MODEL=/path/to/{here} docker compose -f docker/compose.yaml --profile cpu up --b
 """
 
 
-@dataclass(frozen=True)
-class MadeBy:
-    """What the user said."""
+def provenance(job: Job, command: Sequence[str]) -> dict[str, str]:
+    """Where a checkpoint comes from: source, revision and command line, without this machine's directories.
 
-    model: str  # the source: a directory, or a name on the hub
-    command: tuple[str, ...]  # arguments of `fptquant`
-
-
-def provenance(job: Job, made_by: MadeBy | None) -> dict[str, str]:
-    """Where a checkpoint comes from: source, revision and command line, without this machine's directories."""
+    Args:
+        job: what was done.
+        command: arguments of `fptquant`; none where it was something else that did it.
+    """
     path = job.source.path.resolve()
     found: dict[str, str] = {"source": path.name}
     snapshot = _SNAPSHOT.search(path.as_posix())
     if snapshot:
         found = {"source": f"{snapshot['org']}/{snapshot['name']}", "revision": snapshot["revision"]}
         found["base_model"] = found["source"]
-    if made_by is not None:
-        found["command"] = shlex.join(["fptquant", *map(portable, made_by.command)])
+    if command:
+        found["command"] = shlex.join(["fptquant", *map(portable, command)])
     packages = ("torch", "transformers", "safetensors")
     found["versions"] = ", ".join(
         [f"vllm-fptquant {fptquant.__version__}", *(f"{name} {version(name)}" for name in packages)]
@@ -141,7 +138,8 @@ def _card_data(source: Path, directory: Path, origin: dict[str, str]) -> ModelCa
     described = _metadata(source)
     fields: dict[str, Any] = {key: described[key] for key in _OF_SOURCE if described.get(key)}
     if "license" not in fields and any(directory.glob("LICENSE*")):
-        fields |= {"license": "other", "license_link": sorted(file.name for file in directory.glob("LICENSE*"))[0]}
+        link = sorted(file.name for file in directory.glob("LICENSE*"))[0]
+        fields |= {"license": "other", "license_name": "the-originals", "license_link": link}
     tags = [tag for tag in described.get("tags") or [] if isinstance(tag, str)]
     fields["tags"] = list(dict.fromkeys([*tags, *_TAGS]))
     fields.setdefault("pipeline_tag", "text-generation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fptquant.calibration.text import windows_left_over
 from fptquant.errors import FPTQuantError
+from fptquant.files import portable
 from fptquant.layers.inputs import window_logits
 from fptquant.loading import load_model, open_source
 from fptquant.progress import Stages
@@ -41,7 +43,8 @@ def compare_with_original(
                 return None, ("quality was not measured: calibration and training took all of the text",)
             return _compare(job, checkpoint, tokens, stages), ()
     except FPTQuantError as error:
-        return None, (f"quality was not measured: {error}",)
+        reason = re.sub("'([^']*)'", lambda quoted: f"'{portable(quoted[1])}'", str(error))  # it goes into the summary
+        return None, (f"quality was not measured: {reason}",)
 
 
 def held_back(job: Job, windows: int) -> Tensor:
