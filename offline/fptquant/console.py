@@ -107,7 +107,7 @@ def complain(line: str, error: BaseException | None = None, *, style: str | None
     err.quiet = quiet
 
 
-def table(*columns: str, **options: Any) -> Table:
+def grid(*columns: str, **options: Any) -> Table:
     """A table that folds what is too long for it, and never cuts it off."""
     found = Table(**options)
     for column in columns:
@@ -117,7 +117,7 @@ def table(*columns: str, **options: Any) -> Table:
 
 def facts(title: str = "") -> Table:
     """A table of names and values without a header."""
-    return table("", "", show_header=False, title=escape(title) or None)
+    return grid("", "", show_header=False, title=escape(title) or None)
 
 
 def duration(seconds: float) -> str:
@@ -207,48 +207,48 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
             return "not quantized"
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
-    shown = facts()
+    table = facts()
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
-    shown.add_row("architecture", f"{job.source.kind}, {sizes}")
-    shown.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
-    shown.add_row("weights", bits(config.weights))
-    shown.add_row("activations", bits(config.activations))
-    shown.add_row("KV cache", bits(config.kv_cache))
+    table.add_row("architecture", f"{job.source.kind}, {sizes}")
+    table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
+    table.add_row("weights", bits(config.weights))
+    table.add_row("activations", bits(config.activations))
+    table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
     quantized = f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized"
-    shown.add_row("head", f"{quantized}{_tying(job)}")
+    table.add_row("head", f"{quantized}{_tying(job)}")
     if job.recipe.budget is not None:
-        shown.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
-    shown.add_row("transforms", ", ".join(job.transforms.names) or "none")
+        table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))
+    table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     for name, why in job.left_out.items():
-        shown.add_row("left out", f"{name}: {why}")
+        table.add_row("left out", f"{name}: {why}")
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
-        shown.add_row("first token", escape(f"constant where it is {first}"))
+        table.add_row("first token", escape(f"constant where it is {first}"))
     elif job.recipe.sink == "auto" and (obstacle := sink_obstacle(job.source, job.recipe)):
-        shown.add_row("first token", f"not constant: {obstacle}")
+        table.add_row("first token", f"not constant: {obstacle}")
     if config.transforms.down_hadamard:
-        shown.add_row("T_d block", str(config.transforms.down_hadamard.block))
+        table.add_row("T_d block", str(config.transforms.down_hadamard.block))
     if config.transforms.input_hadamard:
         blocks = (f"{block} at {group}" for group, block in config.transforms.input_hadamard if block is not None)
-        shown.add_row("T_h blocks", ", ".join(blocks))
+        table.add_row("T_h blocks", ", ".join(blocks))
     count, length = job.windows.shape
     calibration = f"{job.recipe.calibration.source}: {count} sequences of {length} tokens"
-    shown.add_row("calibration", escape(calibration))
+    table.add_row("calibration", escape(calibration))
     text = job.source.tokenizer.decode(job.windows[0].tolist(), clean_up_tokenization_spaces=False)
-    shown.add_row("first sequence", escape(visible(text[:80])))
+    table.add_row("first sequence", escape(visible(text[:80])))
     if job.training_windows.numel():
         count, length = job.training_windows.shape
-        shown.add_row("training", f"{count} sequences of {length} tokens")
+        table.add_row("training", f"{count} sequences of {length} tokens")
     if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
-        shown.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
+        table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
     routers = ", routers" if shape.mixtures else ""
-    shown.add_row("kept in", f"{job.dtype}: embedding, norms, biases{routers}")
-    shown.add_row("expected size", megabytes(job.output_bytes))
+    table.add_row("kept in", f"{job.dtype}: embedding, norms, biases{routers}")
+    table.add_row("expected size", megabytes(job.output_bytes))
     disk = ", ".join(f"{name} {megabytes(size)}" for name, size in expected_disk(job).items() if size)
-    shown.add_row("disk", f"{disk}, until it is finished")
-    shown.add_row("device", str(job.device))
+    table.add_row("disk", f"{disk}, until it is finished")
+    table.add_row("device", str(job.device))
 
     def memory(needed: int, free: int) -> str:
         warning = f", more than the {free / 1e9:.1f} GB that are free" if needed > free else ""
@@ -257,12 +257,12 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     how = "the whole model" if job.residency == "resident" else "a layer at a time"
     needed = memory(expected_memory(job, job.residency, job.room), free_memory(job.device))
     if job.device != CPU:
-        shown.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
-    shown.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
-    shown.add_row(
+        table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
+    table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
+    table.add_row(
         "time", f"about {duration(sum(expected.values()))} in all, give or take a factor of two, beside no other work"
     )
-    return shown
+    return table
 
 
 def _tying(job: Job) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fptquant.cli.app import command
-from fptquant.console import out, table
+from fptquant.console import grid, out
 from fptquant.errors import FPTQuantError
 
 
@@ -21,7 +21,7 @@ def doctor() -> None:
     for name, version in examination.versions().items():
         out.print(f"{name} {version}", highlight=False)
     out.print(f"device: {examination.device_name()}", highlight=False)
-    shown = table("layer", "kernel", "", "result", "")
+    shown = grid("layer", "kernel", "", "result", "")
     failed = False
     for result in examination.check_kernels():
         failed |= result.status == "fail"

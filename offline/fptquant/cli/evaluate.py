@@ -14,7 +14,7 @@ import fptquant
 from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Backend, Device, Model, listed
-from fptquant.console import RichStages, err, log, out, show_notes, table, verbose
+from fptquant.console import RichStages, err, grid, log, out, show_notes, verbose
 from fptquant.errors import FPTQuantError
 from fptquant.files import require_model, require_writable
 
@@ -120,7 +120,7 @@ def _show_perplexity(
     results: list[Perplexity], models: list[str], text: Path, backend: Backend, special_tokens: bool
 ) -> dict[str, Any]:
     """Prints a column for each model, and returns what goes into the file."""
-    shown = table("", *_headers(models))
+    shown = grid("", *_headers(models))
     for key in asdict(results[0]):
         values = [getattr(result, key) for result in results]
         cells = [f"{value:.4f}" if key == "perplexity" else str(value) for value in values]
@@ -163,7 +163,7 @@ def _show_scores(
     scores: list[list[Score]], models: list[str], limit: int | None, shots: int | None, backend: Backend
 ) -> dict[str, Any]:
     """Prints a column for each model, and returns what goes into the file."""
-    shown = table("task", "metric", "samples", *_headers(models))
+    shown = grid("task", "metric", "samples", *_headers(models))
     others = [{(score.task, score.metric): score for score in found} for found in scores]
     for score in scores[0]:
         cells = []

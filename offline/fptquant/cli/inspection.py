@@ -9,7 +9,7 @@ import typer
 
 from fptquant.cli.app import command
 from fptquant.cli.options import Checkpoint, require_checkpoint
-from fptquant.console import facts, megabytes, out, table
+from fptquant.console import facts, grid, megabytes, out
 
 
 @command("inspect")
@@ -30,7 +30,7 @@ def inspect_(
         for key, value in found[section].items():
             if value not in ("", None):
                 shown.add_row(key.replace("_", " "), str(value))
-    sizes = table("part", "weights", "size", "bits per weight")
+    sizes = grid("part", "weights", "size", "bits per weight")
     for name, part in [*found["parts"].items(), ("all", found["all"])]:
         bits = f"{part['bits_per_weight']:.2f}" if part["weights"] else ""
         sizes.add_row(name, f"{part['weights'] / 1e6:,.1f} million", megabytes(part["bytes"]), bits)

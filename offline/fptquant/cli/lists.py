@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from fptquant.cli.app import command
 from fptquant.cli.options import PRECISIONS, TRANSFORMS
-from fptquant.console import out, table
+from fptquant.console import grid, out
 from fptquant.recipe_files import read_recipe, shipped_recipes
 
 
@@ -18,7 +18,7 @@ def families() -> None:
     """List the model families that can be quantized and served, and what holds for them."""
     from fptquant.report.families import COLUMNS, rows
 
-    shown = table(*COLUMNS)
+    shown = grid(*COLUMNS)
     for row in rows():
         shown.add_row(*map(escape, row))
     out.print(shown)
@@ -43,12 +43,12 @@ def recipes(
     if fields:
         from fptquant.recipe import Recipe, settings
 
-        shown = table("field", "default", "")
+        shown = grid("field", "default", "")
         for setting in settings(Recipe):
             shown.add_row(*map(escape, setting))
         out.print(shown)
         return
-    shown = table("recipe", "description")
+    shown = grid("recipe", "description")
     shown.columns[0].no_wrap = True
     for name in shipped_recipes():
         shown.add_row(name, str(read_recipe(name).get("description", "")))

@@ -10,7 +10,7 @@ import typer
 
 from fptquant.cli.app import command
 from fptquant.cli.options import Checkpoint, require_checkpoint
-from fptquant.console import err, megabytes, out, table
+from fptquant.console import err, grid, megabytes, out
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line
 
@@ -37,7 +37,7 @@ def push(
     folder = checkpoint.expanduser()
     files = _files(folder)
     if dry_run:
-        shown = table("file", "size")
+        shown = grid("file", "size")
         for file in files:
             shown.add_row(str(file.relative_to(folder)), megabytes(file.stat().st_size))
         out.print(shown)

@@ -23,7 +23,7 @@ from fptquant.cli.options import (
     listed,
     require_start,
 )
-from fptquant.console import RichStages, out, show_notes, table
+from fptquant.console import RichStages, grid, out, show_notes
 from fptquant.errors import FPTQuantError
 from fptquant.recipe_files import shipped_recipes
 
@@ -130,7 +130,7 @@ def sensitivity(
                     pass
     assert results.unquantized is not None
     reference = results.unquantized.perplexity
-    shown = table("site", "layer", "KL (nats per token)", "perplexity", "change")
+    shown = grid("site", "layer", "KL (nats per token)", "perplexity", "change")
     for row in results.worst_first(per_layer=per_layer)[:top]:
         layer = "all" if row.layer is None else str(row.layer)
         found = row.effect

@@ -9,7 +9,7 @@ import typer
 
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Checkpoint, Device
-from fptquant.console import err, out, table
+from fptquant.console import err, grid, out
 from fptquant.files import require_model
 
 
@@ -75,7 +75,7 @@ def verify(
                 checks.append(check_served_exactly(transformers_scorer(simulated), engine.score, tokens))
                 checks.append(check_greedy(simulated, engine, tokens[:, : length // 2], new_tokens=16))
                 engine.close()
-    shown = table("check", "measured", "limit", "")
+    shown = grid("check", "measured", "limit", "")
     for check in checks:
         shown.add_row(check.name, check.measured, check.limit, "ok" if check.passed else "FAILED")
     out.print(f"{checkpoint} on {windows} windows of {length} tokens", markup=False, highlight=False, soft_wrap=True)
