@@ -115,9 +115,9 @@ def grid(*columns: str, **options: Any) -> Table:
     return found
 
 
-def facts(title: str = "") -> Table:
+def facts() -> Table:
     """A table of names and values without a header."""
-    return grid("", "", show_header=False, title=escape(title) or None)
+    return grid("", "", show_header=False)
 
 
 def duration(seconds: float) -> str:
@@ -280,15 +280,8 @@ def needs_table(job: Job, expected: Mapping[str, float]) -> Table:
     from fptquant.run.needs import expected_needs
 
     where = "memory" if job.device.type == "cpu" else f"memory of {job.device}"
-    found, needs = (
-        table(
-            "stage",
-            where,
-            "reads",
-            "time",
-        ),
-        expected_needs(job, job.residency, job.room),
-    )
+    needs = expected_needs(job, job.residency, job.room)
+    found = grid("stage", where, "reads", "time")
     for name, seconds in expected.items():
         need = needs.get(name)
         reads = f"{need.reads / 1e9:,.1f} GB" if need and need.reads else ""
