@@ -117,8 +117,9 @@ def test_a_run_goes_on_on_another_device(tmp_path: Path, monkeypatch: pytest.Mon
             patch.setattr(pipeline.RunState, "save", killed)
             pipeline.quantize(job_on(device, tmp_path, "streamed", fields), tmp_path / "out")
     with emulated_cuda():
-        pipeline.quantize(job_on("cuda", tmp_path, "streamed", fields), tmp_path / "out")
+        found = pipeline.quantize(job_on("cuda", tmp_path, "streamed", fields), tmp_path / "out", quality=1)
     require_same(written(tmp_path / "out"), written(tmp_path / "cpu"))
+    assert found.quality is not None and not found.notes
 
 
 def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:
@@ -131,7 +132,8 @@ def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:
         "evaluate": (tmp_path / "out", "--text", text, "--windows", 2, "--length", 16),
         "sensitivity": (tmp_path / "model", "--recipe", recipe, "--sequences", 2, "--windows", 1, "--length", 16),
     }
-    options = {"verify": ("--no-vllm",), "evaluate": (), "sensitivity": ("--kinds", "qkv_input,o_weights,keys")}
+    kinds = ("--kinds", "qkv_input,o_weights,keys", "--calibration", text)
+    options: dict[str, tuple[object, ...]] = {"verify": ("--no-vllm",), "evaluate": (), "sensitivity": kinds}
 
     def results(device: str) -> list[str]:
         found = []
