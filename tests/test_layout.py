@@ -20,7 +20,7 @@ ORDER = (
     ("layers", "read_as"),
     ("loading",),
     ("calibration", "train"),
-    ("recipe_errors",),
+    ("recipe_errors", "recipe_files"),
     ("recipe",),
     ("run",),
     ("sensitivity",),
@@ -28,6 +28,7 @@ ORDER = (
     ("console", "pipeline"),
     ("evaluation",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 ROOT = Path(fptquant.__file__).parent

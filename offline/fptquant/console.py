@@ -2,42 +2,165 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from fptquant.errors import FPTQuantError
+from fptquant.files import first_line, require_writable
 from fptquant.progress import Stages
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fptquant.loading import Source
     from fptquant.run.job import Job
 
-err = Console(stderr=True)
-out = Console()
+_WIDE = 160  # columns of the log file
+
+
+class _Logged(Console):
+    """A console whose output is in the log file, too."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """See `rich.console.Console.print`; what a quiet console doesn't show is logged all the same."""
+        log(*objects)
+        super().print(*objects, **options)
+
+
+out = _Logged()  # results, which are shown in any case
+info = _Logged()  # what is said beside them
+err = _Logged(stderr=True)  # notes and progress
+_log: TextIO | None = None
+_verbose = False
+
+
+def configure(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> None:
+    """Says how much is shown, from now on.
+
+    Args:
+        quiet: results and errors only.
+        verbose: what libraries log, and where errors come from, too.
+        log_file: gets a copy of all that is said, quiet or not, with times.
+
+    Raises:
+        FPTQuantError: the log file can't be written.
+    """
+    global _log, _verbose
+    close()
+    info.quiet = err.quiet = quiet
+    _verbose = verbose
+    if verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    if log_file is not None:
+        require_writable("--log-file", log_file)
+        try:
+            _log = log_file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise FPTQuantError(f"--log-file: '{log_file}' can't be written to: {first_line(error)}") from None
+
+
+def close() -> None:
+    """Closes the log file, and shows everything again."""
+    global _log, _verbose
+    if _log is not None:
+        _log.close()
+    _log, _verbose = None, False
+    info.quiet = err.quiet = False
+
+
+def verbose() -> bool:
+    """Whether everything is to be shown."""
+    return _verbose
+
+
+def log(*objects: Any) -> None:
+    """Appends to the log file, where there is one; a time in front of each line."""
+    if _log is None:
+        return
+    text = io.StringIO()
+    plain = all(isinstance(shown, str) for shown in objects)
+    Console(file=text, width=_WIDE, color_system=None).print(*objects, soft_wrap=plain, markup=False)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    _log.writelines(f"{now} {line}\n" for line in text.getvalue().splitlines())
+    _log.flush()
+
+
+def complain(line: str, error: BaseException | None = None, *, style: str | None = "red") -> None:
+    """Shows a line about what ends the command, quiet or not; of an error, where it comes from if that is asked for."""
+    quiet, err.quiet = err.quiet, False
+    if error is not None and _verbose:
+        import traceback
+
+        err.print("".join(traceback.format_exception(error)), markup=False, highlight=False, soft_wrap=True)
+    err.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    err.quiet = quiet
+
+
+def grid(*columns: str, **options: Any) -> Table:
+    """A table that folds what is too long for it, and never cuts it off."""
+    found = Table(**options)
+    for column in columns:
+        found.add_column(column, overflow="fold")
+    return found
+
+
+def facts() -> Table:
+    """A table of names and values without a header."""
+    return grid("", "", show_header=False)
+
+
+def duration(seconds: float) -> str:
+    """A time to be read: `4.2 s`, `40 s`, `1 min 35 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Times(ProgressColumn):
+    """How long a stage has taken and will take."""
+
+    def render(self, task: Task) -> Text:
+        """`12 s so far, about 40 s left`."""
+        left = task.time_remaining
+        text = f"{duration(task.finished_time or task.elapsed or 0)}"
+        if task.finished:
+            return Text(text)
+        return Text(f"{text} so far" + ("" if left is None else f", about {duration(left)} left"))
 
 
 class RichStages(Stages):
-    """Shows each stage as a progress bar."""
+    """Shows each stage as a progress bar, its number among all, and about how long all will take."""
+
+    def __init__(self, expected: Mapping[str, float] | None = None) -> None:
+        """Args: expected seconds of each stage that is known to come, in order."""
+        super().__init__()
+        self._expected = dict(expected or {})
 
     def begin(self, name: str) -> None:
         """Starts a bar; the total is known with the first step."""
         columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-        note = TextColumn("{task.fields[note]}")
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), note, console=err)
+        note, rest = TextColumn("{task.fields[note]}"), TextColumn("{task.fields[rest]}")
+        console = Console(stderr=True, quiet=err.quiet)
+        self._bar = Progress(*columns, _Times(), note, rest, console=console)
+        names = list(self._expected)
+        number = f"[{names.index(name) + 1}/{len(names)}] " if name in names else ""
+        log(f"{number}{name} begins; {self._all_left(name)}".rstrip("; "))
         self._bar.start()
-        self._task = self._bar.add_task(name, total=None, note="")
+        self._task = self._bar.add_task(escape(f"{number}{name}"), total=None, note="", rest=self._all_left(name))
 
     def advance(self, total: int) -> None:
         """Moves the bar."""
@@ -54,12 +177,24 @@ class RichStages(Stages):
     def end(self, name: str) -> None:
         """Completes the bar and leaves it on the screen."""
         task = self._bar.tasks[0]
-        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1)
+        self._bar.update(self._task, total=task.total or 1, completed=task.completed or 1, rest="")
         self._bar.stop()
+        log(f"{name}: {self.seconds[name]:.1f} s, peak memory {megabytes(self.peaks[name])}")
+
+    def _all_left(self, name: str) -> str:
+        """About how long this stage and those behind it take, at the speed of those that are over."""
+        names = list(self._expected)
+        if name not in names:
+            return ""
+        done = [stage for stage in self.seconds if stage in self._expected]
+        planned = sum(self._expected[stage] for stage in done)
+        speed = sum(self.seconds[stage] for stage in done) / planned if planned > 60 else 1.0
+        left = sum(self._expected[stage] for stage in names[names.index(name) :]) * speed
+        return f"all stages: about {duration(left)} left"
 
 
-def plan_table(job: Job, output: Path) -> Table:
-    """What a run is about to do."""
+def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
+    """What a run is about to do, and what it is expected to take (`fptquant.run.times`)."""
     from fptquant.devices import CPU, free_memory
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
     from fptquant.run.sink import sink_obstacle
@@ -72,7 +207,7 @@ def plan_table(job: Job, output: Path) -> Table:
             return "not quantized"
         return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
 
-    table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
+    table = facts()
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
     table.add_row("architecture", f"{job.source.kind}, {sizes}")
@@ -124,6 +259,9 @@ def plan_table(job: Job, output: Path) -> Table:
     if job.device != CPU:
         table.add_row("memory of the machine", memory(expected_host_memory(job), free_memory(CPU)))
     table.add_row("memory" if job.device == CPU else "memory of the device", f"{needed}, {how} ({job.residency})")
+    table.add_row(
+        "time", f"about {duration(sum(expected.values()))} in all, give or take a factor of two, beside no other work"
+    )
     return table
 
 
@@ -137,15 +275,18 @@ def _tying(job: Job) -> str:
     return "; has the embedding's weight" if reason is None else f"; gets a weight of its own: {reason}"
 
 
-def needs_table(job: Job) -> Table:
+def needs_table(job: Job, expected: Mapping[str, float]) -> Table:
     """What each stage of a run is expected to take."""
     from fptquant.run.needs import expected_needs
 
     where = "memory" if job.device.type == "cpu" else f"memory of {job.device}"
-    table = Table("stage", where, "reads", title="expected")
-    for name, need in expected_needs(job, job.residency, job.room).items():
-        table.add_row(name, f"{need.memory / 1e9:.1f} GB", f"{need.reads / 1e9:,.1f} GB" if need.reads else "")
-    return table
+    needs = expected_needs(job, job.residency, job.room)
+    found = grid("stage", where, "reads", "time")
+    for name, seconds in expected.items():
+        need = needs.get(name)
+        reads = f"{need.reads / 1e9:,.1f} GB" if need and need.reads else ""
+        found.add_row(name, f"{need.memory / 1e9:.1f} GB" if need else "", reads, f"about {duration(seconds)}")
+    return found
 
 
 def show_notes(source: Source) -> None:
@@ -160,5 +301,5 @@ def visible(text: str) -> str:
 
 
 def megabytes(count: int) -> str:
-    """A number of bytes, to be read."""
-    return f"{count / 1e6:,.0f} MB"
+    """A number of bytes, to be read; in kB where a MB is too much."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -12,6 +12,8 @@ from typing import Any
 
 from fptquant.errors import FPTQuantError
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # of no model by itself
+
 
 def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """A JSON object from a file.
@@ -60,6 +62,22 @@ def require_writable(option: str, file: Path) -> None:
         raise FPTQuantError(f"{option}: '{file}' can't be written to")
 
 
+def require_model(name: str) -> Path | None:
+    """The directory of a model that a user names; None where it may be a name on the hub.
+
+    Raises:
+        FPTQuantError: neither a directory nor a name on the hub, or a directory without config.json.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not any((path / file).exists() for file in ADAPTER_FILES):
+            raise FPTQuantError(f"'{path}' is no model: it has no config.json")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FPTQuantError(f"'{name}' is no model: give a directory with config.json, or a hub name like 'org/model'")
+    return None
+
+
 def takes_files(folder: Path) -> bool:
     """Whether a directory can be made in `folder`, space apart.
 
@@ -70,6 +88,21 @@ def takes_files(folder: Path) -> bool:
             return True
     except OSError as error:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def portable(value: str) -> str:
+    """What a user gave, without the directories of this machine: of a path, the last part; all else as it is.
+
+    `--option=PATH` and `text:PATH` keep what stands in front.
+    """
+    for separator in ("=", ":"):
+        before, found, after = value.partition(separator)
+        if found and os.sep not in before and os.sep in after and "//" not in after:
+            return before + separator + portable(after)
+    path = Path(value)
+    if os.sep in value and (path.is_absolute() or value.startswith((".", "~")) or path.exists()):
+        return path.name or path.resolve().name
+    return value
 
 
 def folder_size(folder: Path) -> int:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fptquant import hf_quantizer as _hf_quantizer  # noqa: F401  (registers on import)
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError, is_out_of_memory
-from fptquant.files import first_line, read_json
+from fptquant.files import ADAPTER_FILES, first_line, read_json, require_model
 from fptquant.format import QUANT_METHOD, CheckpointConfig
 from fptquant.format.binding import BINDING, UNBOUND, Binding, Watch
 from fptquant.format.checks import require_consistent
@@ -40,9 +40,9 @@ from fptquant.wiring import FAMILIES, Architecture
 from fptquant.wiring.lookup import architecture_of, check_model_type
 
 # What `from_pretrained` needs and nothing that could execute code or duplicates the weights in another format.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_PATTERNS = [*_NEEDED, "README.md", "LICENSE*"]  # for the model card
 _HUB_DUPLICATES = ["consolidated*", "original/*"]
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 # Not weights: buffers that older versions of transformers stored, and computes itself today.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
@@ -487,7 +487,7 @@ def _is_zero(tensor: Tensor) -> bool:
 
 def _refuse_adapter(path: Path) -> None:
     """Transformers applies an adapter where peft is installed, and nobody else does."""
-    for name in _ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         if (path / name).exists():
             raise FPTQuantError(
                 f"'{path / name}' is of an adapter: merge it into its model first (peft's merge_and_unload) and save "
@@ -496,11 +496,9 @@ def _refuse_adapter(path: Path) -> None:
 
 
 def _local_directory(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = require_model(name)
+    if path is not None:
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FPTQuantError(f"'{name}' is no model: give a directory with config.json, or a hub name like 'org/model'")
     try:
         from huggingface_hub import snapshot_download
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from fptquant.layers.constants import record_sink
 from fptquant.layers.scratch import scratch_in
 from fptquant.layers.store import restoring
 from fptquant.progress import Stages
+from fptquant.report.card import provenance, write_card
+from fptquant.report.compare import compare_with_original
+from fptquant.report.quality import Quality
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
@@ -61,10 +65,19 @@ class Summary:
     budget: str = ""
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
     peak_bytes: dict[str, int] = field(default_factory=dict)  # of each stage
+    quality: Quality | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
 def quantize(
-    job: Job, output: Path, *, overwrite: bool = False, fresh: bool = False, stages: Stages | None = None
+    job: Job,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    stages: Stages | None = None,
+    quality: int = 0,
+    command: Sequence[str] = (),
 ) -> Summary:
     """Runs a job and publishes the checkpoint, complete or not at all; continues where a killed run stopped.
 
@@ -76,6 +89,8 @@ def quantize(
         overwrite: replace an existing checkpoint.
         fresh: throw the state of an unfinished run away.
         stages: shows progress.
+        quality: windows to compare the result with the original on, of text that nothing was fitted to.
+        command: arguments of `fptquant`, for the model card.
 
     Raises:
         FPTQuantError: the output exists or can't be written, the disk is full, or the source holds damaged values.
@@ -126,6 +141,10 @@ def quantize(
         with stages.stage("read back"):
             require_read_back(job, staging)
         write_metrics(metrics.rows(), staging / EXTRAS)
+        measured = None
+        if quality:
+            measured, odd = compare_with_original(job, staging, quality, stages)
+            notes += odd
         summary = Summary(
             output=publication.target.name,
             seconds=stages.seconds,
@@ -136,7 +155,10 @@ def quantize(
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
             notes=notes,
+            quality=measured,
+            provenance=provenance(job, command),
         )
+        write_card(job, staging, summary.output, measured, summary.provenance)
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:
             _write_json(staging / EXTRAS / "budget.json", spending)

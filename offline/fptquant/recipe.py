@@ -5,39 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
+from fptquant.files import portable
 from fptquant.format import ActivationScheme, KVCacheScheme, Override, WeightScheme
 from fptquant.format.schema import ModulePattern
 from fptquant.quantize import InputRangeOptions, RangeOptions, WeightRangeOptions
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.recipe_errors import explain
+from fptquant.recipe_files import read_recipe
 from fptquant.train.block_wise import BlockWiseOptions
 from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions
 from fptquant.train.local import LocalOptions
 from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's plain types; a key that is given twice is an error, where PyYAML takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.SafeLoader`."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 class Precision(BaseModel):
@@ -227,26 +212,7 @@ class Recipe(BaseModel):
         Raises:
             FPTQuantError: no such recipe or file, or its content is invalid.
         """
-        path = Path(name_or_file)
-        if path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
-                raise FPTQuantError(f"recipe file '{path}' does not exist")
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise FPTQuantError(f"recipe file '{path}' can't be read: {error}") from None
-        else:
-            shipped = shipped_recipes()
-            if name_or_file not in shipped:
-                raise unknown("recipe", name_or_file, shipped)
-            text = (resources.files("fptquant") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-        try:
-            data = yaml.load(text, _UniqueKeys)
-        except yaml.YAMLError as error:
-            raise FPTQuantError(f"{name_or_file}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(data, dict):
-            raise FPTQuantError(f"{name_or_file}: a recipe is a mapping of fields")
-        return cls.parse({"name": path.stem, **data}, source=name_or_file)
+        return cls.parse(read_recipe(name_or_file), source=name_or_file)
 
     def changed(self, source: str = "option", options: Mapping[str, str] | None = None, **fields: Any) -> Recipe:
         """Copy with top-level fields replaced (mappings are merged into what stands), validated again (see `parse`)."""
@@ -262,15 +228,15 @@ class Recipe(BaseModel):
         data["transforms"] = {name: options.model_dump(mode="json") for name, options in self.transforms.items()}
         return data
 
+    def published(self) -> dict[str, Any]:
+        """`to_dict` without the directories of this machine."""
+        data = self.to_dict()
+        data["calibration"]["source"] = portable(data["calibration"]["source"])
+        return data
+
     def digest(self) -> str:
-        """Short hash of all settings."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes in the package."""
-    folder = resources.files("fptquant") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+        """Short hash of all settings, as they are published."""
+        return hashlib.sha256(json.dumps(self.published(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _parse_transforms(value: Any) -> dict[str, Any]:

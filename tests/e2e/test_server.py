@@ -1,7 +1,9 @@
-"""`vllm serve` as a subprocess, asked through the `openai` client."""
+"""`fptquant serve`, which is `vllm serve`, as a subprocess, asked through the `openai` client and `fptquant chat`."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +21,10 @@ QUESTION = [{"role": "user", "content": "What is the capital of France? Answer i
 
 @pytest.fixture(scope="module")
 def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ["--quantization", "fptquant", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    options = ["--enforce-eager", "--max-model-len", "512"]
     log = tmp_path_factory.mktemp("server") / "vllm.log"
-    with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log) as running:
+    program = [sys.executable, "-m", "fptquant"]
+    with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log, program=program) as running:
         yield running
         # before it is stopped: vLLM's processes don't always stop in the order that they expect
         assert "Traceback" not in running.log.read_text()
@@ -45,6 +48,13 @@ def test_completion_with_logprobs(client: openai.OpenAI) -> None:
 def test_chat_answer_is_right(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=40, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_chat(server: Server) -> None:
+    command = [sys.executable, "-m", "fptquant", "chat", "--server", server.base_url, "--new-tokens", "40"]
+    asked = f"{QUESTION[0]['content']}\nAnd of Italy?\n"
+    result = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
+    assert "Paris" in result.stdout and result.stdout.count("> ") == 3
 
 
 def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:

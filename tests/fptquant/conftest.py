@@ -1,6 +1,8 @@
-"""Quantizing a tiny model in memory."""
+"""Quantizing a tiny model in memory, and running the command."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import fptquant.quantize.rounding
+from fptquant import cli
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.format import CheckpointConfig
 from fptquant.recipe import Recipe
@@ -18,6 +21,49 @@ from fptquant.transforms import TransformSet
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import VOCABULARY
 from tests.merging import merge_transforms
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("quantize", ...)`: the command's entry point in this process, with a quick recipe."""
+
+    def call(*arguments: object) -> Result:
+        if arguments[:1] == ("quantize",) and "--recipe" not in arguments:
+            arguments = (*arguments, "--recipe", "fptquant-light")
+        if arguments[:1] == ("quantize",) and "--quality" not in arguments:
+            arguments = (*arguments, "--quality", 0)
+        monkeypatch.setattr(sys, "argv", ["fptquant", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def one_error(result: Result) -> str:
+    """The error line, after checking that it is the only thing on stderr."""
+    lines = result.err.strip().splitlines()
+    assert result.code == 2, result
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    assert "Traceback" not in result.out + result.err
+    return lines[0]
 
 
 @pytest.fixture(scope="session")

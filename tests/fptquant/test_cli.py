@@ -11,60 +11,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
+import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
 import fptquant
 from fptquant import cli, pipeline
+from fptquant.cli import options
 from fptquant.run import needs, writer
 from fptquant.run.job import open_job
 from fptquant.run.publication import Publication
 from fptquant.run.state import RunState
 from fptquant.wiring import FAMILIES
 from tests.conftest import TEXT, bound
+from tests.fptquant.conftest import Result, Run, one_error
 
 ROOT = Path(fptquant.__file__).parents[1]
 SMALL = ("--sequences", "4", "--length", "32")
 SHORT = TEXT.with_name("SOURCES.md")  # a few hundred tokens
-
-
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("quantize", ...)`: the command's entry point in this process, with a quick recipe."""
-
-    def call(*arguments: object) -> Result:
-        if arguments[:1] == ("quantize",) and "--recipe" not in arguments:
-            arguments = (*arguments, "--recipe", "fptquant-light")
-        monkeypatch.setattr(sys, "argv", ["fptquant", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +63,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
-def one_error(result: Result) -> str:
-    """The error line, after checking that it is the only thing on stderr."""
-    lines = result.err.strip().splitlines()
-    assert result.code == 2, result
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    assert "Traceback" not in result.out + result.err
-    return lines[0]
-
-
 # -- it works --
 
 
@@ -115,12 +77,17 @@ def test_quantize(run: Run, model: Path, calibration: Path, tmp_path: Path, draw
         *SMALL,
         "--precision",
         "w4a4kv8",
+        "--quality",
+        2,
     )
     assert result.code == 0, result.err
+    assert re.search(r"quality: perplexity [\d.]+ -> [\d.]+, KL divergence [\d.]+ nats", result.out)
     assert (tmp_path / "out" / "config.json").is_file() and sorted(os.listdir(tmp_path)) == ["model", "out"]
     for expected in ("static INT4, asymmetric, per tensor", "T_k, T_v, T_u, T_r, T_d, S_n", "T_d block", "peak memory",
-                     "weights after", "calibrate and round", "vllm serve"):  # fmt: skip
+                     "weights after", "calibrate and round", "vllm serve", "fptquant verify", "in all"):  # fmt: skip
         assert expected in result.out
+    assert re.search(r"time +│ about [\d.]+ s in all", result.out)
+    assert "[1/7] rehearse" in result.err and "[7/7] measure quality" in result.err
 
 
 def test_options_reach_the_recipe(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
@@ -547,11 +514,15 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["early", "by the recipe"])
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_option(
-    case: str, run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, early: bool, run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is checked before torch is imported is what the recipe would say."""
     monkeypatch.chdir(tmp_path)
+    if not early:
+        monkeypatch.setattr(cli.quantize, "require_start", lambda *arguments, **options: None)
     options, message = BAD_OPTIONS[case]
     before = tree(tmp_path)
     line = one_error(run("quantize", model, "-o", "new/out", "--calibration", calibration, *SMALL, *options))
@@ -796,17 +767,164 @@ def test_the_module_runs_as_a_program() -> None:
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: '/no/such/model' is no model")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"]], ids=" ".join)
-def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
-    """It imports none of what takes seconds."""
-    script = tmp_path / "fptquant"  # as pip makes it
-    script.write_text("from fptquant.cli import main\nmain()\n")
-    command = [sys.executable, "-X", "importtime", str(script), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    assert "fptquant" in result.stdout and "rich.console" in imported
-    assert not imported & {"torch", "transformers", "compressed_tensors", "numpy"}
+# A command line and what it prints; none of it needs torch or transformers.
+QUICK: list[tuple[list[str], str]] = [
+    (["--help"], "Usage"),
+    (["--version"], "fptquant "),
+    *(([name, "--help"], "--log-file") for name in typer.main.get_command(cli.app).commands),  # type: ignore[attr-defined]
+    (["recipes"], "w4a4kv4-symmetric"),
+    (["recipes", "fptquan"], "did you mean 'fptquant'?"),
+    (["recipes", "none.yaml"], "does not exist"),
+    (["quantise"], "No such command"),
+    (["quantize"], "Missing"),
+    (["quantize", "/no/such", "-o", "x"], "'/no/such' is no model"),
+    (["quantize", ".", "-o", "x"], "is no model: it has no config.json"),
+    *(
+        (["quantize", "org/model", "-o", "new", *map(str, options)], message)
+        for case, (options, message) in BAD_OPTIONS.items()
+        if case not in ("short text", "text missing", "field of a text", "kv strategy of no cache")
+    ),
+    (["quantize", "org/model", "-o", "."], "'.' exists"),
+    (["quantize", "org/model", "-o", "new", "--residency", "x"], "Invalid value"),
+    (["quantize", "org/model", "-o", "new", "--quiet", "--verbose"], "give one of them"),
+    (["quantize", "org/model", "-o", "new", "--log-file", "no/such/file"], "--log-file: "),
+    (["verify", "/no/such", "--against", "org/model"], "'/no/such' is no model"),
+    (["evaluate", "/no/such", "--text", "x"], "'/no/such' is no model"),
+    (["evaluate", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["sensitivity", "org/model", "--rounding", "up"], "error: --rounding: "),
+    (["serve", "/no/such"], "'/no/such' is not a directory"),
+    (["serve", "."], "is no model"),
+    (["chat"], "give either a checkpoint or --server"),
+    (["inspect", "/no/such"], "'/no/such' is not a directory"),
+    (["push", "/no/such", "org/name"], "'/no/such' is not a directory"),
+]
+
+
+def test_what_is_quick(tmp_path: Path) -> None:
+    """Help, lists and errors in arguments import none of what takes seconds."""
+    script = tmp_path / "calls.py"
+    script.write_text(
+        "import contextlib, io, json, sys\n"
+        "from fptquant.cli import main\n"
+        "def call(arguments):\n"
+        "    sys.argv, text, code = ['fptquant', *arguments], io.StringIO(), 0\n"
+        "    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):\n"
+        "        try:\n"
+        "            main()\n"
+        "        except SystemExit as stop:\n"
+        "            code = stop.code or 0\n"
+        "    return code, ' '.join(text.getvalue().split()), [name for name in SLOW if name in sys.modules]\n"
+        "SLOW = ['torch', 'transformers', 'compressed_tensors', 'numpy', 'datasets']\n"
+        "json.dump([call(arguments) for arguments in json.load(sys.stdin)], sys.stdout)\n"
+    )
+    control = [["recipes", "rtn"]]
+    (tmp_path / "here").mkdir()
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps([arguments for arguments, _ in QUICK] + control),
+        capture_output=True, text=True, check=True, cwd=tmp_path / "here",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    *found, last = json.loads(result.stdout)
+    for (arguments, message), (code, text, slow) in zip(QUICK, found, strict=True):
+        assert message in text and not slow, (arguments, text, slow)
+        assert code == (0 if "--help" in arguments or arguments in (["--version"], ["recipes"]) else 2), arguments
+    assert last[0] == 0 and "torch" in last[2]  # it is seen where it is
+
+
+def test_options_know_the_registries() -> None:
+    assert tuple(fptquant.recipe.PRECISIONS) == options.PRECISIONS
+    assert tuple(fptquant.transforms.TRANSFORMS) == options.TRANSFORMS
+
+
+def test_defaults_are_in_the_help() -> None:
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            flag = getattr(option, "is_flag", False) and option.default is False
+            said = isinstance(option.show_default, str) or (option.show_default and option.default not in (None, ""))
+            assert option.required or flag or said or option.name == "help", (name, option.name)
+
+
+def test_commands_in_the_docs() -> None:
+    """Commands and options that the documentation names exist; what comes behind `#` is no command."""
+    root = Path(__file__).parents[2]
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    known = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()
+    }
+    seen = set()
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for name, rest in re.findall(
+            r"(?:^\s*|`|\$ |-m )fptquant (\w[\w-]*)([^`\n#]*)", page.read_text(), re.MULTILINE
+        ):
+            if name in known:
+                seen.add(name)
+                options = {word.partition("=")[0] for word in rest.split() if re.fullmatch(r"-\w|--[a-z][\w=-]*", word)}
+                assert name == "serve" or options <= known[name], (page.name, name, options - known[name])
+    assert seen >= known.keys() - {"sensitivity"}
+
+
+def test_colours() -> None:
+    command = [sys.executable, "-m", "fptquant", "recipes", "fptquan"]
+    for no_color in ({}, {"NO_COLOR": "1"}):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1", "TERM": "xterm", **no_color}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert "unknown recipe" in result.stderr and ("\x1b[31m" in result.stderr) == (not no_color)
+
+
+def test_completion() -> None:
+    settings = {"_FPTQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "fptquant qu", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "fptquant"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.split() == ["quantize"]
+
+
+def test_quiet_and_a_log(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ("--calibration", calibration, *SMALL, "--recipe", "rtn", "--log-file", log)
+    result = run("quantize", model, "-o", tmp_path / "out", *options, "--quiet")
+    assert result == Result(0, "", "")
+    lines = log.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    begins = "[2/4] calibrate and round begins; all stages: about"
+    for expected in (f"plan: {model} -> {tmp_path}/out", "INT8", begins, "calibrate and round: ", "vllm serve"):
+        assert any(expected in line for line in lines), expected
+    line = one_error(run("quantize", model, "-o", tmp_path / "out", *options, "--quiet"))
+    assert "exists: choose another output" in line and line in log.read_text()
+    result = run("evaluate", model, "--text", calibration, "--windows", 1, "--length", 8, "--quiet")
+    assert result.code == 0 and "perplexity" in result.out and result.err == ""
+
+
+def test_verbose_says_where_an_error_comes_from(run: Run, tmp_path: Path) -> None:
+    assert "Traceback" in run("quantize", "/no/such", "-o", tmp_path / "out", "--verbose").err
+    assert "Traceback" not in run("quantize", "/no/such", "-o", tmp_path / "out").err
+
+
+def test_long_paths_are_whole(run: Run, model: Path, calibration: Path, tmp_path: Path) -> None:
+    long = Path(shutil.move(model, tmp_path / ("x" * 150)))
+    for result in (
+        run("evaluate", long, "--text", calibration, "--windows", 1, "--length", 8),
+        run("quantize", long, "-o", tmp_path / "out", "--calibration", calibration, *SMALL, "--dry-run"),
+    ):
+        assert str(long) in result.out and "…" not in result.out
+
+
+def test_serve_prints_what_it_runs(run: Run, quantized: Path, model_dir: Path) -> None:
+    shown = run("serve", quantized, "--print", "--port", 8001).out.split()
+    assert shown[0] == "$" and shown[1].endswith("vllm") and shown[2:4] == ["serve", str(quantized)]
+    assert shown[4:] == ["--quantization", "fptquant", "--dtype", "float32", "--port", "8001"]
+    assert run("serve", quantized, "--print", "--dtype=bfloat16").out.split()[-1] == "--dtype=bfloat16"
+    assert "is no checkpoint of fptquant" in one_error(run("serve", model_dir, "--print"))
+
+
+def test_chat(run: Run, quantized: Path) -> None:
+    result = run("chat", quantized, "--prompt", "Rome", "--new-tokens", 5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(quantized)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(quantized)
+    prompt = tokenizer("Rome", add_special_tokens=False, return_tensors="pt")["input_ids"]  # the template adds nothing
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+    assert result.code == 0 and tokenizer.decode(expected[0, prompt.shape[1] :]).strip() in result.out
+    assert "nothing answers at http://localhost:9/v1" in one_error(run("chat", "--server", "http://localhost:9"))
 
 
 def test_help_names_every_choice(run: Run) -> None:

@@ -26,8 +26,8 @@ from fptquant.report import ranges, training
 from fptquant.run.job import Job, open_job
 from fptquant.run.memory import choose_residency
 from fptquant.run.needs import expected_host_memory, expected_memory
+from tests.fptquant.conftest import Run
 from tests.fptquant.emulated_cuda import CUDA, MEMORY, EmulatedCuda, emulated_cuda
-from tests.fptquant.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.fptquant.test_golden import GOLDEN
 from tests.fptquant.test_residency import RECIPES
 from tests.fptquant.train.test_training import Killed, make_job
@@ -117,11 +117,12 @@ def test_a_run_goes_on_on_another_device(tmp_path: Path, monkeypatch: pytest.Mon
             patch.setattr(pipeline.RunState, "save", killed)
             pipeline.quantize(job_on(device, tmp_path, "streamed", fields), tmp_path / "out")
     with emulated_cuda():
-        pipeline.quantize(job_on("cuda", tmp_path, "streamed", fields), tmp_path / "out")
+        found = pipeline.quantize(job_on("cuda", tmp_path, "streamed", fields), tmp_path / "out", quality=1)
     require_same(written(tmp_path / "out"), written(tmp_path / "cpu"))
+    assert found.quality is not None and not found.notes
 
 
-def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:
     """Each prints what it prints on the CPU."""
     job = job_on("cpu", tmp_path, "resident", {**RECIPES["rtn"], **W4A4})
     pipeline.quantize(job, tmp_path / "out")
@@ -131,7 +132,8 @@ def test_commands_on_a_device(tmp_path: Path, run: Run) -> None:  # noqa: F811
         "evaluate": (tmp_path / "out", "--text", text, "--windows", 2, "--length", 16),
         "sensitivity": (tmp_path / "model", "--recipe", recipe, "--sequences", 2, "--windows", 1, "--length", 16),
     }
-    options = {"verify": ("--no-vllm",), "evaluate": (), "sensitivity": ("--kinds", "qkv_input,o_weights,keys")}
+    kinds = ("--kinds", "qkv_input,o_weights,keys", "--calibration", text)
+    options: dict[str, tuple[object, ...]] = {"verify": ("--no-vllm",), "evaluate": (), "sensitivity": kinds}
 
     def results(device: str) -> list[str]:
         found = []
@@ -200,7 +202,7 @@ def test_a_device_that_isnt_there(name: str, message: str) -> None:
     assert choose_device("auto") == choose_device("cpu") == CPU
 
 
-def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:
     for command in (("quantize", "no model", "-o", tmp_path / "out"), ("evaluate", "no model", "--text", "none")):
         result = run(*command, "--device", "cuda")
         assert result.code == 2 and "--device: 'cuda' is not here" in " ".join(result.err.split())
@@ -236,7 +238,7 @@ def test_memory_is_that_of_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
         assert choose_residency(job, None, whole - 1) == "streamed"
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (whole - 1, MEMORY))
         assert choose_residency(job, None, None) == "streamed"
-        columns = plan_table(job, tmp_path).columns
+        columns = plan_table(job, {}).columns
         rows = dict(zip(*([str(cell) for cell in column.cells] for column in columns), strict=True))
     assert rows["device"] == "cuda:0" and "more than" in rows["memory of the device"]
     assert rows["memory of the machine"].startswith("about 0.6 GB") and expected_host_memory(job) > 600_000_000
@@ -346,7 +348,7 @@ def test_training_in_bfloat16(tmp_path: Path) -> None:
         assert stage == "local" or rounded[stage, step] != loss
 
 
-def test_a_compute_dtype_that_nothing_uses(run: Run, model_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_compute_dtype_that_nothing_uses(run: Run, model_dir: Path, tmp_path: Path) -> None:
     arguments = ("quantize", model_dir, "-o", tmp_path / "out", "--recipe", "gptq", "--compute-dtype")
     result = run(*arguments, "bfloat16")
     assert result.code == 2 and "nothing is trained end to end: leave it out" in " ".join(result.err.split())

@@ -32,6 +32,7 @@ from fptquant.progress import Stages
 from fptquant.report.families import page, rows
 from fptquant.run.models import folded, transformed
 from fptquant.run.state import RunState
+from fptquant.run.times import expected_seconds
 from fptquant.run.training import MetricsFile, train_transforms
 from fptquant.simulate.mixture import separate_projections
 from fptquant.train.student import transform_student
@@ -315,7 +316,7 @@ def test_the_plan_says_what_becomes_of_a_tied_head(
 ) -> None:
     job = make_job(variant, tmp_path, **fields)
     console = Console(width=300, record=True, file=StringIO())
-    console.print(plan_table(job, tmp_path / "out"))
+    console.print(plan_table(job, expected_seconds(job)))
     shown = " ".join(console.export_text().replace("│", " ").split())
     assert why in shown
     assert job.tied == ("has the embedding's weight" in shown)

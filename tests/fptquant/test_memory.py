@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from fptquant import devices, parallel, pipeline
 from fptquant.console import plan_table
 from fptquant.errors import FPTQuantError
+from fptquant.report.compare import STAGE
+from fptquant.report.training import NAMES
 from fptquant.run import memory
 from fptquant.run.memory import choose_residency, parse_size
 from fptquant.run.needs import expected_memory, expected_needs
+from fptquant.run.times import expected_seconds
 from tests.conftest import VOCABULARY
 from tests.fptquant.test_residency import RECIPES
 from tests.fptquant.test_shipped_recipes import short
@@ -57,9 +61,7 @@ def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
     for free, warned in ((10**12, False), (1, True)):
         monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         cells = [
-            str(cell)
-            for column in plan_table(replace(job, residency="streamed"), tmp_path).columns
-            for cell in column.cells
+            str(cell) for column in plan_table(replace(job, residency="streamed"), {}).columns for cell in column.cells
         ]
         assert any("a layer at a time (streamed)" in cell for cell in cells)
         assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned
@@ -72,7 +74,11 @@ def test_every_stage_is_expected(name: str, tmp_path: Path) -> None:
     job = make_job("gqa", tmp_path, **{**RECIPES, "smooth": smooth}[name])
     needs = expected_needs(job, "streamed", 10**12)
     summary = pipeline.quantize(replace(job, residency="streamed"), tmp_path / "out")
-    assert list(summary.seconds) == list(needs)
+    assert list(summary.seconds) == list(needs) == list(expected_seconds(job))
+    assert list(expected_seconds(job, quality=1)) == [*needs, STAGE]
+    metrics = tmp_path / "out" / "fptquant" / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.is_file() else []
+    assert all(NAMES[json.loads(row)["stage"]] in needs for row in rows)  # what the plot of losses calls them
     assert all(needs[stage].reads for stage in needs if stage != "rehearse")
 
 

@@ -22,11 +22,11 @@ ROOT = Path(fptquant.__file__).parents[1]
 # The command, in a process that may take some MB more from the start of a stage on.
 LIMITED = """
 import resource, sys
-from fptquant import cli
+from fptquant import cli, console
 
 stage, megabytes, *arguments = sys.argv[1:]
 
-class Limited(cli.RichStages):
+class Limited(console.RichStages):
     def begin(self, name):
         super().begin(name)
         if name == stage:
@@ -34,7 +34,7 @@ class Limited(cli.RichStages):
             limit = used + int(megabytes) * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-cli.RichStages = Limited
+cli.quantize.RichStages = cli.evaluate.RichStages = Limited
 sys.argv = ["fptquant", *arguments]
 cli.main()
 """

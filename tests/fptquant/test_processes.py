@@ -232,6 +232,8 @@ def test_a_process_that_is_killed(pair: Path, alone: Path, tmp_path: Path) -> No
         tmp_path / "out",
         "--recipe",
         recipe,
+        "--calibration",
+        pair / "text.txt",
     ]
 
     def run(killed: str) -> subprocess.CompletedProcess[str]:

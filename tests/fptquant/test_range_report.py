@@ -15,7 +15,7 @@ from fptquant import pipeline
 from fptquant.format import code_bounds
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
-from fptquant.report.ranges import RangeObserver, Spread
+from fptquant.report.ranges import RangeObserver, Spread, relative
 from fptquant.run.job import Job, open_job
 from fptquant.sensitivity import Site
 from fptquant.simulate import SimulatedLinear
@@ -123,3 +123,21 @@ def test_reporting_changes_no_result(
     pipeline.quantize(make_job(precision="w4a4kv4"), tmp_path / "without")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_the_picture_shows_no_common_factor() -> None:
+    """What multiplies all values, as S_n does, moves no line; an outlier moves its own."""
+
+    def row(factor: float, outlier: float = 1.0) -> dict[str, object]:
+        return {
+            "before": {"low": -3.0, "high": 8.0 * outlier, "rms": 2.0},
+            "after": {"low": -6.0 * factor, "high": 2.0 * factor, "rms": 1.5 * factor},
+            "clip": (-5.0 * factor, 4.0 * factor),
+        }
+
+    lines = {name: values for name, *_, values in relative([row(1.0), row(100.0), row(1.0, outlier=10.0)])}
+    assert lines == {
+        "largest value before the transforms": [4, 4, 40],
+        "largest value after the transforms": [4, 4, 4],
+        "end of the static range": [pytest.approx(10 / 3)] * 3,
+    }

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from fptquant.errors import FPTQuantError
-from fptquant.recipe import PRECISIONS, Recipe, shipped_recipes
+from fptquant.recipe import PRECISIONS, Recipe
+from fptquant.recipe_files import shipped_recipes
 from fptquant.transforms import FPTQUANT
 from fptquant.transforms.down_hadamard import HadamardOptions
 

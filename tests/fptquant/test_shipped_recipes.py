@@ -11,7 +11,8 @@ import torch
 
 from fptquant import pipeline
 from fptquant.loading import load_model, open_source
-from fptquant.recipe import Recipe, shipped_recipes
+from fptquant.recipe import Recipe
+from fptquant.recipe_files import shipped_recipes
 from fptquant.run.job import job_of
 from fptquant.run.models import transformed
 from tests.fptquant.train.test_training import TOKENS, make_job

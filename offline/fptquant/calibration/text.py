@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.sources import Chat, Row, rows
 from fptquant.errors import FPTQuantError
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Which windows of a stream of tokens were drawn."""
+
+    tokens: list[int]
+    prefix: list[int]  # in front of each
+    body: int  # tokens of each behind the prefix
+    starts: list[int]
 
 
 def calibration_windows(
@@ -39,6 +51,65 @@ def calibration_windows(
     Raises:
         FPTQuantError: unreadable source, or a text too short.
     """
+    found = _draw(tokenizer, options, vocabulary, seed, sink, at_most=at_most)
+    return _cut(found.tokens, found.starts, found.prefix, found.body)
+
+
+def windows_left_over(
+    tokenizer: PreTrainedTokenizerBase,
+    drawn: Iterable[CalibrationOptions],
+    vocabulary: int,
+    seed: int,
+    sink: int | None,
+    windows: int,
+) -> Tensor:
+    """Windows of the calibration text that `calibration_windows` has not drawn, spread evenly over what it read.
+
+    Args:
+        tokenizer: of the model.
+        drawn: options of every draw (fewer sequences than asked for are no error); the first one's length is these'.
+        vocabulary: see `calibration_windows`; seed and sink, too.
+        seed: of the draws.
+        sink: token that every sequence starts with.
+        windows: how many, at most.
+
+    Returns:
+        (up to windows, length) int64.
+
+    Raises:
+        FPTQuantError: unreadable source.
+    """
+    draws = [_draw(tokenizer, options, vocabulary, seed, sink, at_most=True) for options in drawn]
+    first, longest = draws[0], max((draw.tokens for draw in draws), key=len)  # a text is read from its start by each
+    taken = bytearray(len(longest))
+    for draw in draws:
+        for start in draw.starts:
+            taken[start : start + draw.body] = b"\1" * draw.body
+    free, at = [], 0
+    while at + first.body <= len(longest):
+        last = taken.rfind(1, at, at + first.body)
+        if last < 0:
+            free.append(at)
+        at = at + first.body if last < 0 else last + 1
+    spread = sorted({round(index * (len(free) - 1) / max(windows - 1, 1)) for index in range(windows)}) if free else []
+    return _cut(longest, [free[index] for index in spread], first.prefix, first.body)
+
+
+def _cut(tokens: list[int], starts: list[int], prefix: list[int], body: int) -> Tensor:
+    windows = [prefix + tokens[start : start + body] for start in starts]
+    return torch.tensor(windows, dtype=torch.int64, device="cpu").view(len(starts), len(prefix) + body)
+
+
+def _draw(
+    tokenizer: PreTrainedTokenizerBase,
+    options: CalibrationOptions,
+    vocabulary: int,
+    seed: int,
+    sink: int | None,
+    *,
+    at_most: bool,
+) -> _Draw:
+    """See `calibration_windows`."""
     prefix = leading_tokens(tokenizer) if options.special_tokens else []
     if sink is not None and prefix[:1] != [sink]:
         prefix = [sink]
@@ -61,7 +132,7 @@ def calibration_windows(
     require_known(max(tokens), vocabulary)
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(len(starts), generator=generator, device="cpu")[: options.sequences].tolist()
-    return torch.tensor([prefix + tokens[starts[i] : starts[i] + body] for i in drawn], device="cpu")
+    return _Draw(tokens, prefix, body, [starts[i] for i in drawn])
 
 
 def _row_tokens(

@@ -37,6 +37,23 @@ def _environment(**defaults: str) -> Iterator[None]:
             del os.environ[name]
 
 
+@contextmanager
+def engine_settings() -> Iterator[dict[str, Any]]:
+    """Options of an engine for measuring, and the environment in which it has to be started.
+
+    Raises:
+        FPTQuantError: vLLM is not installed.
+    """
+    if not vllm_installed():
+        raise FPTQuantError("vLLM is not installed: run scripts/install.sh (--backend gpu on a GPU)")
+    dtype, environment = "float32", {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if on_gpu():
+        # Asking torch for a GPU is enough for CUDA to refuse to work in a fork of this process.
+        dtype, environment["VLLM_WORKER_MULTIPROC_METHOD"] = "auto", "spawn"
+    with _environment(**environment):
+        yield {"dtype": dtype, "enforce_eager": True, "max_num_seqs": 8}
+
+
 class VLLMEngine:
     """vLLM's offline engine on one checkpoint, for measuring."""
 
@@ -52,22 +69,15 @@ class VLLMEngine:
         Raises:
             FPTQuantError: vLLM is not installed.
         """
-        if not vllm_installed():
-            raise FPTQuantError("vLLM is not installed: run scripts/install.sh (--backend gpu on a GPU)")
         if exact:
             options |= {
                 "additional_config": {"fptquant": {"exact": True}},
                 "compilation_config": {"custom_ops": ["none"]},
             }
-        dtype, environment = "float32", {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        if on_gpu():
-            # Asking torch for a GPU is enough for CUDA to refuse to work in a fork of this process.
-            dtype, environment["VLLM_WORKER_MULTIPROC_METHOD"] = "auto", "spawn"
-        settings = {"dtype": dtype, "enforce_eager": True, "max_num_seqs": 8, **options}
-        with _environment(**environment):
+        with engine_settings() as settings:
             from vllm import LLM  # reads the logging level on import
 
-            self.engine = LLM(model=str(model), max_model_len=max_length, **settings)
+            self.engine = LLM(model=str(model), max_model_len=max_length, **{**settings, **options})
 
     def score(self, window: Tensor) -> Tensor:
         """Log probabilities (L - 1,) of a window's tokens, each given those before."""

@@ -22,6 +22,7 @@ from fptquant.sensitivity.sites import CACHES, INPUTS, Site, sites_of
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.sink import sink_token
 
+_TINY = 1e-30  # in place of a root mean square of 0
 _SEQUENCES = 2  # enough to see outliers, which sit in the same channels and tokens of every text
 
 
@@ -186,12 +187,13 @@ def write_ranges(
 
 
 def plot_ranges(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """One panel a kind of site: over the layers, from root mean square to largest value, and what is clipped.
+    """One panel a kind of site: over the layers, the largest value and the end of the range, in root mean squares.
 
-    The wider a band, the more steps of a static quantizer lie where hardly any values are.
+    What a transform multiplies all values by changes neither (S_n does that), and costs a quantizer nothing: the higher
+    a line, the more of its steps lie where hardly any values are.
     """
     from matplotlib.figure import Figure  # no global state, no display
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     kinds = list(dict.fromkeys(str(row["site"]) for row in rows))
     columns = min(3, len(kinds))
@@ -203,18 +205,28 @@ def plot_ranges(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     for axes, kind in zip(panels, kinds, strict=False):
         shown = [row for row in rows if row["site"] == kind]
         layers = [row["layer"] for row in shown]
-        for state, color in (("before", "tab:red"), ("after", "tab:blue")):
-            spreads = [Spread(**row[state]) for row in shown]
-            largest, typical = [spread.largest for spread in spreads], [spread.rms for spread in spreads]
-            axes.fill_between(layers, typical, largest, color=color, alpha=0.15)
-            axes.plot(layers, largest, ".-", color=color, label=f"{state} the transforms: largest value")
-            axes.plot(layers, typical, ":", color=color, label=f"{state} the transforms: root mean square")
-        clip = [max(abs(value) for value in row["clip"]) for row in shown]
-        axes.plot(layers, clip, "--", color="black", label="end of the static range")
+        for name, color, style, values in relative(shown):
+            axes.plot(layers, values, style, color=color, label=name)
         axes.set_yscale("log")
+        axes.set_ylim(bottom=1)
         axes.set_title(kind.replace("_", " "))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y", alpha=0.3)
     figure.supxlabel("layer")
-    figure.supylabel("absolute value")
+    figure.supylabel("times the root mean square")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(file)
+
+
+def relative(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, list[float]]]:
+    """Name, colour, style and values of each line of a panel, in root mean squares of what reaches the quantizer."""
+    found = []
+    for state, color in (("before", "tab:red"), ("after", "tab:blue")):
+        spreads = [Spread(**row[state]) for row in rows]
+        values = [spread.largest / max(spread.rms, _TINY) for spread in spreads]
+        found.append((f"largest value {state} the transforms", color, ".-", values))
+    clip = [max(map(abs, row["clip"])) / max(Spread(**row["after"]).rms, _TINY) for row in rows]
+    return [*found, ("end of the static range", "black", "--", clip)]

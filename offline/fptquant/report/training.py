@@ -7,6 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fptquant.run.training import BLOCK_WISE, END_TO_END, LOCAL, SCALES
+
+# what the command calls the stages
+NAMES = {
+    LOCAL: "train transforms on weights",
+    BLOCK_WISE: "train transforms layer by layer",
+    END_TO_END: "train transforms end to end",
+    SCALES: "train scales and ranges",
+}
+
 
 def write_metrics(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
     """Writes `metrics.jsonl` and `loss.png`; nothing when nothing was trained."""
@@ -20,8 +30,9 @@ def write_metrics(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
 def plot_losses(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """One panel a stage: the loss of each step, and its running mean."""
     from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.ticker import MaxNLocator
 
-    stages = list(dict.fromkeys(str(row["stage"]) for row in rows))
+    stages: list[str] = list(dict.fromkeys(str(row["stage"]) for row in rows))
     figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         losses = [float(row["loss"]) for row in rows if row["stage"] == stage]
@@ -29,7 +40,10 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         for loss in losses:
             mean += 0.1 * (loss - mean)
             means.append(mean)
-        axes.plot(losses, alpha=0.4)
-        axes.plot(means)
-        axes.set(title=stage, xlabel="step", ylabel="loss")
+        steps = [int(row["step"]) for row in rows if row["stage"] == stage]
+        axes.plot(steps, losses, alpha=0.4, label="of each step")
+        axes.plot(steps, means, label="running mean")
+        axes.set(title=NAMES.get(stage, stage), xlabel="step", ylabel="loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
     figure.savefig(file)

@@ -13,10 +13,8 @@ from typing import NamedTuple
 
 import psutil
 
-from fptquant import parallel
 from fptquant.errors import FPTQuantError, is_disk_full
 from fptquant.files import first_line, folder_size, takes_files
-from fptquant.format.schema import QUANT_METHOD
 
 
 class _Staged(NamedTuple):
@@ -107,7 +105,7 @@ class Publication:
         Raises:
             FPTQuantError: it can't be made.
         """
-        if not parallel.is_main():
+        if not _is_main():
             return self.staging
         parent = self.target.parent
         self._created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -129,7 +127,7 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Publishes, or removes what was written."""
-        if not parallel.is_main():
+        if not _is_main():
             return
         if error is not None:
             self._discard()
@@ -168,8 +166,17 @@ class Publication:
                 yield _Staged(folder, int(process), kind == "old")
 
 
+def _is_main() -> bool:
+    """Whether this process writes the files."""
+    from fptquant import parallel  # it imports torch, which a check of the target can do without
+
+    return parallel.is_main()
+
+
 def _is_ours(directory: Path) -> bool:
     """Whether fptquant wrote a directory."""
+    from fptquant.format.schema import QUANT_METHOD  # the same
+
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)

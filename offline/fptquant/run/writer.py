@@ -38,7 +38,7 @@ def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
     save_file(transforms, directory / EXTRAS / "transforms.safetensors")
     record_logits(model, job.windows[0], directory / EXTRAS / RECORDED_LOGITS)
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    recipe = yaml.safe_dump(job.recipe.to_dict(), sort_keys=False)
+    recipe = yaml.safe_dump(job.recipe.published(), sort_keys=False)
     (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for file in directory.rglob("*.safetensors"):
         file.chmod(0o644)  # written for the owner only; a server often runs as another user

@@ -1,0 +1,5 @@
+"""`python -m fptquant`: the `fptquant` command."""
+
+from fptquant.cli import main
+
+main()

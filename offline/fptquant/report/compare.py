@@ -1,0 +1,86 @@
+"""How far a finished checkpoint is from its original, on calibration text that nothing was fitted to."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fptquant.calibration.text import windows_left_over
+from fptquant.errors import FPTQuantError
+from fptquant.files import portable
+from fptquant.layers.inputs import window_logits
+from fptquant.loading import load_model, open_source
+from fptquant.progress import Stages
+from fptquant.report.quality import Quality
+from fptquant.run.job import Job
+
+STAGE = "measure quality"
+
+
+def compare_with_original(
+    job: Job, checkpoint: Path, windows: int, stages: Stages
+) -> tuple[Quality | None, tuple[str, ...]]:
+    """Compares a written checkpoint with its source; both a layer at a time.
+
+    Args:
+        job: that wrote it.
+        checkpoint: directory.
+        windows: how many, at most, each as long as a calibration sequence.
+        stages: shows progress.
+
+    Returns:
+        The figures; None, and why, where there is no text for them or they can't be had. A run doesn't fail for that.
+    """
+    try:
+        with stages.stage(STAGE):
+            tokens = held_back(job, windows)
+            if not len(tokens):
+                return None, ("quality was not measured: calibration and training took all of the text",)
+            return _compare(job, checkpoint, tokens, stages), ()
+    except FPTQuantError as error:
+        reason = re.sub("'([^']*)'", lambda quoted: f"'{portable(quoted[1])}'", str(error))  # it goes into the summary
+        return None, (f"quality was not measured: {reason}",)
+
+
+def held_back(job: Job, windows: int) -> Tensor:
+    """(up to windows, length) tokens of the calibration text that the job's windows don't have, on its device."""
+    drawn = [job.recipe.calibration]
+    if job.training_windows.numel():
+        training = job.recipe.training
+        drawn.append(
+            job.recipe.calibration.model_copy(update={"sequences": training.sequences, "length": training.length})
+        )
+    sink = job.config.sink.token if job.config.sink else None
+    vocabulary = job.source.config.vocab_size
+    tokens = windows_left_over(job.source.tokenizer, drawn, vocabulary, job.recipe.seed, sink, windows)
+    return tokens.to(job.device)
+
+
+@torch.no_grad()
+def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Quality:
+    track = partial(stages.track, total=2 * job.layers)
+    original = load_model(job.source, residency="streamed")
+    written = open_source(checkpoint, device=job.device)
+    quantized = load_model(written, residency="streamed", recorded=False)
+    pairs = zip(
+        windows,
+        window_logits(original, job.source.architecture, windows, track),
+        window_logits(quantized, written.architecture, windows, track),
+        strict=True,
+    )
+    before = after = kl = 0.0
+    agreeing = tokens = 0
+    for window, expected, found in pairs:
+        expected, found = (logits[0, :-1].float().log_softmax(-1) for logits in (expected, found))
+        before -= float(expected.gather(-1, window[1:, None]).double().sum())
+        after -= float(found.gather(-1, window[1:, None]).double().sum())
+        kl += float((expected.exp() * (expected - found)).double().sum())
+        agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        tokens += len(found)
+    perplexities = math.exp(before / tokens), math.exp(after / tokens)
+    return Quality(len(windows), windows.shape[1], *perplexities, kl / tokens, agreeing / tokens)
