@@ -83,5 +83,12 @@ def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Qua
         kl += float((expected.exp() * (expected - found)).double().sum())
         agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
         tokens += len(found)
-    perplexities = (math.exp(min(loss / tokens, _LARGEST)) for loss in (before, after))
-    return Quality(len(windows), windows.shape[1], *perplexities, kl / tokens, agreeing / tokens)
+    original_perplexity, perplexity = (math.exp(min(loss / tokens, _LARGEST)) for loss in (before, after))
+    return Quality(
+        windows=len(windows),
+        length=windows.shape[1],
+        original=original_perplexity,
+        quantized=perplexity,
+        kl=kl / tokens,
+        agreement=agreeing / tokens,
+    )
