@@ -92,6 +92,9 @@ class Tasks:
             if is_out_of_memory(error) or isinstance(error, FPTQuantError):
                 raise
             raise FPTQuantError(f"--tasks: {', '.join(self.names)} can't be run: {first_line(error)}") from None
+        finally:
+            if vllm:
+                model.model.llm_engine.engine_core.shutdown()  # this process would wait for it
         return scores(found)
 
 

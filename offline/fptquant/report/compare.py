@@ -20,6 +20,7 @@ from fptquant.report.quality import Quality
 from fptquant.run.job import Job
 
 STAGE = "measure quality"
+_LARGEST = 700.0  # mean loss whose exponential is still a number
 
 
 def compare_with_original(
@@ -42,7 +43,7 @@ def compare_with_original(
             if not len(tokens):
                 return None, ("quality was not measured: calibration and training took all of the text",)
             return _compare(job, checkpoint, tokens, stages), ()
-    except FPTQuantError as error:
+    except (FPTQuantError, OSError) as error:
         reason = re.sub("'([^']*)'", lambda quoted: f"'{portable(quoted[1])}'", str(error))  # it goes into the summary
         return None, (f"quality was not measured: {reason}",)
 
@@ -82,5 +83,12 @@ def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Qua
         kl += float((expected.exp() * (expected - found)).double().sum())
         agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
         tokens += len(found)
-    perplexities = math.exp(before / tokens), math.exp(after / tokens)
-    return Quality(len(windows), windows.shape[1], *perplexities, kl / tokens, agreeing / tokens)
+    original_perplexity, perplexity = (math.exp(min(loss / tokens, _LARGEST)) for loss in (before, after))
+    return Quality(
+        windows=len(windows),
+        length=windows.shape[1],
+        original=original_perplexity,
+        quantized=perplexity,
+        kl=kl / tokens,
+        agreement=agreeing / tokens,
+    )
