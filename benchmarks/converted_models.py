@@ -104,7 +104,9 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, 
         with torch.no_grad():
             wanted = teacher(window[None], output_hidden_states=True)
         found = student(window[None], output_hidden_states=True)
-        kl = F.kl_div(*(out.logits[0].log_softmax(-1) for out in (found, wanted)), log_target=True, reduction="batchmean")
+        kl = F.kl_div(
+            *(out.logits[0].log_softmax(-1) for out in (found, wanted)), log_target=True, reduction="batchmean"
+        )
         layers = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
         errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in layers]
         loss = kl + torch.stack(errors).mean()
@@ -113,7 +115,11 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, 
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 10 == 0:
-            print(f"step {step} of {steps}: KL {float(kl):.4f}, layers {float(loss - kl):.4f}", file=sys.stderr, flush=True)
+            print(
+                f"step {step} of {steps}: KL {float(kl):.4f}, layers {float(loss - kl):.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
     student.eval()
 
 

@@ -20,7 +20,7 @@ from fptquant.calibration.text import calibration_windows, fingerprint, sink_tok
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import CheckpointConfig, Sink, TransformRecord, match_name, packed_words
+from fptquant.format import CheckpointConfig, Sink, TransformRecord, match_name
 from fptquant.format.schema import EXTRAS
 from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.layers.residency import Residency
@@ -163,6 +163,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     )
     _check_patterns(source, config)
     _check_shared_schemes(source, config)
+    _check_groups(source, config)
     _check_online(source, config, transforms)
     tied = was_tied(source) and untied_by(source, config, transforms) is None
     size = estimate_bytes(source, config, dtype, tied=tied)
@@ -289,6 +290,20 @@ def _check_shared_schemes(source: Source, config: CheckpointConfig) -> None:
                 )
 
 
+def _check_groups(source: Source, config: CheckpointConfig) -> None:
+    """Groups of inputs are all of one size."""
+    hidden = source.architecture.shape(source.config).hidden
+    for name, (_, columns) in (linear_sizes(source) | {source.architecture.head: (0, hidden)}).items():
+        scheme = config.scheme_for(name)
+        size = scheme.weights.group_size if scheme else None
+        if size is not None and columns % size:
+            fitting = " or ".join(str(size) for size in (128, 64, 32) if columns % size == 0)
+            remedy = f"take groups of {fitting} there" if fitting else "name it in overrides, with strategy 'channel'"
+            raise FPTQuantError(
+                f"precision.weights: groups of {size} don't divide the {columns} inputs of {name}; {remedy}"
+            )
+
+
 def _check_online(source: Source, config: CheckpointConfig, transforms: TransformSet) -> None:
     """Only quantized layers run steps online; the plugin leaves others to vLLM."""
     for layer in linear_sizes(source):
@@ -367,6 +382,5 @@ def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype,
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
-        words = packed_words(columns, scheme.weights.bits) if scheme else 0
-        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+        total += rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
     return total

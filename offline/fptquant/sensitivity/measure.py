@@ -142,7 +142,7 @@ class Probe:
             importance = self._importance.get(weights.modules(self.job)[0])
             hessian = None if recipe.rounding.method == "nearest" else second_moment(seen, importance)
             del seen
-            codes, scale = rounded_weights(linears, scheme.weights.bits, hessian, recipe)
+            codes, scale, _ = rounded_weights(linears, scheme.weights, hessian, recipe)
             total = codes.numel() * sum(site.kind == weights.kind for site in wanted)
             self._codes[weights] = _Codes(put_away(codes.to(torch.int8), total), scale)
 
