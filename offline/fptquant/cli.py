@@ -202,6 +202,7 @@ def quantize(
     table.add_row("peak memory", megabytes(summary.peak_memory_bytes))
     table.add_row("weights before", megabytes(summary.source_bytes))
     table.add_row("weights after", megabytes(summary.output_bytes))
+    table.add_row("bits for a weight", f"{summary.bits_per_weight:.2f} on average, head and embedding apart")
     out.print(table)
     if summary.budget:
         out.print(summary.budget, soft_wrap=True)

@@ -61,7 +61,7 @@ class RichStages(Stages):
 def plan_table(job: Job, output: Path) -> Table:
     """What a run is about to do."""
     from fptquant.devices import CPU, free_memory
-    from fptquant.run.job import sink_obstacle
+    from fptquant.run.job import bits_per_weight, sink_obstacle
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
 
     shape = job.source.architecture.shape(job.source.config)
@@ -70,14 +70,18 @@ def plan_table(job: Job, output: Path) -> Table:
     def bits(scheme: Any) -> str:
         if scheme.bits == 16:
             return "not quantized"
-        return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
+        size = getattr(scheme, "group_size", None)
+        of = "" if size is None else f" of {size} inputs"
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        return f"static INT{scheme.bits}, {kind}, per {scheme.strategy}{of}"
 
     table = Table(title=escape(f"plan: {job.source.path} -> {output}"), show_header=False)
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
     table.add_row("architecture", f"{job.source.kind}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
-    table.add_row("weights", bits(config.weights))
+    stored = bits_per_weight(job.source, config, job.dtype)
+    table.add_row("weights", f"{bits(config.weights)}; {stored:.2f} bits for each on average")
     table.add_row("activations", bits(config.activations))
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)

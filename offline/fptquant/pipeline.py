@@ -22,7 +22,7 @@ from fptquant.layers.store import restoring
 from fptquant.progress import Stages
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.training import write_metrics
-from fptquant.run.job import Job, with_recipe
+from fptquant.run.job import Job, bits_per_weight, with_recipe
 from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.needs import expected_disk, scratch_limit
 from fptquant.run.publication import Publication
@@ -57,6 +57,7 @@ class Summary:
     peak_memory_bytes: int  # largest of the stages
     source_bytes: int
     output_bytes: int
+    bits_per_weight: float = 0.0  # of the layers' projections
     source_fingerprint: str = ""
     budget: str = ""
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
@@ -133,6 +134,7 @@ def quantize(
             peak_bytes=stages.peaks,
             source_bytes=job.source.weights.size,
             output_bytes=WeightFiles.of(staging).size,
+            bits_per_weight=bits_per_weight(job.source, job.config, job.dtype),
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
             notes=notes,

@@ -71,7 +71,8 @@ class MarlinInt8Kernel(Marlin):
     """4-bit weights times int8 activations in int32, one float32 scale per row, one 16-bit scale per channel.
 
     Each thread block converts its part of the sum over K to float32, multiplies it by both scales and adds the
-    parts in float32, which are rounded to 16 bits once.
+    parts in float32, which are rounded to 16 bits once. With scales of groups, which are int16 numbers in the sum, it
+    has none for the channel: that would come behind the rounding.
     """
 
     name = "marlin-int8"
@@ -82,7 +83,7 @@ class MarlinInt8Kernel(Marlin):
         """4-bit weights; activations whose `q - z` fits a byte."""
         weights, activations = spec.scheme.weights, spec.scheme.activations
         if activations.bits < 16 and weights.group_size is not None:
-            return "multiplies int8 activations by 4-bit weights without multipliers of groups, which would be rounded"
+            return "multiplies int8 activations by 4-bit weights with a scale for each channel, not for groups as well"
         if activations.bits < 16 and weights.bits != 4:
             return f"multiplies int8 activations by 4-bit weights only, these have {weights.bits} bits"
         return codes_refusal(activations) or turing_refusal(spec, capability)

@@ -80,7 +80,7 @@ def _errors(
 def group_scales(
     weight: Tensor, bits: int, size: int, options: WeightRangeOptions, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Channel scales, and integers that multiply them for each group of inputs (arXiv 2405.04532, section 4.1).
+    """Channel scales, and integers that multiply them for each group of inputs (QServe, arXiv 2405.04532).
 
     Each group's own best scale is searched first; then the channel's, and for each candidate of it those multiples that
     are near the groups' own.
@@ -98,7 +98,7 @@ def group_scales(
     if importance is not None:
         importance = importance.reshape(-1, size)
     parts = torch.split(weight, max(1, _IN_CACHE // weight.shape[1]))
-    found = [_search_groups(part.float().unflatten(1, (-1, size)), bits, options, importance) for part in parts]
+    found = [_search_groups(part.float().reshape(len(part), -1, size), bits, options, importance) for part in parts]
     scales, multipliers = zip(*found, strict=True)
     return torch.cat(scales), torch.cat(multipliers)
 
@@ -110,7 +110,7 @@ def _search_groups(
     flat = None if importance is None else importance.repeat(len(weight), 1)
     own = _search_scales(weight.flatten(0, 1), bits, options, flat).view(weight.shape[:2])
     if options.method == "minmax":
-        return as_multiples(own)
+        return as_multiples(own, hold=True)
     largest = own.amax(1, keepdim=True) / LARGEST_MULTIPLIER
     best_scale, best = as_multiples(own)
     buffer = torch.empty_like(weight)
@@ -131,10 +131,19 @@ def _search_groups(
     return best_scale, best
 
 
-def as_multiples(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest multiples of one scale per channel to scales of groups (N, groups): results of `group_scales`."""
+def as_multiples(scale: Tensor, *, hold: bool = False) -> tuple[Tensor, Tensor]:
+    """Scales of groups (N, groups) as multiples of one per channel.
+
+    Args:
+        scale: positive.
+        hold: whether none becomes smaller, but by the rounding of the channel's; otherwise each becomes the nearest.
+
+    Returns:
+        Those of `group_scales`.
+    """
     unit = round_scale(scale.amax(1, keepdim=True) / LARGEST_MULTIPLIER)
-    return unit, torch.round(scale / unit).clamp_(1, LARGEST_MULTIPLIER).to(torch.int8)
+    multiple = torch.ceil(scale / unit - 2**-6) if hold else torch.round(scale / unit)
+    return unit, multiple.clamp_(1, LARGEST_MULTIPLIER).to(torch.int8)
 
 
 def round_to_nearest(weight: Tensor, scale: Tensor, bits: int, multiplier: Tensor | None = None) -> Tensor:
@@ -169,4 +178,4 @@ def log_clip_of(scale: Tensor, weight: Tensor, bits: int) -> Tensor:
 
 def _largest(weight: Tensor, scale: Tensor) -> Tensor:
     """Largest magnitudes in `weight` (N, K) of what each `scale` (N, groups) is for; (N, groups)."""
-    return weight.unflatten(1, (scale.shape[1], -1)).abs().amax(-1).clamp_min(1e-12)
+    return weight.reshape(*scale.shape, -1).abs().amax(-1).clamp_min(1e-12)

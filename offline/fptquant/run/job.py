@@ -371,6 +371,16 @@ def _readers(source: Source) -> list[str]:
     ]
 
 
+def bits_per_weight(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> float:
+    """What a checkpoint has for each weight of the layers' projections, with scales and multipliers, on average."""
+    bits = weights = 0
+    for name, (rows, columns) in linear_sizes(source).items():
+        scheme = config.scheme_for(name)
+        bits += 8 * rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
+        weights += rows * columns
+    return bits / weights
+
+
 def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype, *, tied: bool) -> int:
     """Expected size of the checkpoint's weights; `tied`: the head has the embedding's."""
     architecture = source.architecture

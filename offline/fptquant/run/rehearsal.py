@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import Sink, round_scale
-from fptquant.quantize.weights import LARGEST_MULTIPLIER, round_to_nearest
+from fptquant.format.packing import LARGEST_MULTIPLIER
+from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
 from fptquant.run.writer import write_model
 from fptquant.simulate.attention import KVQuantizer

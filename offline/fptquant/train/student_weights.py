@@ -147,7 +147,7 @@ class MergedWeight(FloatWeight):
         weight, bias = self.merged()
         scale = channel_scale(weight, self.log_clip, self.bits)[..., None]
         bounds = code_bounds(torch.zeros((), device=weight.device), self.bits)
-        groups = weight.unflatten(1, (scale.shape[1], -1))
+        groups = weight.reshape(*scale.shape[:2], -1)
         return self._times(x, fake_quantize(groups, scale, *bounds, self.estimator).flatten(1)), bias
 
     def exact(self, x: Tensor) -> Tensor:

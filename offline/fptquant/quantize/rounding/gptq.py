@@ -34,8 +34,9 @@ def round_gptq(
     back = torch.argsort(order)
     factor = _unit_factor(hessian, order, options.damping)
     codes = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for rows in torch.arange(len(weight), device=weight.device).split(rows_at_once(options.block)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    rows = rows_at_once(options.block)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
         steps = (weight[part].float() / scale[part]).T.contiguous().index_select(0, order)  # (K, rows)
         multiples = None if multiplier is None else columns_of(multiplier[part], weight.shape[1]).index_select(0, order)
         row_codes = _round_columns(steps, factor, bits, options.block, multiples)
