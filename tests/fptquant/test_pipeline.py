@@ -110,7 +110,6 @@ def test_groups(size: int, save_model: SaveModel, quantize: Quantize, tmp_path: 
     assert "lm_head.weight_multiplier" not in found
     job = open_job(model, Recipe.load(str(out / "fptquant" / "recipe.yaml")))
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
-    assert summary["output_bytes"] == pytest.approx(job.output_bytes, rel=0.01)
     assert 4 + 8 / size < summary["bits_per_weight"] < 4.25 + 8 / size
 
     training = {"scales": {"steps": 2}, "training": {"sequences": 2, "length": 16}}
@@ -163,10 +162,10 @@ def test_estimated_size(save_model: SaveModel, quantize: Quantize, tmp_path: Pat
         intermediate_size=512,
         num_attention_heads=8,
     )
-    for precision in ("w4a8kv8", {"weights": {"bits": 8}}):
+    for precision in ("w4a8kv8", "w4a8kv8-g32", {"weights": {"bits": 8}}):
         recipe = Recipe.parse({"precision": precision, "calibration": calibration, "transforms": []})
         job = open_job(model, recipe)
-        out = quantize(model, str(precision)[:6], precision=precision, transforms=[])
+        out = quantize(model, str(precision)[-7:], precision=precision, transforms=[])
         assert job.output_bytes == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.03)
 
 
