@@ -19,6 +19,7 @@ from fptquant.loading import load_model, open_source
 from fptquant.recipe import PRECISIONS, Recipe
 from fptquant.run import shards, writer
 from fptquant.run.job import job_of, open_job
+from fptquant.run.models import transformed
 from fptquant.run.state import RunState
 from tests.conftest import TEXT
 
@@ -93,12 +94,13 @@ def test_every_precision(precision: str, residual_scale: bool, model_dir: Path, 
     assert 1e-4 < difference < (0.9 if "a4" in precision else 0.35)
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 128])
 def test_groups(size: int, save_model: SaveModel, quantize: Quantize, tmp_path: Path) -> None:
     """Multipliers are stored, stay while scales are trained, and leave smaller errors than none."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     model = save_model(tmp_path / "model", "gqa", torch.bfloat16, **sizes)
-    fields = {"precision": f"w4a8kv8-g{size}", "transforms": ["T_v", "T_u", "T_r", "S_n"]}
+    transforms = ["T_v", "T_u", "T_r", "S_n"]
+    fields = {"precision": f"w4a8kv8-g{size}", "transforms": transforms, "rounding": {"method": "nearest"}}
     out = quantize(model, "groups", **fields)
     found = tensors(out)
     layer = "model.layers.1.mlp.down_proj"
@@ -108,7 +110,6 @@ def test_groups(size: int, save_model: SaveModel, quantize: Quantize, tmp_path: 
         32,
     )
     assert "lm_head.weight_multiplier" not in found
-    job = open_job(model, Recipe.load(str(out / "fptquant" / "recipe.yaml")))
     summary = json.loads((out / "fptquant" / "summary.json").read_text())
     assert 4 + 8 / size < summary["bits_per_weight"] < 4.25 + 8 / size
 
@@ -118,12 +119,13 @@ def test_groups(size: int, save_model: SaveModel, quantize: Quantize, tmp_path: 
         assert torch.equal(trained[f"{layer}.{name}"], found[f"{layer}.{name}"])
     assert not torch.equal(trained[f"{layer}.weight_scale"], found[f"{layer}.weight_scale"])
 
-    original = load_model(open_source(model))(job.windows).logits
+    weight = transformed(job_of(out, model)).get_submodule(layer).float_weight()
 
     def error(checkpoint: Path) -> float:
-        return (load_model(open_source(checkpoint))(job.windows).logits - original).square().mean().item()
+        linear = load_model(open_source(checkpoint)).get_submodule(layer)
+        return (linear.codes * linear.weight_scale - weight).square().mean().item()
 
-    assert error(out) < error(quantize(model, "channels", **{**fields, "precision": "w4a8kv8"}))
+    assert error(out) < 0.98 * error(quantize(model, "channels", **{**fields, "precision": "w4a8kv8"}))
 
 
 def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize, drawn: None) -> None:
