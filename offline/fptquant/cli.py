@@ -47,7 +47,10 @@ class Backend(StrEnum):
 Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name")]
 # the names are spelt out here, because the registries that know them import torch (a test compares)
 Precision = Annotated[
-    str | None, typer.Option(help="one of: w4a8kv8, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric")
+    str | None,
+    typer.Option(
+        help="one of: w4a8kv8, w4a8kv8-g128, w4a8kv8-g64, w4a8kv8-g32, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric"
+    ),
 ]
 # by the recipe's field that it sets
 OPTIONS = {
