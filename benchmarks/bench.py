@@ -83,7 +83,7 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
 
     The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
     """
-    from fptquant.format import CheckpointConfig, unpack_codes
+    from fptquant.format import CheckpointConfig, per_column, unpack_codes
     from fptquant.format.binding import BINDING
 
     config = json.loads((source / "config.json").read_text())
@@ -99,12 +99,14 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
             if leaf == "weight_packed" and scheme is not None:
                 shape = file.get_tensor(f"{parent}.weight_shape")
                 codes = unpack_codes(tensor, scheme.weights.bits, torch.Size(shape.tolist()))
+                if scheme.weights.group_size is not None:
+                    codes *= per_column(file.get_tensor(f"{parent}.weight_multiplier"), codes.shape[1])
                 if parent == "lm_head":  # that path leaves the head in floating point
                     codes = codes * file.get_tensor(f"{parent}.weight_scale")
                 tensors[f"{parent}.weight"] = codes
             elif leaf == "input_scale" and parent != "lm_head":
                 tensors[name] = tensor.reshape(1)
-            elif parent != "lm_head" and leaf != "weight_shape":
+            elif parent != "lm_head" and leaf not in ("weight_shape", "weight_multiplier"):
                 tensors[name] = tensor
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}

@@ -236,7 +236,7 @@ def describe(steps: tuple[Step, ...], name: str) -> str:
         return "not quantized"
     symmetry = "" if scheme.activations.symmetric or scheme.activations.bits == 16 else " asymmetric"
     online = "".join(f" with {step}" for step in arrangement.online)
-    return f"w{scheme.weights.bits}a{scheme.activations.bits}{symmetry}{online}"
+    return f"{scheme.weights.label}a{scheme.activations.bits}{symmetry}{online}"
 
 
 def require_plain(name: str, steps: tuple[Step, ...]) -> None:

@@ -38,6 +38,9 @@ SCHEMES = {
     "w4a4": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4, symmetric=False)),
     "w4a4 symmetric": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=4)),
     "w7a8 (lm_head)": LinearScheme(weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8)),
+    "w4a8, groups of 64": LinearScheme(
+        weights=WeightScheme(strategy="group", group_size=64), activations=ActivationScheme(bits=8)
+    ),
     "w4a16": LinearScheme(weights=WeightScheme(), activations=ActivationScheme(bits=16)),
 }
 OUT, IN = 512, 1024
@@ -192,7 +195,7 @@ def random_weights(spec: LinearSpec) -> LinearWeights:
     """Weights and input quantizer of a layer, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     weights, activations = spec.scheme.weights, spec.scheme.activations
-    top, half = 2 ** (weights.bits - 1), 2 ** (activations.bits - 1)
+    top, half = 2 ** (weights.code_bits - 1), 2 ** (activations.bits - 1)
     zero_point = None if activations.symmetric or activations.bits == 16 else torch.tensor(3, dtype=torch.int32)
     return LinearWeights(
         scheme=spec.scheme,

@@ -43,10 +43,13 @@ def fill_linear(layer: Module, scheme: LinearScheme, shapes: list[tuple[int, int
     words.random_(-(2**31), 2**31 - 1, generator=torch.Generator(words.device).manual_seed(0))
     deviation = 2**bits / 12**0.5  # of uniform codes
     parameters["weight_scale"].fill_(1 / (deviation * in_features**0.5))
+    if "weight_multiplier" in parameters:
+        parameters["weight_multiplier"].fill_(1)
     parameters["weight_shape"].copy_(parameters["weight_shape"].new_tensor(shapes))
     if "input_scale" in parameters:
         parameters["input_scale"].fill_(RANGE / 2**scheme.activations.bits)
-    for name in parameters.keys() - {"weight_packed", "weight_scale", "weight_shape", "input_scale"}:
+    filled = {"weight_packed", "weight_multiplier", "weight_scale", "weight_shape", "input_scale"}
+    for name in parameters.keys() - filled:
         parameters[name].zero_()
 
 

@@ -56,6 +56,8 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
             layer.weight_scale.data[layer.num_org_embeddings_per_partition :] = 1.0
             bits = self.scheme.weights.bits
             zero = sum(1 << (bits * i + bits - 1) for i in range(32 // bits))  # codes 0 in offset binary
+            if self.scheme.weights.group_size is not None:
+                layer.weight_multiplier.data[layer.num_org_embeddings_per_partition :] = 1
             padding = layer.weight_packed.data[layer.num_org_embeddings_per_partition :]
             padding.fill_(zero - (1 << 32) if zero >= 1 << 31 else zero)
         super().process_weights_after_loading(layer)

@@ -21,8 +21,8 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import unpack_codes
-from fptquant.format.checks import require_positive, require_shared, require_zero_point
+from fptquant.format import per_column, unpack_codes
+from fptquant.format.checks import require_multiplier, require_positive, require_shared, require_zero_point
 from fptquant.format.steps import Hadamard, Step, StepTensor, arrange
 from vllm_fptquant.dummy import fill_linear, has_dummy_weights
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
@@ -104,7 +104,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
-        bits = f"w{weights.bits}a{activations.bits}"
+        bits = f"{weights.label}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
         for step in self.arrangement.inputs:
             if self.fast_hadamard and isinstance(step, Hadamard):
@@ -164,7 +164,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             require_zero_point(f"{self.shards[0]}.input_zero_point", zero_point, self.scheme.activations.bits)
         return LinearWeights(
             scheme=self.scheme,
-            codes=unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, torch.Size((rows, columns))),
+            codes=self._codes(layer, rows, columns),
             weight_scale=layer.weight_scale.data.flatten(),
             input_scale=shared.get("input_scale"),
             input_zero_point=zero_point,
@@ -172,6 +172,16 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             rows=tuple(self.output_partition_sizes),
             online=tuple(self._online(layer, index) for index in range(len(self.shards))),
         )
+
+    def _codes(self, layer: LinearBase, rows: int, columns: int) -> Tensor:
+        """What is multiplied, int8 (rows, columns)."""
+        codes = unpack_codes(layer.weight_packed.data, self.scheme.weights.bits, torch.Size((rows, columns)))
+        if self.scheme.weights.group_size is not None:
+            multipliers = layer.weight_multiplier.data
+            for name, part in zip(self.shards, multipliers.split(self.output_partition_sizes), strict=True):
+                require_multiplier(f"{name}.weight_multiplier", part)
+            codes *= per_column(multipliers, columns)
+        return codes
 
     def _online(self, layer: LinearBase, index: int) -> Mapping[str, Tensor]:
         """Tensors of a shard's steps other than quantizer and product, by name."""

@@ -198,6 +198,7 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     from fptquant.devices import CPU, free_memory
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
     from fptquant.run.sink import sink_obstacle
+    from fptquant.run.sizes import bits_per_weight
 
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
@@ -205,14 +206,18 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     def bits(scheme: Any) -> str:
         if scheme.bits == 16:
             return "not quantized"
-        return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
+        size = getattr(scheme, "group_size", None)
+        of = "" if size is None else f" of {size} inputs"
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        return f"static INT{scheme.bits}, {kind}, per {scheme.strategy}{of}"
 
     table = facts()
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
     table.add_row("architecture", f"{job.source.kind}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
-    table.add_row("weights", bits(config.weights))
+    stored = bits_per_weight(job.source, config, job.dtype)
+    table.add_row("weights", f"{bits(config.weights)}; {stored:.2f} bits for each on average")
     table.add_row("activations", bits(config.activations))
     table.add_row("KV cache", bits(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)

@@ -31,6 +31,7 @@ from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.needs import expected_disk, scratch_limit
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
+from fptquant.run.sizes import bits_per_weight
 from fptquant.run.state import RunState
 from fptquant.run.training import (
     FIRST_SEQUENCES,
@@ -61,6 +62,7 @@ class Summary:
     peak_memory_bytes: int  # largest of the stages
     source_bytes: int
     output_bytes: int
+    bits_per_weight: float = 0.0  # of the layers' projections
     source_fingerprint: str = ""
     budget: str = ""
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
@@ -152,6 +154,7 @@ def quantize(
             peak_bytes=stages.peaks,
             source_bytes=job.source.weights.size,
             output_bytes=WeightFiles.of(staging).size,
+            bits_per_weight=bits_per_weight(job.source, job.config, job.dtype),
             source_fingerprint=state.signature["model"],
             budget="" if spending is None else _bought(spending),
             notes=notes,

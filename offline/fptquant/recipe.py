@@ -35,11 +35,12 @@ class Precision(BaseModel):
     kv_cache: KVCacheScheme = KVCacheScheme()
 
 
-def _precision(activation_bits: Any, kv_bits: Any, symmetric: bool | None = None) -> Precision:
+def _precision(activation_bits: Any, kv_bits: Any, symmetric: bool | None = None, group_size: Any = None) -> Precision:
     # 8-bit activations are symmetric, because most GPU kernels take no zero point; 4-bit codes fit int8 with theirs.
     if symmetric is None:
         symmetric = activation_bits != 4
     return Precision(
+        weights=WeightScheme(strategy="channel" if group_size is None else "group", group_size=group_size),
         activations=ActivationScheme(bits=activation_bits, symmetric=symmetric),
         kv_cache=KVCacheScheme(bits=kv_bits),
     )
@@ -47,6 +48,9 @@ def _precision(activation_bits: Any, kv_bits: Any, symmetric: bool | None = None
 
 PRECISIONS: dict[str, Precision] = {
     "w4a8kv8": _precision(8, 8),
+    "w4a8kv8-g128": _precision(8, 8, group_size=128),
+    "w4a8kv8-g64": _precision(8, 8, group_size=64),
+    "w4a8kv8-g32": _precision(8, 8, group_size=32),
     "w4a4kv4": _precision(4, 4),
     "w4a4kv8": _precision(4, 8),
     "w4a8": _precision(8, 16),

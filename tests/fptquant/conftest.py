@@ -78,9 +78,9 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = fptquant.quantize.rounding.ROUNDERS["gptq"]
 
-    def spy(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: object) -> Tensor:
+    def spy(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, *others: Any) -> Tensor:
         seen.append(hessian.clone())
-        return original(weight, scale, bits, hessian, options)  # type: ignore[arg-type]
+        return original(weight, scale, bits, hessian, *others)
 
     monkeypatch.setitem(fptquant.quantize.rounding.ROUNDERS, "gptq", spy)
     return seen

@@ -211,6 +211,10 @@ def test_schema_round_trip() -> None:
         ({"surprise": 1}, "surprise"),
         ({"weights": {"bits": 3}}, "weights.bits"),
         ({"weights": {"group": 128}}, "weights.group"),
+        ({"weights": {"strategy": "group"}}, "weights: strategy 'group' and group_size .* belong together"),
+        ({"weights": {"group_size": 64}}, "weights: strategy 'group' and group_size .* belong together"),
+        ({"weights": {"strategy": "group", "group_size": 48}}, "weights.group_size: Input should be 32, 64 or 128"),
+        ({"weights": {"bits": 7, "strategy": "group", "group_size": 64}}, "4-bit weights, not of 7 bits"),
         ({"activations": {"dynamic": True}}, "activations.dynamic"),
         ({"transforms": {"down_hadamard": {"block": 12}}}, "power of two, got 12"),
         ({"transforms": {"input_hadamard": {"qkv": 12}}}, "input_hadamard.qkv: block must be a power of two, got 12"),
@@ -226,7 +230,11 @@ def test_schema_refuses(change: dict[str, object], message: str) -> None:
 
 
 def test_an_unused_field_is_not_written() -> None:
-    """Checkpoints without T_h are what they were before there was one, which older readers read."""
+    """Checkpoints without T_h, or groups, are what they were before there were any, which older readers read."""
+    assert CheckpointConfig().to_dict()["weights"] == {"bits": 4, "symmetric": True, "strategy": "channel"}
+    groups = CheckpointConfig(weights=WeightScheme(strategy="group", group_size=64))
+    assert groups.to_dict()["weights"] == {"bits": 4, "symmetric": True, "strategy": "group", "group_size": 64}
+    assert CheckpointConfig.parse(groups.to_dict()) == groups
     assert CheckpointConfig().to_dict()["transforms"] == {
         "merged": [],
         "down_hadamard": None,

@@ -20,6 +20,7 @@ from fptquant.quantize import (
     WeightRangeOptions,
     affine,
     channel_scale,
+    group_scales,
     log_clip_of,
     search_input_range,
     search_range,
@@ -82,13 +83,17 @@ def test_scales(method: Literal["minmax", "lp"]) -> None:
     for importance in (None, cuda(COLUMNS)):
         scale = weight_scales(weight, 4, WeightRangeOptions(method=method), importance)
         assert on_cuda(scale, round_to_nearest(weight, scale, 4), log_clip_of(scale, weight, 4))
+        scale, multiplier = group_scales(weight, 4, 4, WeightRangeOptions(method=method), importance)
+        assert on_cuda(scale, multiplier, round_to_nearest(weight, scale, 4, multiplier))
     assert on_cuda(channel_scale(weight, cuda(ROWS, 1), 4))
 
 
 @pytest.mark.parametrize("name", ROUNDERS)
 def test_rounding(name: str) -> None:
     weight, scale, hessian = cuda(ROWS, COLUMNS), cuda(ROWS, 1), cuda(COLUMNS, COLUMNS)
-    assert on_cuda(ROUNDERS[name](weight, scale, 4, hessian, RoundingOptions(method=name, block=16)))
+    options, multiplier = RoundingOptions(method=name, block=16), cuda(ROWS, COLUMNS // 4, dtype=torch.int8)
+    assert on_cuda(ROUNDERS[name](weight, scale, 4, hessian, options))
+    assert on_cuda(ROUNDERS[name](weight, scale, 4, hessian, options, multiplier))
 
 
 def test_hessians() -> None:

@@ -18,7 +18,7 @@ NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
 def test_every_feature_is_there() -> None:
-    assert NAMES == ["experts", "hadamards", "sharded", "v1", "w4a16", "w4a4kv4", "w4a8kv8"]
+    assert NAMES == ["experts", "groups", "hadamards", "sharded", "v1", "w4a16", "w4a4kv4", "w4a8kv8"]
 
 
 @pytest.mark.parametrize("name", NAMES)

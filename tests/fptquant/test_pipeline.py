@@ -19,6 +19,7 @@ from fptquant.loading import load_model, open_source
 from fptquant.recipe import PRECISIONS, Recipe
 from fptquant.run import shards, writer
 from fptquant.run.job import job_of, open_job
+from fptquant.run.models import transformed
 from fptquant.run.state import RunState
 from tests.conftest import TEXT
 
@@ -51,7 +52,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if "-g" not in name])
 @pytest.mark.parametrize("residual_scale", [True, False], ids=["S_n", "no S_n"])
 def test_every_precision(
     precision: str, residual_scale: bool, model_dir: Path, quantize: Quantize, calibration: dict[str, Any]
@@ -96,6 +97,40 @@ def test_every_precision(
     assert 1e-4 < difference < (0.9 if "a4" in precision else 0.35)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_groups(size: int, save_model: SaveModel, quantize: Quantize, tmp_path: Path) -> None:
+    """Multipliers are stored, stay while scales are trained, and leave smaller errors than none."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    model = save_model(tmp_path / "model", "gqa", torch.bfloat16, **sizes)
+    transforms = ["T_v", "T_u", "T_r", "S_n"]
+    fields = {"precision": f"w4a8kv8-g{size}", "transforms": transforms, "rounding": {"method": "nearest"}}
+    out = quantize(model, "groups", **fields)
+    found = tensors(out)
+    layer = "model.layers.1.mlp.down_proj"
+    assert found[f"{layer}.weight_multiplier"].shape == (128, 256 // size)
+    assert found[f"{layer}.weight_multiplier"].dtype == torch.int8 and found[f"{layer}.weight_packed"].shape == (
+        128,
+        32,
+    )
+    assert "lm_head.weight_multiplier" not in found
+    summary = json.loads((out / "fptquant" / "summary.json").read_text())
+    assert 4 + 8 / size < summary["bits_per_weight"] < 4.25 + 8 / size
+
+    training = {"scales": {"steps": 2}, "training": {"sequences": 2, "length": 16}}
+    trained = tensors(quantize(model, "trained", **fields, **training))
+    for name in ("weight_packed", "weight_multiplier"):
+        assert torch.equal(trained[f"{layer}.{name}"], found[f"{layer}.{name}"])
+    assert not torch.equal(trained[f"{layer}.weight_scale"], found[f"{layer}.weight_scale"])
+
+    weight = transformed(job_of(out, model)).get_submodule(layer).float_weight()
+
+    def error(checkpoint: Path) -> float:
+        linear = load_model(open_source(checkpoint)).get_submodule(layer)
+        return (linear.codes * linear.weight_scale - weight).square().mean().item()
+
+    assert error(out) < 0.98 * error(quantize(model, "channels", **{**fields, "precision": "w4a8kv8"}))
+
+
 def test_a_checkpoint_has_what_serving_needs(model_dir: Path, quantize: Quantize, drawn: None) -> None:
     out = quantize(model_dir)
     assert {path.name for path in out.iterdir()} == {
@@ -132,10 +167,10 @@ def test_estimated_size(save_model: SaveModel, quantize: Quantize, tmp_path: Pat
         intermediate_size=512,
         num_attention_heads=8,
     )
-    for precision in ("w4a8kv8", {"weights": {"bits": 8}}):
+    for precision in ("w4a8kv8", "w4a8kv8-g32", {"weights": {"bits": 8}}):
         recipe = Recipe.parse({"precision": precision, "calibration": calibration, "transforms": []})
         job = open_job(model, recipe)
-        out = quantize(model, str(precision)[:6], precision=precision, transforms=[])
+        out = quantize(model, str(precision)[-7:], precision=precision, transforms=[])
         assert job.output_bytes == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.03)
 
 

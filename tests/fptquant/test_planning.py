@@ -163,6 +163,43 @@ def test_a_recipe_that_the_family_can_have_stays_as_it_is(tmp_path: Path, save_m
     assert job.recipe is recipe and not job.left_out and not job.source.notes
 
 
+# -- groups of weights --
+
+
+def test_groups_that_do_not_divide_an_input(make_plan: MakePlan) -> None:
+    """They are refused, unless the layers that don't have them are named."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    job = make_plan({"precision": "w4a8kv8-g32"}, **sizes)
+    assert job.config.weights.group_size == 32
+    why = "groups of 64 don't divide the 96 inputs of model.layers.0.mlp.down_proj; take groups of 32 there"
+    with pytest.raises(FPTQuantError, match=rf"^precision.weights: {why}$"):
+        make_plan({"precision": "w4a8kv8-g64"}, **sizes)
+    smaller = {"modules": r"re:.*down_proj$", "weights": {"strategy": "group", "group_size": 32}}
+    job = make_plan({"precision": "w4a8kv8-g64", "overrides": [smaller]}, **sizes)
+    assert job.output_bytes > make_plan({"precision": "w4a8kv8"}, **sizes).output_bytes
+    why = "the 40 inputs of model.layers.0.mlp.down_proj; name it in overrides, with strategy 'channel'"
+    with pytest.raises(FPTQuantError, match=why):
+        make_plan({"precision": "w4a8kv8-g32"}, **{**sizes, "intermediate_size": 40})
+    kept = {"modules": r"re:.*down_proj$", "weights": {"strategy": "channel"}}
+    make_plan({"precision": "w4a8kv8-g32", "overrides": [kept]}, **{**sizes, "intermediate_size": 40})
+    grouped_head = {"modules": "lm_head", "weights": {"strategy": "group", "group_size": 128}}
+    with pytest.raises(FPTQuantError, match="groups of 128 don't divide the 64 inputs of lm_head"):
+        make_plan({"overrides": [grouped_head]}, **sizes)
+
+
+def test_the_plan_says_how_many_bits_a_weight_takes(make_plan: MakePlan, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    for precision, words in (
+        ("w4a8kv8", "per channel; 4.25 bits"),  # a scale of 32 bits for 128 weights
+        ("w4a8kv8-g32", "per group of 32 inputs; 4.50 bits"),
+        ("w4a8kv8-g128", "per group of 128 inputs; 4.31 bits"),
+    ):
+        console = Console(width=300)
+        with console.capture() as capture:
+            console.print(plan_table(make_plan({"precision": precision}, **sizes), tmp_path / "out"))
+        assert f"static INT4, symmetric, {words} for each on average" in capture.get()
+
+
 # -- lengths --
 
 

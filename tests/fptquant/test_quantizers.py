@@ -13,6 +13,7 @@ from fptquant.quantize import (
     InputRangeOptions,
     RangeOptions,
     WeightRangeOptions,
+    group_scales,
     search_input_range,
     search_range,
     weight_scales,
@@ -235,6 +236,72 @@ def test_importance_shifts_the_choice() -> None:
             weight_scales(weight, 4, WeightRangeOptions(), importance) < weight_scales(weight, 4, WeightRangeOptions())
         ).all()
     )
+
+
+def spread_out(rows: int = 12, columns: int = 192) -> Tensor:
+    """Channels and groups of different sizes, one group of zeros, one outlier."""
+    weight = normal(rows, columns) * torch.logspace(-3, 2, rows)[:, None]
+    weight *= torch.exp(0.3 * normal(rows, columns // 32, seed=1)).repeat_interleave(32, 1)
+    weight[2, :32] = 0
+    weight[3, 5] *= 20
+    return weight
+
+
+def error_of_groups(weight: Tensor, scale: Tensor, multiplier: Tensor, p: float = 2.0) -> Tensor:
+    codes = round_to_nearest(weight, scale, 4, multiplier)
+    return (codes * scale - weight).abs().pow(p).sum(1)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_multipliers_beat_one_scale_per_channel(size: int, p: float) -> None:
+    weight, options = spread_out(), WeightRangeOptions(p=p)
+    scales, multipliers = group_scales(weight, 4, size, options)
+    assert torch.equal(scales, round_scale(scales)) and scales.dtype == torch.float32
+    assert multipliers.dtype == torch.int8 and multipliers.shape == (12, 192 // size)
+    assert multipliers.min() >= 1 and multipliers.max() == 8
+    alone = [group_scales(row[None], 4, size, options) for row in weight]
+    assert torch.equal(multipliers, torch.cat([each for _, each in alone])), "channels influence each other"
+    channel = weight_scales(weight, 4, options)
+    one = (round_to_nearest(weight, channel, 4) * channel - weight).abs().pow(p).sum(1)
+    found = error_of_groups(weight, scales, multipliers, p)
+    assert bool((found < one).all()) and (found / one).mean() < (0.72 if size == 32 else 0.85)
+
+
+def test_multipliers_are_near_the_best() -> None:
+    """All multipliers at every scale of a dense grid."""
+    weight = spread_out()
+    found = error_of_groups(weight, *group_scales(weight, 4, 32, WeightRangeOptions()))
+    best = torch.full_like(found, torch.inf)
+    for share in torch.linspace(0.2, 1.4, 200).tolist():
+        scale = round_scale(weight.abs().amax(1, keepdim=True) / 56 * share)
+        every = [
+            (round_to_nearest(weight, scale * m, 4) * scale * m - weight).square().view(12, 6, 32).sum(2)
+            for m in range(1, 9)
+        ]
+        best = torch.minimum(best, torch.stack(every).amin(0).sum(1))
+    assert bool((found < 1.05 * best).all()) and (found / best).mean() < 1.02
+
+
+def test_minmax_multipliers_hold_every_value() -> None:
+    weight = spread_out()
+    scales, multipliers = group_scales(weight, 4, 32, WeightRangeOptions(method="minmax"))
+    codes = round_to_nearest(weight, scales, 4, multipliers)
+    steps = scales * multipliers.repeat_interleave(32, 1)
+    assert bool(((codes * scales - weight).abs() <= 0.54 * steps).all())  # the scale is rounded, by up to 1/256
+    assert multipliers[2, 0] == 1
+
+
+def test_importance_shifts_multipliers() -> None:
+    """What is never active deserves no range; the group around it gets a finer step."""
+    weight = normal(4, 64)
+    weight[:, 0] = 6.0
+    importance = torch.ones(64)
+    importance[0] = 0.0
+    (scale, without), (other, plain) = (
+        group_scales(weight, 4, 32, WeightRangeOptions(), i) for i in (importance, None)
+    )
+    assert bool((scale * without < other * plain)[:, 0].all())
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8), st.sampled_from([4, 8]))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.quantize import WeightRangeOptions, weight_scales
+from fptquant.format import per_column
+from fptquant.quantize import WeightRangeOptions, group_scales, weight_scales
 from fptquant.quantize.rounding import ROUNDERS, RoundingOptions
 from fptquant.quantize.rounding.gptq import _unit_factor, damped, round_gptq
 from fptquant.quantize.weights import round_to_nearest
@@ -53,6 +54,24 @@ def test_every_method_returns_codes_in_range_and_keeps_its_inputs(name: str, bit
     assert all(torch.equal(a, b) for a, b in zip((weight, scale, hessian), before, strict=True))
 
 
+@pytest.mark.parametrize("name", ROUNDERS)
+def test_codes_are_multiples_of_their_groups_multipliers(name: str) -> None:
+    weight, _, hessian = problem(2100, 96, 0)  # more rows than are rounded at once
+    scale, multiplier = group_scales(weight, 4, 32, WeightRangeOptions())
+    codes = ROUNDERS[name](weight, scale, 4, hessian, RoundingOptions(method=name), multiplier)
+    stored = codes / multiplier.repeat_interleave(32, 1)
+    assert torch.equal(stored, stored.round()) and (stored.min(), stored.max()) == (-8, 7)
+    assert len(multiplier.unique()) > 4
+    nearest = loss(weight, round_to_nearest(weight, scale, 4, multiplier), scale, hessian)
+    found = loss(weight, codes, scale, hessian)
+    assert found == nearest if name == "nearest" else found < 0.6 * nearest
+    if name == "quantease":
+        assert found < loss(weight, round_gptq(weight, scale, 4, hessian, OPTIONS, multiplier), scale, hessian)
+    ones = torch.ones_like(multiplier)
+    alone = ROUNDERS[name](weight, 8 * scale, 4, hessian, RoundingOptions(method=name))
+    assert torch.equal(ROUNDERS[name](weight, 8 * scale, 4, hessian, RoundingOptions(method=name), ones), alone)
+
+
 def test_gptq_with_uncorrelated_inputs_is_nearest() -> None:
     weight, scale, _ = problem(6, 40, 0)
     for hessian in (torch.eye(40), torch.diag(torch.linspace(0.1, 5.0, 40))):
@@ -79,16 +98,26 @@ def obq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, damping: floa
 
 
 def plain_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, damping: float) -> Tensor:
-    """Algorithm 1 of GPTQ as published, in float64 and without blocks: by the Cholesky factor of the inverse."""
+    """Algorithm 1 of GPTQ as published, in float64 and without blocks: by the Cholesky factor of the inverse.
+
+    Args:
+        weight: (N, K).
+        scale: (N, 1), or (N, K) of each weight.
+        bits: width of the codes.
+        hessian: (K, K).
+        damping: see `RoundingOptions`.
+    """
+    scale = scale.expand(weight.shape)
     order = torch.argsort(hessian.diagonal(), descending=True)
     h = hessian[order][:, order].double()
     h += torch.eye(len(h), dtype=torch.float64) * h.diagonal().mean().clamp_min(1e-12) * damping
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     work, codes = weight[:, order].double(), torch.empty_like(weight)
     for column in range(len(h)):
-        rounded = round_to_nearest(work[:, column : column + 1].float(), scale, bits)
+        steps = scale[:, order[column], None]
+        rounded = round_to_nearest(work[:, column : column + 1].float(), steps, bits)
         codes[:, order[column]] = rounded[:, 0]
-        error = (work[:, column] - (rounded.double() * scale)[:, 0]) / upper[column, column]
+        error = (work[:, column] - (rounded.double() * steps)[:, 0]) / upper[column, column]
         work[:, column:] -= error[:, None] * upper[column, column:]
     return codes
 
@@ -110,6 +139,18 @@ def test_gptq_equals_the_published_algorithm(case: str, block: int) -> None:
     codes = round_gptq(weight, scale, 4, hessian, RoundingOptions(block=block))
     expected = plain_gptq(weight, scale, 4, hessian, OPTIONS.damping)
     assert (codes != expected).float().mean() < 1e-4  # float32 may decide a tie the other way
+    found, best = (loss(weight, each, scale, hessian) for each in (codes, expected))
+    assert found == pytest.approx(best, rel=1e-3)
+
+
+def test_gptq_with_multipliers_equals_the_published_algorithm() -> None:
+    """With a step for each weight."""
+    weight, _, hessian = problem(300, 96, 0, correlation=0.7)
+    scale, multiplier = group_scales(weight, 4, 32, WeightRangeOptions())
+    codes = round_gptq(weight, scale, 4, hessian, RoundingOptions(block=16), multiplier)
+    steps = scale * per_column(multiplier, 96)
+    expected = plain_gptq(weight, steps, 4, hessian, OPTIONS.damping) * per_column(multiplier, 96)
+    assert (codes != expected).float().mean() < 1e-3  # float32 may decide a tie the other way
     found, best = (loss(weight, each, scale, hessian) for each in (codes, expected))
     assert found == pytest.approx(best, rel=1e-3)
 

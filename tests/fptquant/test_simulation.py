@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig
 from fptquant.format.steps import Hadamard
 from fptquant.simulate import SimulatedLinear, install_simulation, simulated_linears
@@ -174,6 +175,29 @@ def test_simulated_linear_by_hand() -> None:
     expected = torch.tensor([[(0 + 4 + 40) * 0.5 * 2.0 + 10, (0 + 0 - 5) * 0.5 * 0.25 + 20]])
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer.quantized_input(x), torch.tensor([[0.0, 1.0, -2.5]]))
+
+
+def test_simulated_linear_with_groups_by_hand() -> None:
+    config = CheckpointConfig(weights={"strategy": "group", "group_size": 32})
+    layer = SimulatedLinear(64, 1, False, config.steps_for("x"))
+    layer.set_input_quantizer(torch.tensor(1.0), torch.tensor(0))
+    codes = torch.zeros(1, 64)
+    codes[0, [0, 31, 32, 63]] = torch.tensor([-8.0, 7.0, 8 * 7.0, 8 * -8.0])
+    layer.set_weight_codes(codes, torch.tensor([[0.5]]), torch.tensor([[1, 8]], dtype=torch.int8))
+    assert layer.weight_packed.shape == (1, 8)
+    x = torch.zeros(1, 64)
+    x[0, [0, 31, 32, 63]] = torch.tensor([1.0, 10.0, 100.0, -100.0])
+    assert layer(x).item() == 0.5 * (-8 + 70 + 5600 + 6400)
+    before = layer(x)
+    layer.finish_loading("x")
+    assert torch.equal(layer(x), before)
+    layer.weight_multiplier[0, 0] = 9
+    with pytest.raises(FPTQuantError, match=r"^x.weight_multiplier is missing or outside of \[1, 8\]: "):
+        layer.finish_loading("x")
+    with pytest.raises(AssertionError, match="fit into their bits"):  # 7 is no multiple of 8
+        layer.set_weight_codes(codes, torch.tensor([[0.5]]), torch.tensor([[8, 8]], dtype=torch.int8))
+    with pytest.raises(FPTQuantError, match="groups of 32 weights don't divide 48 input features"):
+        SimulatedLinear(48, 1, False, config.steps_for("x"))
 
 
 def test_weight_only_layer_does_not_touch_its_input() -> None:

@@ -63,6 +63,19 @@ CHECKPOINTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     ),
     # a layer without experts, and one with a router, four experts and a shared one behind its own gate
     "experts": ("qwen2_moe", torch.bfloat16, {"precision": "w4a4kv4", "kv": "head", "transforms": ALL}),
+    # multipliers for groups of 32 inputs, of 64 at q, k and v, none at one layer
+    "groups": (
+        "gqa",
+        torch.bfloat16,
+        {
+            "precision": "w4a8kv8-g32", "transforms": ALL, "head_bits": 16,
+            "sizes": {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320},
+            "overrides": [
+                {"modules": r"re:.*\.[qkv]_proj$", "weights": {"strategy": "group", "group_size": 64}},
+                {"modules": DOWN, "weights": {"strategy": "channel"}},
+            ],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -76,13 +89,14 @@ def tokens_of(name: str) -> torch.Tensor:
 def make(name: str, folder: Path) -> None:
     """Quantizes, and records the logits (2, 12, vocabulary) of the exact simulation beside the checkpoint."""
     kind, dtype, fields = CHECKPOINTS[name]
-    model = (build(kind, **EXPERTS) if kind in VARIANTS else build_model(kind)).to(dtype)
+    fields = dict(fields)
+    sizes = fields.pop("sizes", {})
+    model = (build(kind, **EXPERTS) if kind in VARIANTS else build_model(kind, **sizes)).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder / "model")
     build_tokenizer(bos=True).save_pretrained(folder / "model")
     text = folder / "text.txt"
     text.write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    fields = dict(fields)
     per_head = fields.pop("kv", None) == "head"
     calibration = {"source": str(text), "sequences": 4, "length": 64}
     recipe = Recipe.parse({"calibration": calibration, **fields})

@@ -61,7 +61,7 @@ def build_linear(kind: str, config: FPTQuantConfig, **arguments: Any) -> LinearB
 
 
 def random_tensors(kind: str, config: FPTQuantConfig, seed: int = 0) -> dict[Any, dict[str, Tensor]]:
-    """Checkpoint tensors of each shard of a layer; `codes` (N, K) comes along for the test's own use."""
+    """Checkpoint tensors of each shard of a layer; `codes` (N, K), multiplied, comes along for the test's own use."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[Any, dict[str, Tensor]] = {}
     for shard, name, rows in SHARDS[kind]:
@@ -75,6 +75,11 @@ def random_tensors(kind: str, config: FPTQuantConfig, seed: int = 0) -> dict[Any
             "weight_scale": torch.rand(rows, 1, generator=generator) * 0.01 + 1e-3,
             "weight_shape": torch.tensor(codes.shape),
         }
+        if scheme.weights.group_size is not None:
+            groups = (rows, COLUMNS[kind] // scheme.weights.group_size)
+            multipliers = torch.randint(1, 9, groups, generator=generator, dtype=torch.int8)
+            tensors[shard]["weight_multiplier"] = multipliers
+            tensors[shard]["codes"] = (codes.view(*groups, -1) * multipliers[..., None]).flatten(1)
         if scheme.activations.bits < 16:
             tensors[shard]["input_scale"] = torch.tensor(0.013)
             if not scheme.activations.symmetric:

@@ -73,7 +73,7 @@ def altered(checkpoint: Path) -> Path:
             tensors[name] = -1 - tensor
         elif name.endswith("sink_steady"):
             tensors[name] = 1 - tensor
-        elif name.endswith("weight_packed"):
+        elif name.endswith(("weight_packed", "weight_multiplier")):
             tensors[name] = tensor.flip(1).contiguous()
         elif name.endswith("gate.weight"):
             tensors[name] = -tensor

@@ -54,17 +54,18 @@ from vllm_fptquant.models.projections import project, scaled_projection
 
 KERNELS = [MarlinInt8Kernel, MarlinInt8Experts, CutlassInt8Kernel, TritonInt8Kernel]
 DTYPES = [torch.float16, torch.bfloat16]
+FOUR, EIGHT, GROUPS = WeightScheme(), WeightScheme(bits=8), WeightScheme(strategy="group", group_size=64)
 
 pytestmark = pytest.mark.usefixtures("operators")
 
 
 def weights_of(
-    bits: int, codes: Tensor, zero_point: int | None = None, scale: float = 0.37, weight_bits: int = 4
+    bits: int, codes: Tensor, zero_point: int | None = None, scale: float = 0.37, scheme: WeightScheme = FOUR
 ) -> LinearWeights:
     """A layer with codes (N, K); `zero_point` None means symmetric activations."""
     return LinearWeights(
         scheme=LinearScheme(
-            weights=WeightScheme(bits=weight_bits),
+            weights=scheme,
             activations=ActivationScheme(bits=bits, symmetric=zero_point is None),
         ),
         codes=codes.to(torch.int8),
@@ -82,13 +83,13 @@ def layers(draw: st.DrawFn, kernel: type[GpuKernel]) -> tuple[LinearWeights, Ten
     zero_points = (CutlassInt8Kernel, MarlinInt8Experts)
     symmetric = draw(st.booleans()) if bits == 4 or kernel in zero_points else True
     zero_point = None if symmetric else draw(st.integers(-limit, limit - 1))
-    weight_bits = 4 if issubclass(kernel, MarlinInt8Kernel) else draw(st.sampled_from([4, 8]))
+    scheme = FOUR if issubclass(kernel, MarlinInt8Kernel) else draw(st.sampled_from([FOUR, GROUPS, EIGHT]))
     step = 16 if kernel is CutlassInt8Kernel else 1
     m, k, n = draw(st.integers(1, 20)), step * draw(st.integers(1, 30)), step * draw(st.integers(1, 20))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
-    top = 2 ** (weight_bits - 1)
+    top = 2 ** (scheme.code_bits - 1)
     scale = float(torch.tensor(draw(st.floats(1e-3, 10))))
-    return weights_of(bits, torch.randint(-top, top, (n, k)), zero_point, scale, weight_bits), torch.randn(
+    return weights_of(bits, torch.randint(-top, top, (n, k)), zero_point, scale, scheme), torch.randn(
         m, k
     ) * scale * limit
 
@@ -129,20 +130,20 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [MarlinKernel, MarlinExperts])
-@pytest.mark.parametrize("weight_bits", [4, 7, 8])
+@pytest.mark.parametrize("scheme", [FOUR, GROUPS, WeightScheme(bits=7), EIGHT], ids=lambda scheme: scheme.label)
 @given(st.integers(1, 20), st.integers(1, 400), st.integers(1, 200), st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_weight_only(
-    kernel: type[GpuKernel], weight_bits: int, dtype: torch.dtype, m: int, k: int, n: int, seed: int
+    kernel: type[GpuKernel], scheme: WeightScheme, dtype: torch.dtype, m: int, k: int, n: int, seed: int
 ) -> None:
     """4-bit weights round twice, others once."""
     torch.manual_seed(seed)
-    top = 2 ** (weight_bits - 1)
-    weights = weights_of(16, torch.randint(-top, top, (n, k)), weight_bits=weight_bits)
+    top = 2 ** (scheme.code_bits - 1)
+    weights = weights_of(16, torch.randint(-top, top, (n, k)), scheme=scheme)
     x = torch.randn(m, k).to(dtype)
     y = GpuLinear(kernel(weights, dtype), weights, steps_of(weights))(x, None)
     exact = (x.double() @ weights.codes.double().T) * weights.weight_scale
-    assert (steps_apart(y, exact.to(dtype)) <= (2 if weight_bits == 4 else 1)).all()
+    assert (steps_apart(y, exact.to(dtype)) <= (2 if scheme == FOUR else 1)).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -34,17 +34,16 @@ from vllm_fptquant.models.projections import project
 
 KINDS = list(SHARDS)
 HADAMARD = TransformRecord(down_hadamard=DownHadamard(block=32))
+GROUPS = WeightScheme(strategy="group", group_size=32)
 
 pytestmark = pytest.mark.usefixtures("parallel_world")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False)])
-@pytest.mark.parametrize("weight_bits", [4, 8])
-def test_loaded_layer_equals_contract(kind: str, bits: int, symmetric: bool, weight_bits: int) -> None:
-    config = quant_config(
-        weights=WeightScheme(bits=weight_bits), activations=ActivationScheme(bits=bits, symmetric=symmetric)
-    )
+@pytest.mark.parametrize("weights", [WeightScheme(), WeightScheme(bits=8), GROUPS], ids=lambda scheme: scheme.label)
+def test_loaded_layer_equals_contract(kind: str, bits: int, symmetric: bool, weights: WeightScheme) -> None:
+    config = quant_config(weights=weights, activations=ActivationScheme(bits=bits, symmetric=symmetric))
     tensors = random_tensors(kind, config)
     layer = load(build_linear(kind, config), tensors)
     x = torch.randn(7, COLUMNS[kind])
@@ -204,6 +203,25 @@ class TestBadCheckpoints:
         tensors["k"]["input_scale"] = torch.ones(2)
         self.fails("qkv", tensors, r"k_proj.input_scale is torch.float32 of shape \[2\], which doesn't fit")
 
+    @pytest.mark.parametrize("multiplier", [0, 9, -1])
+    def test_multiplier_that_widens_codes(self, multiplier: int) -> None:
+        tensors = random_tensors("gate_up", quant_config(weights=GROUPS))
+        tensors[1]["weight_multiplier"][-1, 0] = multiplier
+        message = r"up_proj.weight_multiplier is missing or outside of \[1, 8\]"
+        self.fails("gate_up", tensors, message, weights=GROUPS)
+
+    def test_multipliers_are_missing(self) -> None:
+        tensors = random_tensors("qkv", quant_config(weights=GROUPS))
+        del tensors["v"]["weight_multiplier"]
+        self.fails("qkv", tensors, "v_proj: the checkpoint has no weight_multiplier", weights=GROUPS)
+
+    def test_groups_of_another_size(self) -> None:
+        tensors = random_tensors("qkv", quant_config(weights=GROUPS))
+        other = WeightScheme(strategy="group", group_size=64)
+        self.fails("qkv", tensors, r"q_proj.weight_multiplier is torch.int8 of shape \[128, 2\]", weights=other)
+        with pytest.raises(FPTQuantError, match="groups of 64 weights don't divide 96 input features"):
+            build_linear("down", quant_config(weights=other))
+
     @pytest.mark.parametrize("zero_point", [-9, 8])
     def test_zero_point_that_is_no_code(self, zero_point: int) -> None:
         fields = {"activations": ActivationScheme(bits=4, symmetric=False)}
@@ -217,8 +235,11 @@ class TestTensorParallel:
 
     @pytest.mark.parametrize("kind", ["qkv", "gate_up"])
     @pytest.mark.parametrize("size", [2, 4])
-    def test_columns(self, kind: str, size: int, parallel_world: Callable[[int, int], None]) -> None:
-        config = quant_config()
+    @pytest.mark.parametrize("weights", [WeightScheme(), GROUPS], ids=lambda scheme: scheme.label)
+    def test_columns(
+        self, kind: str, size: int, weights: WeightScheme, parallel_world: Callable[[int, int], None]
+    ) -> None:
+        config = quant_config(weights=weights)
         tensors = random_tensors(kind, config)
         x = torch.randn(5, HIDDEN)
         whole = expected(tensors, x, 8).split([rows for _, _, rows in SHARDS[kind]], -1)
@@ -234,11 +255,25 @@ class TestTensorParallel:
 
     @pytest.mark.parametrize(("kind", "size"), [("o", 2), ("o", 4), ("down", 2), ("down", 3)])
     @pytest.mark.parametrize("activations", [ActivationScheme(), ActivationScheme(bits=4, symmetric=False)], ids=str)
+    @pytest.mark.parametrize("weights", [WeightScheme(), GROUPS], ids=lambda scheme: scheme.label)
     def test_rows_sum_to_the_whole(
-        self, activations: ActivationScheme, kind: str, size: int, parallel_world: Callable[[int, int], None]
+        self,
+        weights: WeightScheme,
+        activations: ActivationScheme,
+        kind: str,
+        size: int,
+        parallel_world: Callable[[int, int], None],
     ) -> None:
         """A zero point costs no correction between ranks, and the bias is added by one of them."""
-        config = quant_config(activations=activations, transforms=TransformRecord(down_hadamard=DownHadamard(block=16)))
+        transforms = TransformRecord(down_hadamard=DownHadamard(block=16))
+        config = quant_config(weights=weights, activations=activations, transforms=transforms)
+        if weights == GROUPS and (kind, size) == ("down", 2):
+            parallel_world(0, size)
+            with pytest.raises(
+                FPTQuantError, match="down_proj: tensor-parallel size 2 .*48 .*groups of 32.*divides 3$"
+            ):
+                build_linear(kind, config)
+            return
         tensors = random_tensors(kind, config)
         x, bias = torch.randn(5, COLUMNS[kind]), torch.randn(HIDDEN)
         whole = load(build_linear(kind, config), tensors)(x)[0] + bias

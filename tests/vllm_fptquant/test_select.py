@@ -29,6 +29,9 @@ def test_fastest_kernel_that_is_exact() -> None:
     assert select_kernel(spec(activations=4), None, "x")[0] is FbgemmKernel
     assert select_kernel(spec(activations=16), None, "x")[0] is ReferenceKernel
     assert select_kernel(spec(weights=8), None, "x")[0] is ReferenceKernel
+    for precision in GROUPED:
+        scheme = LinearScheme(weights=PRECISIONS[precision].weights, activations=ActivationScheme())
+        assert select_kernel(replace(spec(), scheme=scheme), None, "x")[0] is FbgemmKernel
 
 
 def test_reason_names_what_was_passed_over() -> None:
@@ -72,6 +75,7 @@ CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 120)
 LAYERS = dict.fromkeys(("w4a8kv8", "w4a4kv4", "w4a4kv8", "w4a8", "w4a4kv4-symmetric"), "marlin-int8") | {
     "w4a16": "marlin"
 }
+GROUPED = [name for name in PRECISIONS if PRECISIONS[name].weights.strategy == "group"]
 
 
 def on_gpu(scheme: LinearScheme, capability: int, dtype: torch.dtype = torch.float16, k: int = 4096) -> LinearSpec:
@@ -80,7 +84,7 @@ def on_gpu(scheme: LinearScheme, capability: int, dtype: torch.dtype = torch.flo
 
 class TestGpus:
     @pytest.mark.parametrize("capability", CAPABILITIES)
-    @pytest.mark.parametrize("precision", list(PRECISIONS))
+    @pytest.mark.parametrize("precision", list(LAYERS))
     @pytest.mark.parametrize("humming", [False, True])
     def test_every_preset_on_every_gpu(
         self, precision: str, capability: int, humming: bool, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +110,20 @@ class TestGpus:
         assert kernel.name == ("triton-int8" if capability >= 100 else "cutlass-int8")
         assert f"4-bit weights only, these have {bits}" in reason
         assert ("7.5 to 9.0" in reason) == (capability >= 100)
+
+    @pytest.mark.parametrize("capability", CAPABILITIES)
+    @pytest.mark.parametrize("precision", GROUPED)
+    def test_multipliers(self, precision: str, capability: int) -> None:
+        """Codes of 7 bits, for the kernels of 8. Experts have Marlin's alone."""
+        scheme = LinearScheme(weights=PRECISIONS[precision].weights, activations=ActivationScheme(bits=8))
+        kernel, reason = select_kernel(on_gpu(scheme, capability), None, "x")
+        assert kernel.name == ("triton-int8" if capability >= 100 else "cutlass-int8")
+        assert "not marlin-int8: multiplies int8 activations by 4-bit weights with a scale for each channel" in reason
+        experts = replace(on_gpu(scheme, capability), experts=True)
+        with pytest.raises(FPTQuantError, match="marlin-int8-experts: multiplies int8 .* not for groups as well"):
+            select_kernel(experts, None, "x")
+        alone = LinearScheme(weights=scheme.weights, activations=ActivationScheme(bits=16))
+        assert select_kernel(on_gpu(alone, capability), None, "x")[0].name == "marlin"
 
     def test_odd_sizes(self) -> None:
         scheme = LinearScheme(weights=WeightScheme(bits=7), activations=ActivationScheme(bits=8))

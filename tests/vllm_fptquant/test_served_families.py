@@ -22,11 +22,15 @@ from tests.families import BY_FAMILY, WINDOW, make_job, possible
 LENGTH = 60  # of prompts
 RECIPES = {  # their transforms, as far as the family can have them
     "w4a8kv8": ["T_k", "T_v", "T_u", "T_r"],
+    "w4a8kv8-g32": ["T_k", "T_v", "T_u", "T_r", "S_n"],
     "w4a4kv4": ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"],
 }
 # The first variant of each family at 8 bits, the last, with windows where there are any, at 4.
-CASES = [case for names in BY_FAMILY.values() for case in zip((names[0], names[-1]), RECIPES, strict=True)]
+CASES = [
+    (variant, bits) for names in BY_FAMILY.values() for variant, bits in ((names[0], "w4a8kv8"), (names[-1], "w4a4kv4"))
+]
 CASES.append(("mistral3, ministral3", "w4a4kv4"))  # of a multimodal model, the text part
+CASES += [("llama", "w4a8kv8-g32"), ("qwen3", "w4a8kv8-g32"), ("mixtral", "w4a8kv8-g32")]
 
 
 @pytest.mark.vllm

@@ -25,20 +25,36 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+# Groups of 32 and 64 inputs; down_proj has 96, which two ranks split within one.
+GROUPED: dict[str, Any] = {
+    **EVERYTHING,
+    "weights": {"strategy": "group", "group_size": 32},
+    "overrides": [
+        {"modules": "re:.*[qkvo]_proj", "weights": {"strategy": "group", "group_size": 64}},
+        {"modules": "re:.*down_proj", "weights": {"strategy": "channel"}},
+    ],
+}
+
+
 @pytest.mark.parametrize(
-    ("kv_heads", "options"),
+    ("fields", "kv_heads", "options"),
     [
-        pytest.param(2, {"tensor_parallel_size": 2}, id="tensor"),
-        pytest.param(1, {"tensor_parallel_size": 2, **compiled("inductor")}, id="tensor-shared-head-compiled"),
-        pytest.param(2, {"pipeline_parallel_size": 2, **compiled("aot_eager")}, id="pipeline-compiled"),
+        pytest.param(EVERYTHING, 2, {"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param(GROUPED, 2, {"tensor_parallel_size": 2}, id="tensor-groups"),
+        pytest.param(
+            EVERYTHING, 1, {"tensor_parallel_size": 2, **compiled("inductor")}, id="tensor-shared-head-compiled"
+        ),
+        pytest.param(EVERYTHING, 2, {"pipeline_parallel_size": 2, **compiled("aot_eager")}, id="pipeline-compiled"),
     ],
 )
-def test_served_equals_reference(kv_heads: int, options: dict[str, Any], tmp_path: Path, forked_workers: None) -> None:
+def test_served_equals_reference(
+    fields: dict[str, Any], kv_heads: int, options: dict[str, Any], tmp_path: Path, forked_workers: None
+) -> None:
     """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one.
 
     Inductor compiles a pipeline in test_served_sink.py; workers are spawned in the test below and for mixtures.
     """
-    model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True, kv_heads=kv_heads)
+    model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=True, kv_heads=kv_heads)
     check_served(model, tmp_path, **options)
 
 

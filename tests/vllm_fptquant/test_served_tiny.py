@@ -25,6 +25,12 @@ EVERYTHING: dict[str, Any] = {
     "transforms": {"down_hadamard": {"block": 32}, "input_hadamard": HADAMARDS, "residual_scale": True},
 }
 NO_ONLINE_TRANSFORM: dict[str, Any] = {"kv_cache": {"bits": 8, "symmetric": True}}
+GROUPS = {"strategy": "group", "group_size": 32}
+GROUPED: dict[str, Any] = {
+    **EVERYTHING,
+    "weights": GROUPS,
+    "overrides": [{"modules": "re:.*[qkv]_proj", "weights": {**GROUPS, "group_size": 64}}],
+}
 MIXED: dict[str, Any] = {
     "activations": {"bits": 16},
     "kv_cache": {"bits": 16},
@@ -45,6 +51,7 @@ MIXED: dict[str, Any] = {
         pytest.param(EVERYTHING, True, None, id="everything"),
         pytest.param(NO_ONLINE_TRANSFORM, False, None, id="no-online-transform"),
         pytest.param(NO_ONLINE_TRANSFORM, False, "reference", id="reference-kernel"),
+        pytest.param(GROUPED, True, None, id="groups"),
         pytest.param(MIXED, True, None, id="mixed"),
     ],
 )

@@ -125,7 +125,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two checkpoints of one configuration, which the plugin's class serves: S_n, T_d, a sink, a quantized head."""
-    first = quantized(tmp_path_factory.mktemp("own"), transforms=[*TRANSFORMS, "S_n"])
+    groups = {"modules": "re:.*(gate|up|down)_proj", "weights": {"strategy": "group", "group_size": 32}}
+    first = quantized(tmp_path_factory.mktemp("own"), transforms=[*TRANSFORMS, "S_n"], overrides=[groups])
     return first, altered(first)
 
 

@@ -72,6 +72,7 @@ class TinyLlama:
     kv_heads: int = KV_HEADS
     weights: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    multipliers: dict[str, Tensor] = field(default_factory=dict)  # (rows, groups), where there are groups
     quantizers: dict[str, Quantizer] = field(default_factory=dict)
     seen: dict[str, Tensor] | None = None
 
@@ -113,9 +114,17 @@ class TinyLlama:
                 scheme = self.config.scheme_for(key)
                 if scheme is not None:
                     weight = self.weights.pop(f"{key}.weight")
-                    limit = 2 ** (scheme.weights.bits - 1)
-                    scale = round_scale(weight.abs().amax(1, keepdim=True) / (limit - 0.5))
-                    self.codes[key] = (torch.round(weight / scale).clamp(-limit, limit - 1), scale)
+                    limit, size = 2 ** (scheme.weights.bits - 1), scheme.weights.group_size or weight.shape[1]
+                    groups = weight.view(len(weight), -1, size)
+                    largest = groups.abs().amax(2)
+                    if scheme.weights.group_size is not None:
+                        share = largest / largest.amax(1, keepdim=True)
+                        self.multipliers[key] = torch.round(8 * share).clamp(min=1)
+                    multiplier = self.multipliers.get(key, torch.ones(1, 1))
+                    scale = round_scale((largest / multiplier).amax(1, keepdim=True) / (limit - 0.5))
+                    steps = (scale * multiplier)[..., None]
+                    codes = torch.round(groups / steps).clamp(-limit, limit - 1)
+                    self.codes[key] = (codes.flatten(1), scale)
         self.seen = {}
         self.logits(tokens)
         seen, self.seen = self.seen, None
@@ -171,6 +180,8 @@ class TinyLlama:
             assert scheme is not None
             tensors[f"{key}.weight_packed"] = pack_codes(codes, scheme.weights.bits)
             tensors[f"{key}.weight_scale"] = scale
+            if key in self.multipliers:
+                tensors[f"{key}.weight_multiplier"] = self.multipliers[key].to(torch.int8)
             tensors[f"{key}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
             layer, _, name = key.partition(".self_attn" if "self_attn" in key else ".mlp")
             site = PROJECTIONS[key.removeprefix(f"{layer}.")][2]
@@ -230,7 +241,9 @@ class TinyLlama:
         x = self.quantized(f"{layer}.{site}", x)
         if key in self.codes:
             codes, scale = self.codes[key]
-            weight = codes.double() * scale.double()
+            multiplier = self.multipliers.get(key, torch.ones(1, 1)).double()
+            groups = codes.double().view(len(codes), multiplier.shape[1], -1)
+            weight = (groups * multiplier[..., None]).flatten(1) * scale.double()
         else:
             weight = self.weights[f"{key}.weight"].double()
         y = x @ weight.T / s

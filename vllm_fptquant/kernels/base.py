@@ -42,7 +42,7 @@ class LinearWeights:
 
     Attributes:
         scheme: bits and symmetry.
-        codes: int8 (N, K).
+        codes: int8 (N, K), times the multipliers of groups: of `WeightScheme.code_bits`.
         weight_scale: float32 (N,).
         input_scale: float32 (), None when activations are not quantized.
         input_zero_point: int32 (), None when activations are symmetric or not quantized.

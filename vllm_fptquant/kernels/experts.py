@@ -241,7 +241,7 @@ class MarlinInt8Experts(ExpertKernel, MarlinInt8Kernel):
     @classmethod
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """4-bit weights; all activations that are quantized."""
-        if spec.scheme.weights.bits == 4 and holds_zero_point(spec.scheme.activations):
+        if spec.scheme.weights.code_bits == 4 and holds_zero_point(spec.scheme.activations):
             return turing_refusal(spec, capability)
         return super().refusal(spec, capability)
 

@@ -30,12 +30,12 @@ class FbgemmKernel(CpuKernel):
 
     @classmethod
     def can_implement(cls, spec: LinearSpec) -> str | None:
-        """Static 4 or 8-bit activations with 4-bit weights, on x86 CPUs."""
+        """Static 4 or 8-bit activations with codes of up to 7 bits, on x86 CPUs."""
         if spec.device != "cpu":
             return f"runs on CPUs, not on '{spec.device}'"
         if ENGINE not in torch.backends.quantized.supported_engines:
             return "torch was built without FBGEMM (it needs an x86 CPU with AVX2)"
-        activation_bits, weight_bits = spec.scheme.activations.bits, spec.scheme.weights.bits
+        activation_bits, weight_bits = spec.scheme.activations.bits, spec.scheme.weights.code_bits
         if activation_bits == 16:
             return "needs quantized activations, these have 16 bits"
         # Before AVX512-VNNI, vpmaddubsw adds two byte products in saturating int16.

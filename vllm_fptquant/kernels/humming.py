@@ -54,14 +54,14 @@ class Humming(GpuKernel):
                 f"of 8, not {spec.in_features} and {spec.out_features}"
             )
         scheme = spec.scheme
-        if accumulator_bound(spec.in_features, scheme.activations.bits, scheme.weights.bits) > INT32_MAX:
+        if accumulator_bound(spec.in_features, scheme.activations.bits, scheme.weights.code_bits) > INT32_MAX:
             return f"sums over {spec.in_features} input features could exceed 32 bits"
         return unavailable()
 
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
         """Packs the codes into Humming's layout."""
         super().__init__(weights, dtype)
-        bits = 4 if weights.scheme.weights.bits == 4 else 8
+        bits = 4 if weights.scheme.weights.code_bits == 4 else 8
         n, k = weights.codes.shape
         config, tensors = humming.prepare_and_transform_humming_tensors(
             {
@@ -80,7 +80,7 @@ class Humming(GpuKernel):
         )
         self.out_features = n
         self.config: str = config.to_str()  # shapes and types: no value of the checkpoint
-        exponent = shift_exponent(k, weights.scheme.activations.bits, weights.scheme.weights.bits)
+        exponent = shift_exponent(k, weights.scheme.activations.bits, weights.scheme.weights.code_bits)
         self.register_buffer("weight", tensors["weight"], persistent=False)
         self.register_buffer("unit", tensors["weight_scale"], persistent=False)
         self.register_buffer("shift", tensors["weight_scale"] * 2.0**-exponent, persistent=False)
@@ -112,8 +112,8 @@ class HummingInt4Kernel(Humming):
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """Symmetric 4-bit activations and 4-bit weights, where there are int4 tensor cores."""
         weights, activations = spec.scheme.weights, spec.scheme.activations
-        if activations.bits != 4 or weights.bits != 4:
-            return f"multiplies 4-bit activations by 4-bit weights, not {activations.bits} by {weights.bits} bits"
+        if activations.bits != 4 or weights.code_bits != 4:
+            return f"multiplies 4-bit activations by 4-bit weights, not {activations.bits} by {weights.code_bits} bits"
         if not activations.symmetric:
             return "needs symmetric activations: q - z does not fit 4 bits"
         if not 80 <= capability < 90:

@@ -32,7 +32,7 @@ class Marlin(GpuKernel):
         """Pads to Marlin's tiles with codes of zero and scales of zero, then packs."""
         super().__init__(weights, dtype)
         n, k = weights.codes.shape
-        bits = 4 if weights.scheme.weights.bits == 4 else 8
+        bits = 4 if weights.scheme.weights.code_bits == 4 else 8
         self.weight_type = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
         self.out_features = n
         self.padded_n, self.padded_k = marlin_padded_nk(size_n=n, size_k=k)
@@ -71,7 +71,8 @@ class MarlinInt8Kernel(Marlin):
     """4-bit weights times int8 activations in int32, one float32 scale per row, one 16-bit scale per channel.
 
     Each thread block converts its part of the sum over K to float32, multiplies it by both scales and adds the
-    parts in float32, which are rounded to 16 bits once.
+    parts in float32, which are rounded to 16 bits once. With scales of groups, which are int16 numbers in the sum, it
+    has none for the channel: that would come behind the rounding.
     """
 
     name = "marlin-int8"
@@ -81,6 +82,8 @@ class MarlinInt8Kernel(Marlin):
     def refusal(cls, spec: LinearSpec, capability: int) -> str | None:
         """4-bit weights; activations whose `q - z` fits a byte."""
         weights, activations = spec.scheme.weights, spec.scheme.activations
+        if activations.bits < 16 and weights.group_size is not None:
+            return "multiplies int8 activations by 4-bit weights with a scale for each channel, not for groups as well"
         if activations.bits < 16 and weights.bits != 4:
             return f"multiplies int8 activations by 4-bit weights only, these have {weights.bits} bits"
         return codes_refusal(activations) or turing_refusal(spec, capability)

@@ -30,7 +30,7 @@ class ReferenceKernel(CpuKernel):
         self.output_scale = weights.output_scale
         dtype = torch.float32
         if scheme.activations.bits < 16:
-            bound = accumulator_bound(weights.codes.shape[1], scheme.activations.bits, scheme.weights.bits)
+            bound = accumulator_bound(weights.codes.shape[1], scheme.activations.bits, scheme.weights.code_bits)
             if bound > EXACT_FLOAT32:
                 dtype = torch.float64
         self.codes = weights.codes.to(dtype)

@@ -13,12 +13,19 @@ from fptquant import parallel
 from fptquant.calibration.halves import SecondHalf
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.errors import FPTQuantError
-from fptquant.format import round_scale
+from fptquant.format import WeightScheme, round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import empty
 from fptquant.layers.store import LayerStore
-from fptquant.quantize import channel_scale, search_input_range, search_range, weight_scales
+from fptquant.quantize import (
+    as_multiples,
+    channel_scale,
+    group_scales,
+    search_input_range,
+    search_range,
+    weight_scales,
+)
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
@@ -54,7 +61,7 @@ def calibrate_and_round(
         recipe: ranges and rounding.
         windows: (sequences, length) calibration tokens.
         store: keeps finished layers; the model takes those it has from there, and they are not computed again.
-        clipping: learned log clipping (N, 1) of weights by layer name, in place of the search for scales.
+        clipping: learned log clipping (N, 1 or groups) of weights by layer name, in place of the search for scales.
 
     Yields:
         The index of each finished layer.
@@ -216,7 +223,7 @@ def _quantize_group(
         inputs: of the layer they belong to.
         layer: that layer.
         recipe: how.
-        log_clip: (sum of N, 1), learned clipping of the weights.
+        log_clip: (sum of N, 1 or groups), learned clipping of the weights.
     """
     linears = [linear for members, _ in parts for linear in members]
     scheme = linears[0].scheme
@@ -234,8 +241,8 @@ def _quantize_group(
             part.copy_(linears[0].quantized_input(part))
     hessians = hessians_of(parts, seen, recipe)
     del seen  # as large as a Hessian
-    for linear, codes, scale in round_parts(parts, hessians, recipe, log_clip):
-        linear.set_weight_codes(codes, scale)
+    for linear, codes, scale, multiplier in round_parts(parts, hessians, recipe, log_clip):
+        linear.set_weight_codes(codes, scale, multiplier)
 
 
 def hessians_of(parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions) -> Iterator[Tensor | None]:
@@ -256,14 +263,14 @@ def hessians_of(parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions) ->
 
 def round_parts(
     parts: list[Weighted], hessians: Iterator[Tensor | None], recipe: QuantizeOptions, log_clip: Tensor | None = None
-) -> Iterator[tuple[SimulatedLinear, Tensor, Tensor]]:
-    """Each of the layers that share an input, its integer codes (N, K) and channel scales (N, 1).
+) -> Iterator[tuple[SimulatedLinear, Tensor, Tensor, Tensor | None]]:
+    """Each of the layers that share an input, with what its `set_weight_codes` takes.
 
     Args:
         parts: from `weighted_parts`.
         hessians: from `hessians_of`.
         recipe: how.
-        log_clip: (sum of N, 1), learned clipping of the weights.
+        log_clip: (sum of N, 1 or groups), learned clipping of the weights.
     """
     for linears, _ in parts:
         hessian = next(hessians)
@@ -273,8 +280,9 @@ def round_parts(
             clip = None
             if log_clip is not None:
                 clip, log_clip = log_clip[: sum(sizes)], log_clip[sum(sizes) :]
-            codes, scales = rounded_weights(some, some[0].scheme.weights.bits, hessian, recipe, clip)
-            yield from zip(some, torch.split(codes, sizes), torch.split(scales, sizes), strict=True)
+            codes, scales, multipliers = rounded_weights(some, some[0].scheme.weights, hessian, recipe, clip)
+            per_layer = [None] * len(some) if multipliers is None else torch.split(multipliers, sizes)
+            yield from zip(some, torch.split(codes, sizes), torch.split(scales, sizes), per_layer, strict=True)
         del hessian  # before the next is computed
 
 
@@ -321,32 +329,45 @@ def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
 
 def rounded_weights(
     linears: list[SimulatedLinear],
-    bits: int,
+    scheme: WeightScheme,
     hessian: Tensor | None,
     recipe: QuantizeOptions,
     log_clip: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Integer codes (sum of N, K) and channel scales (sum of N, 1) of layers that share an input, in one pass.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `SimulatedLinear.set_weight_codes` takes, of layers that share an input, in one pass.
 
     Rows know nothing of each other: of several processes, each rounds its part.
 
     Args:
         linears: the layers.
-        bits: width of the codes.
+        scheme: of their weights.
         hessian: (K, K) from `second_moment`; None for rounding to nearest.
         recipe: ranges and rounding.
-        log_clip: (sum of N, 1), learned clipping in place of the search for scales.
+        log_clip: (sum of N, 1 or groups), learned clipping in place of the search for scales.
+
+    Returns:
+        Integer codes (sum of N, K), channel scales (sum of N, 1), and multipliers (sum of N, groups) where there are.
     """
+    bits, size, options = scheme.bits, scheme.group_size, recipe.weight_range
     weights = [linear.float_weight() for linear in linears]
     rows = parallel.part(weights[0] if len(weights) == 1 else torch.cat(weights)).float()
-    if log_clip is None:
-        scales = weight_scales(rows, bits, recipe.weight_range, None if hessian is None else hessian.diagonal())
+    importance = None if hessian is None else hessian.diagonal()
+    multipliers: Tensor | None = None
+    if log_clip is not None:
+        scales = channel_scale(rows, parallel.part(log_clip), bits)
+        if size is None:
+            scales = round_scale(scales)
+        else:
+            scales, multipliers = as_multiples(scales)
+    elif size is None:
+        scales = weight_scales(rows, bits, options, importance)
     else:
-        scales = round_scale(channel_scale(rows, parallel.part(log_clip), bits))
+        scales, multipliers = group_scales(rows, bits, size, options, importance)
     if hessian is None:
         hessian = torch.empty(0, 0, device=rows.device)
-    codes = ROUNDERS[recipe.rounding.method](rows, scales, bits, hessian, recipe.rounding)
-    return parallel.joined(codes), parallel.joined(scales)
+    codes = ROUNDERS[recipe.rounding.method](rows, scales, bits, hessian, recipe.rounding, multipliers)
+    joined = None if multipliers is None else parallel.joined(multipliers)
+    return parallel.joined(codes), parallel.joined(scales), joined
 
 
 def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:

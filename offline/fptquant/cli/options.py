@@ -17,7 +17,9 @@ from fptquant.recipe_errors import explain
 from fptquant.recipe_files import read_recipe
 
 # spelt out, because the registries that know them import torch (a test compares)
-PRECISIONS = ("w4a8kv8", "w4a4kv4", "w4a4kv8", "w4a8", "w4a16", "w4a4kv4-symmetric")
+PRECISIONS = (
+    "w4a8kv8", "w4a8kv8-g128", "w4a8kv8-g64", "w4a8kv8-g32", "w4a4kv4", "w4a4kv8", "w4a8", "w4a16", "w4a4kv4-symmetric",
+)  # fmt: skip
 TRANSFORMS = ("T_k", "T_v", "T_u", "T_r", "T_s", "T_h", "T_d", "S_n")
 OF_RECIPE = "the recipe's"  # where the recipe says what an option is that isn't given
 
@@ -25,7 +27,7 @@ Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoi
 Checkpoint = Annotated[Path, typer.Argument(help="directory that `fptquant quantize` wrote", show_default=False)]
 Precision = Annotated[
     str | None,
-    typer.Option(show_default=OF_RECIPE, help="one of: w4a8kv8, w4a4kv4, w4a4kv8, w4a8, w4a16, w4a4kv4-symmetric"),
+    typer.Option(show_default=OF_RECIPE, help=f"one of: {', '.join(PRECISIONS)}"),
 ]
 Calibration = Annotated[
     str | None,

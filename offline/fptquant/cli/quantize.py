@@ -186,6 +186,7 @@ def _show(summary: Summary, model: str, output: Path) -> None:
     table.add_row("peak memory", megabytes(summary.peak_memory_bytes))
     table.add_row("weights before", megabytes(summary.source_bytes))
     table.add_row("weights after", megabytes(summary.output_bytes))
+    table.add_row("bits for a weight", f"{summary.bits_per_weight:.2f} on average, head and embedding apart")
     info.print(f"{output}", markup=False, highlight=False, soft_wrap=True)
     info.print(table)
     if summary.budget:

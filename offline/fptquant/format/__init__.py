@@ -17,7 +17,7 @@ from fptquant.format.arithmetic import (
     residual_scale,
     softcap,
 )
-from fptquant.format.packing import pack_codes, packed_words, round_scale, unpack_codes
+from fptquant.format.packing import pack_codes, packed_words, per_column, round_scale, unpack_codes
 from fptquant.format.schema import (
     FORMAT_VERSION,
     MODEL_TYPE_PREFIX,
@@ -59,6 +59,7 @@ __all__ = [
     "pack_codes",
     "position_scale",
     "packed_words",
+    "per_column",
     "quantize",
     "quantize_per_tensor",
     "quantized_linear",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import FPTQuantError
+from fptquant.format.packing import LARGEST_MULTIPLIER
 from fptquant.format.schema import CheckpointConfig
 
 DAMAGED = "the checkpoint is damaged, fetch it again or quantize again"
@@ -94,6 +95,16 @@ def require_positive(name: str, scale: Tensor) -> None:
         value = scale.flatten()[index].item()
         where = f" at index {index}" if scale.numel() > 1 else ""
         raise FPTQuantError(f"{name} is {value:g}{where}, must be positive and finite: {DAMAGED}")
+
+
+def require_multiplier(name: str, multiplier: Tensor) -> None:
+    """Refuses multipliers of groups whose products with codes are more than the 7 bits that kernels expect.
+
+    Raises:
+        FPTQuantError: names the tensor and the limits.
+    """
+    if bool(((multiplier < 1) | (multiplier > LARGEST_MULTIPLIER)).any()):
+        raise FPTQuantError(f"{name} is missing or outside of [1, {LARGEST_MULTIPLIER}]: {DAMAGED}")
 
 
 def require_zero_point(name: str, zero_point: Tensor, bits: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 WORD = 32  # bits
+LARGEST_MULTIPLIER = 8  # of a group: times 4-bit codes, -64 to 56
 _AT_ONCE = 1 << 22  # codes that are 32-bit integers at a time
 
 
@@ -39,6 +40,11 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     for j in range(per_word):
         codes[..., j] = ((packed >> (j * bits)) & (2 * offset - 1)) - offset
     return codes.flatten(1)[:, : shape[1]].contiguous()
+
+
+def per_column(multiplier: Tensor, in_features: int) -> Tensor:
+    """Multipliers of groups (N, groups) as those of their columns (N, `in_features`), in their type."""
+    return multiplier.repeat_interleave(in_features // multiplier.shape[1], 1)
 
 
 def round_scale(scale: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from fptquant.errors import FPTQuantError
+from fptquant.format.packing import packed_words
 from fptquant.format.steps import Step, linear_steps, online_steps
 
 QUANT_METHOD = "fptquant"
@@ -58,11 +59,46 @@ class WeightScheme(Strict):
     """Integer weights: symmetric, one scale per output channel.
 
     7 bits is the widest that FBGEMM multiplies without saturating on CPUs that have no VNNI; it is stored like 8.
+
+    With strategy "group", 4-bit codes are multiplied by a number from 1 to 8 for each group of inputs (QServe's
+    progressive scales, arXiv 2405.04532): the products are 7-bit codes, which are all that kernels know of.
     """
 
     bits: Literal[4, 7, 8] = 4
     symmetric: Literal[True] = True
-    strategy: Literal["channel"] = "channel"
+    strategy: Literal["channel", "group"] = "channel"
+    group_size: Literal[32, 64, 128] | None = None
+
+    @model_validator(mode="after")
+    def _groups_of_four_bits(self) -> WeightScheme:
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("strategy 'group' and group_size (32, 64 or 128) belong together")
+        if self.group_size is not None and self.bits != 4:
+            raise ValueError(f"groups are of 4-bit weights, not of {self.bits} bits")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `group_size` out where there is none: readers that don't know it refuse it by name."""
+        content: dict[str, Any] = serialize(self)
+        if self.group_size is None:
+            content.pop("group_size", None)
+        return content
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the codes that are multiplied by activations."""
+        return self.bits if self.group_size is None else 7
+
+    @property
+    def label(self) -> str:
+        """`w4`, or `w4g64`."""
+        return f"w{self.bits}" + ("" if self.group_size is None else f"g{self.group_size}")
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of an output channel of `in_features` weights in a checkpoint: codes, scale and multipliers."""
+        groups = 0 if self.group_size is None else in_features // self.group_size
+        return 4 * packed_words(in_features, self.bits) + 4 + groups
 
 
 class ActivationScheme(Strict):

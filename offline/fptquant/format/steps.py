@@ -149,20 +149,38 @@ class Product(Step):
     scheme: LinearScheme | None
 
     def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
-        """Packed codes, their scales and their shape."""
+        """Packed codes, multipliers of their groups, scales and their shape.
+
+        Raises:
+            FPTQuantError: groups that don't divide the input.
+        """
         if self.scheme is None:
             return ()
-        bits = self.scheme.weights.bits
+        bits, size = self.scheme.weights.bits, self.scheme.weights.group_size
         shape = (out_features, packed_words(in_features, bits))
+        multipliers: tuple[StepTensor, ...] = ()
+        if size is not None:
+            if in_features % size:
+                raise FPTQuantError(f"groups of {size} weights don't divide {in_features} input features")
+            shape_of_groups = (out_features, in_features // size)
+            multipliers = (
+                StepTensor("weight_multiplier", shape_of_groups, torch.int8, outputs=0, inputs=1, packed=size),
+            )
         return (
             StepTensor("weight_packed", shape, torch.int32, outputs=0, inputs=1, packed=WORD // bits),
+            *multipliers,
             StepTensor("weight_scale", (out_features, 1), torch.float32, outputs=0),
             StepTensor("weight_shape", (2,), torch.int64),
         )
 
     def split_refusal(self, in_features: int, parts: int) -> str | None:
-        """Ranks that would share a packed word."""
-        if parts == 1 or self.scheme is None or in_features % (codes := WORD // self.scheme.weights.bits) == 0:
+        """Ranks that would share a group or a packed word."""
+        if parts == 1 or self.scheme is None:
+            return None
+        size = self.scheme.weights.group_size
+        if size is not None and in_features % size:
+            return f"splits groups of {size} weights: use a size that divides {in_features * parts // size}"
+        if in_features % (codes := WORD // self.scheme.weights.bits) == 0:
             return None
         return f"is no multiple of the {codes} weights in a packed word: use a smaller size"
 

@@ -1,14 +1,23 @@
 """Choosing scales: static ranges of activations and the KV cache, channel scales of weights."""
 
 from fptquant.quantize.ranges import InputRangeOptions, RangeOptions, affine, search_input_range, search_range
-from fptquant.quantize.weights import WeightRangeOptions, channel_scale, log_clip_of, weight_scales
+from fptquant.quantize.weights import (
+    WeightRangeOptions,
+    as_multiples,
+    channel_scale,
+    group_scales,
+    log_clip_of,
+    weight_scales,
+)
 
 __all__ = [
     "InputRangeOptions",
     "RangeOptions",
     "WeightRangeOptions",
     "affine",
+    "as_multiples",
     "channel_scale",
+    "group_scales",
     "log_clip_of",
     "search_input_range",
     "search_range",

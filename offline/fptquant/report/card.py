@@ -162,7 +162,9 @@ def _metadata(source: Path) -> dict[str, Any]:
 def _precision(job: Job) -> str:
     config = job.config
     found = f"w{config.weights.bits}a{config.activations.bits}"
-    return found + (f"kv{config.kv_cache.bits}" if config.kv_cache.bits < 16 else "")
+    if config.kv_cache.bits < 16:
+        found += f"kv{config.kv_cache.bits}"
+    return found + (f"-g{config.weights.group_size}" if config.weights.group_size else "")
 
 
 def _head(job: Job) -> str:

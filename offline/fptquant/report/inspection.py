@@ -57,7 +57,8 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
         "model": {
             "architecture": described.get("architectures", ["?"])[0],
             "format_version": config.format_version,
-            "weights": f"INT{config.weights.bits}, a scale per {config.weights.strategy}",
+            "weights": f"INT{config.weights.bits}, a scale per channel"
+            + (f", multipliers of groups of {config.weights.group_size}" if config.weights.group_size else ""),
             "activations": _scheme(config.activations),
             "KV_cache": _scheme(config.kv_cache),
             "overrides": ", ".join(override.modules for override in config.overrides),

@@ -72,6 +72,20 @@ def require_alike_experts(source: Source, config: CheckpointConfig, what: str) -
                 )
 
 
+def require_groups(source: Source, config: CheckpointConfig) -> None:
+    """Groups of inputs are all of one size."""
+    hidden = source.architecture.shape(source.config).hidden
+    for name, (_, columns) in (linear_sizes(source) | {source.architecture.head: (0, hidden)}).items():
+        scheme = config.scheme_for(name)
+        size = scheme.weights.group_size if scheme else None
+        if size is not None and columns % size:
+            fitting = " or ".join(str(size) for size in (128, 64, 32) if columns % size == 0)
+            remedy = f"take groups of {fitting} there" if fitting else "name it in overrides, with strategy 'channel'"
+            raise FPTQuantError(
+                f"precision.weights: groups of {size} don't divide the {columns} inputs of {name}; {remedy}"
+            )
+
+
 def require_online(source: Source, config: CheckpointConfig, transforms: TransformSet) -> None:
     """Only quantized layers run steps online; the plugin leaves others to vLLM."""
     for layer in linear_sizes(source):

@@ -25,6 +25,7 @@ from fptquant.recipe import Recipe
 from fptquant.run.checks import (
     float_patterns,
     require_alike_experts,
+    require_groups,
     require_known_layers,
     require_online,
     require_shared_schemes,
@@ -170,6 +171,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     )
     require_known_layers(source, config)
     require_shared_schemes(source, config)
+    require_groups(source, config)
     if recipe.budget is not None:
         require_alike_experts(source, config, "budget")
     require_online(source, config, transforms)

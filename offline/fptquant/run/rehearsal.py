@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import Sink, round_scale
+from fptquant.format.packing import LARGEST_MULTIPLIER
+from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
 from fptquant.run.writer import write_model
 from fptquant.simulate.attention import KVQuantizer
@@ -69,12 +71,15 @@ def _quantize(model: PreTrainedModel) -> None:
     for _, linear in simulated_linears(model):
         if linear.scheme is None:
             continue
-        limit = 2 ** (linear.scheme.weights.bits - 1)
-        weight = linear.float_weight()
-        scale = round_scale(weight.abs().amax(1, keepdim=True) / limit)
+        bits, size = linear.scheme.weights.bits, linear.scheme.weights.group_size
+        weight, multiplier = linear.float_weight(), None
+        scale = round_scale(weight.abs().amax(1, keepdim=True) / 2 ** (bits - 1))
+        if size is not None:
+            shape = (linear.out_features, linear.in_features // size)
+            multiplier = torch.randint(1, LARGEST_MULTIPLIER + 1, shape, dtype=torch.int8)
         if linear.scheme.activations.bits < 16:
             linear.set_input_quantizer(torch.tensor(0.05), torch.tensor(1))
-        linear.set_weight_codes((weight / scale).round().clamp(-limit, limit - 1), scale)
+        linear.set_weight_codes(round_to_nearest(weight, scale, bits, multiplier), scale, multiplier)
     for module in model.modules():
         quantizer = getattr(module, "kv_quantizer", None)
         if isinstance(quantizer, KVQuantizer):

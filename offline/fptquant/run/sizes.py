@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fptquant.format import CheckpointConfig, packed_words
+from fptquant.format import CheckpointConfig
 from fptquant.loading import Source
 from fptquant.wiring import Projection, Role
 
@@ -35,6 +35,16 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
+def bits_per_weight(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> float:
+    """What a checkpoint has for each weight of the layers' projections, with scales and multipliers, on average."""
+    bits = weights = 0
+    for name, (rows, columns) in linear_sizes(source).items():
+        scheme = config.scheme_for(name)
+        bits += 8 * rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
+        weights += rows * columns
+    return bits / weights
+
+
 def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype, *, tied: bool) -> int:
     """Expected size of the checkpoint's weights; `tied`: the head has the embedding's."""
     architecture = source.architecture
@@ -46,6 +56,5 @@ def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype,
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
-        words = packed_words(columns, scheme.weights.bits) if scheme else 0
-        total += rows * (4 * words + 4) if scheme else rows * columns * dtype.itemsize
+        total += rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
     return total

@@ -21,12 +21,21 @@ def state_bytes(job: Job) -> int:
         total += job.training_windows.numel() * shape.hidden * float32
     transforms: int = sum(tensor.numel() for tensor in job.transforms.state_dict().values())
     trained = _ADAM * sum(parameter.numel() for parameter in job.transforms.parameters())
-    rows = sum(out for out, _ in linear_sizes(job.source).values()) + vocabulary  # of weights: a scale, a clipping
+    sizes = linear_sizes(job.source)
+    rows = sum(out for out, _ in sizes.values()) + vocabulary  # of weights: a scale
+    clippings = sum(out * _clippings(job, name, columns) for name, (out, columns) in sizes.items()) + vocabulary
     stages = [
         (transforms + trained) * (recipe.local.steps > 0),
-        (transforms + rows) * (recipe.block_wise.steps > 0),
-        (transforms + trained + _ADAM * rows) * (recipe.end_to_end.steps > 0),
+        (transforms + clippings) * (recipe.block_wise.steps > 0),
+        (transforms + trained + _ADAM * clippings) * (recipe.end_to_end.steps > 0),
         _ADAM * rows * (recipe.scales.steps > 0),
     ]
     # each keeps the one before its newest state; and the next is written beside them
     return total + (2 * sum(stages) + max(stages)) * float32
+
+
+def _clippings(job: Job, name: str, columns: int) -> int:
+    """How many a row of the layer `name` has."""
+    scheme = job.config.scheme_for(name)
+    size = None if scheme is None else scheme.weights.group_size
+    return 1 if size is None else columns // size

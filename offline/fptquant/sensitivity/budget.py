@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import Override, WeightScheme, packed_words
+from fptquant.format import Override, WeightScheme
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
 from fptquant.run.job import Job, with_recipe
@@ -140,10 +140,10 @@ def _extra_bytes(job: Job, site: Site) -> int:
     """By how much the checkpoint grows; 7-bit weights are stored like 8-bit ones, activations aren't stored."""
     if not site.is_weights:
         return 0
-    scheme, sizes = site.scheme(job), linear_sizes(job.source)
+    scheme, wide, sizes = site.scheme(job), WeightScheme(bits=8), linear_sizes(job.source)
     assert scheme is not None
     shapes = [sizes[name] for name in site.modules(job)]
-    return sum(4 * rows * (packed_words(k, 8) - packed_words(k, scheme.weights.bits)) for rows, k in shapes)
+    return sum(rows * (wide.row_bytes(k) - scheme.weights.row_bytes(k)) for rows, k in shapes)
 
 
 def _by_gain_per_cost(

@@ -180,7 +180,7 @@ class Probe:
             total *= sum(site.kind == weights.kind for site in wanted)
             hessians = hessians_of(parts, seen, recipe)
             del seen
-            for _, codes, scale in round_parts(parts, hessians, recipe):
+            for _, codes, scale, _ in round_parts(parts, hessians, recipe):
                 kept = _Codes(put_away(codes.to(torch.int8), total), scale)
                 self._codes.setdefault(weights, []).append(kept)
 

@@ -15,11 +15,12 @@ from fptquant.format import (
     LinearScheme,
     code_bounds,
     pack_codes,
+    per_column,
     quantize,
     quantized_linear,
     unpack_codes,
 )
-from fptquant.format.checks import require_positive, require_zero_point
+from fptquant.format.checks import require_multiplier, require_positive, require_zero_point
 from fptquant.format.steps import InputStep, OutputStep, RowScale, Step, Undo, arrange, in_floating_point
 from fptquant.simulate.buffers import FixedBuffers
 
@@ -28,7 +29,7 @@ class SimulatedLinear(FixedBuffers):
     """y = Q(S x) W^T / S + b and other steps around them, computed exactly as the serving kernels do.
 
     Tensors with the names of the checkpoint format are buffers; `weight` exists until the layer is rounded, `codes`
-    (the integer weights, held in float32 for the matrix product) after that.
+    (the integer weights, held in float32 for the matrix product, times the multipliers of groups) after that.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, steps: Iterable[Step]) -> None:
@@ -60,6 +61,7 @@ class SimulatedLinear(FixedBuffers):
             for tensor in step.tensors(in_features, out_features):
                 self.register_buffer(tensor.name, make(tensor.shape, dtype=tensor.dtype))
         self.weight_packed: Tensor
+        self.weight_multiplier: Tensor  # where there are groups
         self.weight_scale: Tensor
         self.weight_shape: Tensor
         self.input_scale: Tensor
@@ -93,13 +95,23 @@ class SimulatedLinear(FixedBuffers):
             self.input_zero_point = zero_point.to(torch.int32).reshape(()).clone()
         self._set_bounds()
 
-    def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
-        """Replaces the float weight by integer codes (N, K) and channel scales (N, 1)."""
-        assert self.scheme is not None
+    def set_weight_codes(self, codes: Tensor, scale: Tensor, multiplier: Tensor | None = None) -> None:
+        """Replaces the float weight by integers.
+
+        Args:
+            codes: (N, K), multiples of their groups' multipliers.
+            scale: of the channels, (N, 1).
+            multiplier: int8 (N, groups), where the scheme has groups.
+        """
+        assert self.scheme is not None and (multiplier is None) is (self.scheme.weights.group_size is None)
+        stored = codes
+        if multiplier is not None:
+            stored = codes / per_column(multiplier, codes.shape[1])
+            self.weight_multiplier = multiplier.to(torch.int8).clone()
         limit = 2 ** (self.scheme.weights.bits - 1)
-        outside = bool((codes < -limit).any()) or bool((codes >= limit).any())
+        outside = bool(((stored < -limit) | (stored >= limit) | (stored != stored.round())).any())
         assert not outside, "codes that don't fit into their bits"
-        self.weight_packed = pack_codes(codes, self.scheme.weights.bits)
+        self.weight_packed = pack_codes(stored, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
         self.weight_shape = torch.tensor(codes.shape, dtype=torch.int64, device=codes.device)
         self._derive("codes", codes.float())
@@ -123,7 +135,11 @@ class SimulatedLinear(FixedBuffers):
         shape = torch.Size((self.out_features, self.in_features))
         if self.weight_shape.tolist() != list(shape):
             raise FPTQuantError(f"{name}.weight_shape: {self.weight_shape.tolist()}, expected {list(shape)}")
-        self._derive("codes", unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float())
+        codes = unpack_codes(self.weight_packed, self.scheme.weights.bits, shape).float()
+        if self.scheme.weights.group_size is not None:
+            require_multiplier(f"{name}.weight_multiplier", self.weight_multiplier)
+            codes *= per_column(self.weight_multiplier, self.in_features)
+        self._derive("codes", codes)
 
     def online(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The input after residual scale S (..., 1) and all other input steps: what is quantized."""

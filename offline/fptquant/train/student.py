@@ -314,6 +314,8 @@ def transform_student(
                         weight = TransformedWeight(linear, transforms, projection.at(index))
                     else:
                         scale, bits = example.weight_scale, example.scheme.weights.bits
+                        if example.scheme.weights.group_size is not None:
+                            scale = scale * example.weight_multiplier
                         weight = MergedWeight(
                             linear, transforms, projection.at(index), scale=scale, bits=bits, estimator=estimator
                         )

@@ -123,7 +123,7 @@ class MergedWeight(FloatWeight):
 
         Args:
             layer: see `FloatWeight`.
-            scale: (N, 1).
+            scale: (N, 1), or (N, groups) of groups of inputs.
             bits: width of the codes.
             estimator: see `fake_quantize`.
         """
@@ -145,11 +145,10 @@ class MergedWeight(FloatWeight):
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `StudentWeight`."""
         weight, bias = self.merged()
-        scale = channel_scale(weight, self.log_clip, self.bits)
-        weight = fake_quantize(
-            weight, scale, *code_bounds(torch.zeros((), device=weight.device), self.bits), self.estimator
-        )
-        return self._times(x, weight), bias
+        scale = channel_scale(weight, self.log_clip, self.bits)[..., None]
+        bounds = code_bounds(torch.zeros((), device=weight.device), self.bits)
+        groups = weight.reshape(*scale.shape[:2], -1)
+        return self._times(x, fake_quantize(groups, scale, *bounds, self.estimator).flatten(1)), bias
 
     def exact(self, x: Tensor) -> Tensor:
         """See `FloatWeight`."""

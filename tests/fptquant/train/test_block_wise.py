@@ -14,7 +14,7 @@ from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.loading import load_model, open_source
-from fptquant.quantize import WeightRangeOptions, channel_scale, weight_scales
+from fptquant.quantize import WeightRangeOptions, as_multiples, channel_scale, weight_scales
 from fptquant.run import training as stages
 from fptquant.run.job import Job, job_of
 from fptquant.run.models import transformed
@@ -80,9 +80,12 @@ def test_a_layers_training_leaves_the_others_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, {"sites": 1, "inputs": False, "length": 16}])
-def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["w4a8kv8", "w4a8kv8-g32"])
+def test_checkpoint_has_the_clipping_that_was_learned(
+    precision: str, budget: dict[str, Any] | None, tmp_path: Path
+) -> None:
     """Where a budget widened weights, the clipping of fewer bits is of no use."""
-    job = make_job("gqa", tmp_path, **{**FIELDS, "budget": budget})
+    job = make_job("gqa", tmp_path, **{**FIELDS, "precision": precision, "budget": budget})
     learned: dict[str, torch.Tensor] = {}
     original = stages.layer_clipping
 
@@ -98,6 +101,10 @@ def test_checkpoint_has_the_clipping_that_was_learned(budget: dict[str, Any] | N
         weight = model.get_submodule(name).float_weight()
         expected = round_scale(channel_scale(weight, log_clip, 4))
         scheme = written.config.scheme_for(name)
+        if scheme is not None and scheme.weights.group_size is not None:
+            assert log_clip.shape == (len(weight), weight.shape[1] // 32)
+            expected, multiplier = as_multiples(channel_scale(weight, log_clip, 4))
+            assert torch.equal(tensors[f"{name}.weight_multiplier"], multiplier)
         if scheme is not None and scheme.weights.bits == 7:
             widened, expected = widened + 1, weight_scales(weight, 7, WeightRangeOptions())
         assert torch.equal(tensors[f"{name}.weight_scale"], expected), name

@@ -57,9 +57,10 @@ def test_learning_a_range_lowers_the_error() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_clipping_follows_the_weight(bits: int) -> None:
-    weight = torch.randn(6, 11, generator=torch.Generator().manual_seed(2))
-    scale = torch.rand(6, 1) * 0.1 + 0.01
+@pytest.mark.parametrize("groups", [1, 3])
+def test_clipping_follows_the_weight(bits: int, groups: int) -> None:
+    weight = torch.randn(6, 12, generator=torch.Generator().manual_seed(2))
+    scale = torch.rand(6, groups) * 0.1 + 0.01
     clip = log_clip_of(scale, weight, bits)
     assert torch.allclose(channel_scale(weight, clip, bits), scale)
     assert torch.allclose(channel_scale(3 * weight, clip, bits), 3 * scale)

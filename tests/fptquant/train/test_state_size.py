@@ -19,6 +19,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "layers": {},
     "all": {"local": {"steps": 2}, "end_to_end": {"steps": 2}, "scales": {"steps": 2}},
     "block-wise": {"block_wise": {"steps": 2}},
+    "groups": {"precision": "w4a8kv8-g32", "block_wise": {"steps": 2}, "end_to_end": {"steps": 2}},
 }
 
 

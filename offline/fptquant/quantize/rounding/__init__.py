@@ -31,8 +31,16 @@ class RoundingOptions(BaseModel):
 class Rounder(Protocol):
     """Rounds a weight, given channel scales and the second moment of its inputs."""
 
-    def __call__(self, weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: RoundingOptions) -> Tensor:
-        """Returns integer codes (N, K) in float32.
+    def __call__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bits: int,
+        hessian: Tensor,
+        options: RoundingOptions,
+        multiplier: Tensor | None = None,
+    ) -> Tensor:
+        """Returns integer codes (N, K) in float32, multiplied by the multipliers of their groups.
 
         Args:
             weight: (N, K) float32.
@@ -40,6 +48,7 @@ class Rounder(Protocol):
             bits: width of the codes.
             hessian: (K, K) float32, mean of x x^T over the calibration tokens.
             options: settings of the method.
+            multiplier: (N, groups) of consecutive inputs of equal number; None for codes as they are.
         """
         ...
 

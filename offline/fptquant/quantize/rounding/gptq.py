@@ -7,16 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fptquant.format import per_column
+
 _IN_CACHE = 1 << 18  # entries of a block of columns
 _COPIED = 1 << 20  # entries of a Hessian copied at once
 
 
 @torch.no_grad()
-def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any) -> Tensor:
+def round_gptq(
+    weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any, multiplier: Tensor | None = None
+) -> Tensor:
     """Minimizes |(W - W^) X|^2 greedily (Frantar et al., arXiv 2210.17323, algorithm 1).
 
     Columns are visited by falling importance ("act order"), which costs nothing at run time here because scales are
-    per output channel.
+    per output channel, and groups are those of the layer's own order.
 
     Computed in the form of LDLQ, whose codes are GPTQ's (Chee et al., arXiv 2307.13304, theorem 6). With columns sorted
     so that the most important is the last, H = L D L^T with L unit lower triangular; from the last to the first,
@@ -30,11 +34,19 @@ def round_gptq(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, option
     back = torch.argsort(order)
     factor = _unit_factor(hessian, order, options.damping)
     codes = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    parts = (torch.split(x, rows_at_once(options.block)) for x in (weight, scale, codes))
-    for part, row_scale, row_codes in zip(*parts, strict=True):
-        steps = (part.float() / row_scale).T.contiguous().index_select(0, order)  # (K, rows)
-        row_codes.copy_(_round_columns(steps, factor, bits, options.block).index_select(0, back).T)
+    rows = rows_at_once(options.block)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        steps = (weight[part].float() / scale[part]).T.contiguous().index_select(0, order)  # (K, rows)
+        multiples = None if multiplier is None else columns_of(multiplier[part], weight.shape[1]).index_select(0, order)
+        row_codes = _round_columns(steps, factor, bits, options.block, multiples)
+        codes[part] = row_codes.index_select(0, back).T
     return codes
+
+
+def columns_of(multiplier: Tensor, in_features: int) -> Tensor:
+    """Multipliers of groups (rows, groups) as float32 (K, rows)."""
+    return per_column(multiplier.float(), in_features).T.contiguous()
 
 
 def rows_at_once(block: int) -> int:
@@ -42,7 +54,7 @@ def rows_at_once(block: int) -> int:
     return max(1, _IN_CACHE // block)
 
 
-def _round_columns(target: Tensor, factor: Tensor, bits: int, block: int) -> Tensor:
+def _round_columns(target: Tensor, factor: Tensor, bits: int, block: int, multiples: Tensor | None) -> Tensor:
     """Codes of a weight, from the last column to the first.
 
     Args:
@@ -50,6 +62,7 @@ def _round_columns(target: Tensor, factor: Tensor, bits: int, block: int) -> Ten
         factor: (K, K) L, unit lower triangular.
         bits: width of the codes.
         block: columns that learn of the columns behind them in one product.
+        multiples: (K, N), of which codes are; None for all integers.
 
     Returns:
         (K, N) integers.
@@ -61,7 +74,11 @@ def _round_columns(target: Tensor, factor: Tensor, bits: int, block: int) -> Ten
         torch.addmm(target[start:end], factor[end:, start:end].T, target[end:], out=codes[start:end])
         for column in range(end - 1, start - 1, -1):
             wanted, behind = codes[column], slice(column + 1, end)
-            wanted.addmv_(target[behind].T, factor[behind, column]).round_().clamp_(low, high)
+            wanted.addmv_(target[behind].T, factor[behind, column])
+            if multiples is None:
+                wanted.round_().clamp_(low, high)
+            else:
+                wanted.div_(multiples[column]).round_().clamp_(low, high).mul_(multiples[column])
             target[column].sub_(wanted)
     return codes
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from fptquant.quantize.weights import round_to_nearest
 
 
-def round_nearest(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any) -> Tensor:
+def round_nearest(
+    weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any, multiplier: Tensor | None = None
+) -> Tensor:
     """Each weight to the nearest code, whatever the inputs."""
-    return round_to_nearest(weight, scale, bits)
+    return round_to_nearest(weight, scale, bits, multiplier)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fptquant.quantize.rounding.gptq import damped, round_gptq, rows_at_once
+from fptquant.quantize.rounding.gptq import columns_of, damped, round_gptq, rows_at_once
 
 _MARGIN = 1e-5  # in steps of the grid; keeps float32 noise from taking a tie for a gain
 
 
 @torch.no_grad()
-def round_quantease(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any) -> Tensor:
+def round_quantease(
+    weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, options: Any, multiplier: Tensor | None = None
+) -> Tensor:
     """Minimizes |(W - W^) X|^2 by coordinate descent (Behdin et al., arXiv 2309.01885, algorithm 2).
 
     With all other columns fixed, the error is a parabola in each weight of a column, so its best code is the grid
@@ -21,8 +23,8 @@ def round_quantease(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, o
     and in order, here earlier columns may answer to later ones. The start is GPTQ's result, so the error ends at or
     below GPTQ's. What is minimized is GPTQ's objective, damping included.
     """
-    codes = round_gptq(weight, scale, bits, hessian, options)
-    descent = CoordinateDescent(weight, codes, scale, bits, damped(hessian, options.damping))
+    codes = round_gptq(weight, scale, bits, hessian, options, multiplier)
+    descent = CoordinateDescent(weight, codes, scale, bits, damped(hessian, options.damping), multiplier)
     for _ in range(options.passes):
         if not descent.sweep(options.block):
             break
@@ -32,7 +34,15 @@ def round_quantease(weight: Tensor, scale: Tensor, bits: int, hessian: Tensor, o
 class CoordinateDescent:
     """Descends in all rows of W at once; everything here is transposed, (K, N), so that columns are contiguous."""
 
-    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, bits: int, hessian: Tensor) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bits: int,
+        hessian: Tensor,
+        multiplier: Tensor | None = None,
+    ) -> None:
         """Starts at `codes`.
 
         Args:
@@ -41,6 +51,7 @@ class CoordinateDescent:
             scale: (N, 1).
             bits: width of the codes.
             hessian: (K, K) with a positive diagonal.
+            multiplier: (N, groups), of which codes are multiples; None for all integers.
         """
         # Rows of H divided by their diagonal give the distance to each parabola's minimum.
         self.slopes = torch.empty(hessian.shape, dtype=torch.float32, device=hessian.device)  # (K, K)
@@ -48,6 +59,7 @@ class CoordinateDescent:
             slopes.copy_(rows / diagonal)
         self.target = (weight.float() / scale).T.contiguous()  # in steps of the grid
         self.codes = codes.T.contiguous()
+        self.multiples = None if multiplier is None else columns_of(multiplier, weight.shape[1])
         self.moving = torch.arange(len(weight), device=weight.device)  # rows of W that have not settled
         self.low, self.high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
 
@@ -66,6 +78,7 @@ class CoordinateDescent:
         Columns of a block follow each other exactly; the columns outside learn of a block's changes in one product.
         """
         codes = self.codes[:, rows]
+        multiples = None if self.multiples is None else self.multiples[:, rows]
         # distance[k] = (H (W - W^))_k / H_kk: from the code to the minimum of its parabola
         distance = self.slopes @ (self.target[:, rows] - codes)
         moved = torch.zeros_like(rows, dtype=torch.bool)
@@ -75,7 +88,12 @@ class CoordinateDescent:
             for column in range(start, end):
                 here, step, before = distance[column], steps[column - start], slice(start, column)
                 here.addmv_(steps[: column - start].T, self.slopes[column, before], alpha=-1)
-                torch.add(codes[column], here, out=step).round_().clamp_(self.low, self.high).sub_(codes[column])
+                torch.add(codes[column], here, out=step)
+                if multiples is None:
+                    step.round_().clamp_(self.low, self.high)
+                else:
+                    step.div_(multiples[column]).round_().clamp_(self.low, self.high).mul_(multiples[column])
+                step.sub_(codes[column])
                 closer = (here - step).abs_() < here.abs_() - _MARGIN
                 step.mul_(closer)
             codes[start:end] += steps
