@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from fptquant.format import code_bounds
 from fptquant.quantize import channel_scale, log_clip_of
 from fptquant.simulate import SimulatedLinear
-from fptquant.train.fake_quant import Estimator, fake_quantize
+from fptquant.train.fake_quant import Estimator, fake_quantize, straight_through_round
 from fptquant.transforms import TransformSet
 from fptquant.wiring import Place
+
+_INSIDE = 0.49  # of a step: how far from a code what rounds to it starts at most
 
 
 class StudentWeight(nn.Module):
@@ -68,6 +70,36 @@ class IntegerWeight(StudentWeight):
         """See `StudentWeight`; W is not formed."""
         product: Tensor = _IntegerProduct.apply(x.to(self.compute_dtype), self.codes)  # type: ignore[no-untyped-call]
         return product.to(x.dtype) * self.log_scale.exp().flatten(), self.bias
+
+
+class FreeWeight(StudentWeight):
+    """Integers that may change, with trainable channel scales: positions on the grid, rounded straight through."""
+
+    def __init__(self, linear: SimulatedLinear, weight: Tensor) -> None:
+        """Starts at a rounded layer's codes: where the weight is on its grid, as far as it rounds to them.
+
+        Args:
+            linear: rounded.
+            weight: (N, K) that was rounded.
+        """
+        super().__init__()
+        assert linear.codes is not None and linear.scheme is not None
+        self.bias = linear.bias
+        half = 2.0 ** (linear.scheme.weights.bits - 1)
+        self.low, self.high = -half, half - 1
+        position = torch.clamp(weight / linear.weight_scale, linear.codes - _INSIDE, linear.codes + _INSIDE)
+        import os
+        self.position = nn.Parameter(linear.codes+float(os.environ.get('SHRINK','1'))*(position-linear.codes))
+        self.log_scale = nn.Parameter(linear.weight_scale.log())
+
+    def codes(self) -> Tensor:
+        """Integers (N, K) that the positions round to."""
+        return torch.round(self.position.detach()).clamp(self.low, self.high)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `StudentWeight`."""
+        codes = straight_through_round(self.position.clamp(self.low, self.high))
+        return self._times(x, codes) * self.log_scale.exp().flatten(), self.bias
 
 
 class FloatWeight(StudentWeight):
