@@ -15,7 +15,7 @@ from fptquant.train.fake_quant import Estimator, fake_quantize, straight_through
 from fptquant.transforms import TransformSet
 from fptquant.wiring import Place
 
-_INSIDE = 0.49  # of a step: how far from a code what rounds to it starts at most
+_INSIDE = 0.98  # of the way to an edge: what is on it would turn by chance
 
 
 class StudentWeight(nn.Module):
@@ -76,7 +76,11 @@ class FreeWeight(StudentWeight):
     """Integers that may change, with trainable channel scales: positions on the grid, rounded straight through."""
 
     def __init__(self, linear: SimulatedLinear, weight: Tensor) -> None:
-        """Starts at a rounded layer's codes: where the weight is on its grid, as far as it rounds to them.
+        """Starts at a rounded layer's codes.
+
+        Weights that were rounded to the nearest code start where they are on the grid, so that few cross an edge at
+        once. Those that GPTQ moved further, to make up for others, start in the middle: at the edge, all that
+        it did would be undone by the first step.
 
         Args:
             linear: rounded.
@@ -87,9 +91,9 @@ class FreeWeight(StudentWeight):
         self.bias = linear.bias
         half = 2.0 ** (linear.scheme.weights.bits - 1)
         self.low, self.high = -half, half - 1
-        position = torch.clamp(weight / linear.weight_scale, linear.codes - _INSIDE, linear.codes + _INSIDE)
-        import os
-        self.position = nn.Parameter(linear.codes+float(os.environ.get('SHRINK','1'))*(position-linear.codes))
+        offset = weight / linear.weight_scale - linear.codes
+        offset = torch.where(offset.abs() <= 0.5, _INSIDE * offset, 0.0)
+        self.position = nn.Parameter(linear.codes + offset)
         self.log_scale = nn.Parameter(linear.weight_scale.log())
 
     def codes(self) -> Tensor:
