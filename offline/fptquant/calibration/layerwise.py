@@ -25,6 +25,7 @@ from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.wiring import Architecture, InputGroup, Role
 
+
 class LayerTraining(Protocol):
     """Trains each layer once it is rounded, such as `fptquant.train.codes.CodeTraining`."""
 

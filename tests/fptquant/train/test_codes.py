@@ -99,9 +99,7 @@ def test_a_student_starts_as_the_rounded_layer_and_ends_as_it(precision: str, tm
     positions = [p for name, p in student.weight_parameters().items() if name.endswith("position")]
     assert len(positions) == 7
     with torch.no_grad():
-        assert all(
-            (found - y).norm() < 1e-5 * y.norm() for found, y in zip(inputs.run(layer), expected, strict=True)
-        )
+        assert all((found - y).norm() < 1e-5 * y.norm() for found, y in zip(inputs.run(layer), expected, strict=True))
     student.finish()
     after = layer.state_dict()
     assert after.keys() == before.keys()
