@@ -26,6 +26,7 @@ from fptquant.train.fake_quant import fake_quantize
 from fptquant.train.student import layer_student
 from fptquant.train.student_weights import FreeWeight
 from fptquant.wiring.llama import LLAMA
+from tests import families
 from tests.fptquant.train.test_training import TOKENS, Killed, make_job, quantized
 
 FIELDS: dict[str, Any] = {
@@ -64,6 +65,19 @@ def test_layers_come_closer_and_codes_change(kind: str, precision: str, tmp_path
     changed = {name: float((before[name] != after[name]).float().mean()) for name in before}
     assert len(changed) == 14 and all(0 < share < 0.5 for share in changed.values())
     load_model(open_source(tmp_path / "out"))(TOKENS)
+
+
+@pytest.mark.parametrize("variant", ["gemma2 with windows", "glm4 with biases", "qwen2_moe with windows", "mixtral"])
+def test_other_families(variant: str, tmp_path: Path) -> None:
+    """Norms behind blocks, bounds of scores, experts: each layer of them comes closer, too."""
+    codes = {**FIELDS["codes"], "steps": 12}
+    job = families.make_job(variant, tmp_path, precision="w4a8kv8", transforms=["T_u"], codes=codes)
+    pipeline.quantize(job, tmp_path / "out")
+    rows = [json.loads(row) for row in (tmp_path / "out" / "fptquant" / "metrics.jsonl").read_text().splitlines()]
+    for layer in range(job.layers):
+        losses = [row["loss"] for row in rows if row["stage"] == "codes" and row["layer"] == layer]
+        assert len(losses) == 12 and min(losses[-2:]) < losses[0]
+    assert bool(load_model(open_source(tmp_path / "out"))(TOKENS).logits.isfinite().all())
 
 
 def test_codes_stay_without_their_rate(tmp_path: Path) -> None:
