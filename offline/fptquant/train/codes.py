@@ -35,12 +35,14 @@ class CodeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
-    batch: PositiveInt = Field(4, description="calibration sequences in a step")
+    batch: PositiveInt = Field(2, description="calibration sequences in a step")
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
-    code_rate: float = Field(3e-3, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")
-    weight_rate: float = Field(1e-3, ge=0, description="of log scales of weights")
-    scale_rate: float = Field(2e-3, ge=0, description="of log scales of activations and KV")
-    zero_point_rate: float = Field(2e-2, ge=0, description="of zero points, in steps of the quantizer")
+    code_rate: float = Field(
+        2.5e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps the codes"
+    )
+    weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
+    scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
+    zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
 
     @model_validator(mode="after")
