@@ -37,9 +37,7 @@ class CodeOptions(BaseModel):
     steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
     batch: PositiveInt = Field(2, description="calibration sequences in a step")
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
-    code_rate: float = Field(
-        2.5e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps the codes"
-    )
+    code_rate: float = Field(1e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")
     weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
     scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
     zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
