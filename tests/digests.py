@@ -68,7 +68,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     for name, (model, recipe, changes) in VARIANTS.items():
         found[name] = (model, {**shipped[recipe], **changes})
     for _, recipe in found.values():
-        for stage in ("local", "block_wise", "end_to_end", "scales"):
+        for stage in ("local", "block_wise", "end_to_end", "codes", "scales"):
             if stage in recipe:
                 recipe[stage] = {**recipe[stage], "steps": min(STEPS, recipe[stage].get("steps", STEPS))}
         recipe["calibration"] = {"source": str(TEXT), "sequences": 6, "length": 48}

@@ -248,6 +248,8 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
         table.add_row("training", f"{count} sequences of {length} tokens")
     if any(steps := [job.recipe.local.steps, job.recipe.end_to_end.steps, job.recipe.scales.steps]):
         table.add_row("steps", "{} on weights, {} end to end, {} of scales".format(*steps))
+    if job.recipe.codes.steps:
+        table.add_row("steps of a layer", f"{job.recipe.codes.steps} of codes")
     routers = ", routers" if shape.mixtures else ""
     table.add_row("kept in", f"{job.dtype}: embedding, norms, biases{routers}")
     table.add_row("expected size", megabytes(job.output_bytes))

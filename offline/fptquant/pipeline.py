@@ -38,6 +38,7 @@ from fptquant.run.training import (
     SHORTER,
     MetricsFile,
     checkpointing,
+    code_training,
     make_teacher,
     start_transforms,
     train_scales,
@@ -124,12 +125,15 @@ def quantize(
             model = transformed(job)
             floats = FloatPasses(job, model)
             to_be_rounded(job, model, state, floats.ride if floats.needed else None)
-            rounding = calibrate_and_round(model, job.source.architecture, recipe, job.windows, state, clipping)
+            training = code_training(job, model, stages, metrics)
+            rounding = calibrate_and_round(
+                model, job.source.architecture, recipe, job.windows, state, clipping, training
+            )
             for _ in stages.track(rounding, job.layers):
                 pass
             before, after = floats.finish()
             notes = tuple(unreached(model))
-            del floats
+            del floats, training, rounding
         if recipe.scales.steps:
             assert teacher is not None
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):

@@ -20,6 +20,7 @@ from fptquant.quantize.rounding import RoundingOptions
 from fptquant.recipe_errors import explain
 from fptquant.recipe_files import read_recipe
 from fptquant.train.block_wise import BlockWiseOptions
+from fptquant.train.codes import CodeOptions
 from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions
 from fptquant.train.local import LocalOptions
 from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
@@ -133,6 +134,10 @@ class Recipe(BaseModel):
     end_to_end: TransformTrainingOptions = Field(
         TransformTrainingOptions(),
         description="stage 2: transforms trained against the original model; ranges with them, to be searched again",
+    )
+    codes: CodeOptions = Field(
+        CodeOptions(),
+        description="with rounding, layer by layer: codes, scales and ranges trained on what leaves the layer",
     )
     scales: EndToEndOptions = Field(
         EndToEndOptions(), description="last stage: integers frozen, their scales and all ranges trained"

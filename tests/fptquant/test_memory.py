@@ -67,7 +67,7 @@ def test_more_than_is_free_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
         assert any("more than the 0.0 GB that are free" in cell for cell in cells) is warned
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "fptquant", "budget", "layer-wise", "smooth"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "fptquant", "budget", "layer-wise", "codes", "smooth"])
 def test_every_stage_is_expected(name: str, tmp_path: Path) -> None:
     """By its name and in its place, with what it reads."""
     smooth = {**short("smoothquant"), "precision": "w4a8"}

@@ -45,6 +45,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rounding": {"method": "quantease", "hessian": "output"},
         "budget": {"sites": 1},
     },
+    "codes": {
+        **short("gptq"),
+        "precision": "w4a4kv4",
+        "codes": {"steps": 3, "batch": 4},
+    },
     "fptquant": {
         **short("fptquant"),
         "seed": 1,  # with 0, a code turns before any training end to end
@@ -59,6 +64,7 @@ RUNS: list[tuple[str, Residency]] = [
     ("gptq", "resident"),
     ("gptq", "streamed"),
     ("budget", "resident"),
+    ("codes", "streamed"),
     ("fptquant", "resident"),
     ("fptquant", "streamed"),
 ]

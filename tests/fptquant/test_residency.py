@@ -38,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no online transform, no sink": {**short("fptquant"), "transforms": ["T_r", "T_v"], "sink": "none"},
     "merged student": {**short("fptquant"), "end_to_end": {"steps": 2, "weights": "quantized"}},
     "layer-wise": short("omniquant"),
+    "codes": {**short("fptquant-light"), "precision": "w4a4kv4", "codes": {"steps": 2, "batch": 2, "code_rate": 0.2}},
     "budget": {**short("fptquant-light"), "precision": "w4a4kv4", "budget": {"sites": 2}},
     "output hessian": {**short("gptq"), "rounding": {"method": "gptq", "hessian": "output"}},
     "float head": {**short("gptq"), "head_bits": 16, "ignore": ["re:.*1.mlp.down_proj"]},

@@ -21,7 +21,7 @@ from tests.fptquant.train.test_training import TOKENS, make_job
 def short(name: str) -> dict[str, object]:
     """The fields of a recipe with few steps in every stage."""
     fields = Recipe.load(name).to_dict()
-    for stage in ("local", "block_wise", "end_to_end", "scales"):
+    for stage in ("local", "block_wise", "end_to_end", "codes", "scales"):
         fields[stage]["steps"] = min(2, fields[stage]["steps"])
     return {key: value for key, value in fields.items() if key not in ("calibration", "training")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ from fptquant.wiring import Architecture, InputGroup, Projection, Role
 
 Weighted = tuple[list[SimulatedLinear], Tensor | None]  # and how much tokens count, (sequences, tokens); None: alike
 
+
+class LayerTraining(Protocol):
+    """Trains each layer once it is rounded, such as `fptquant.train.codes.CodeTraining`."""
+
+    def expect(self, index: int) -> None:
+        """Finds what layer `index` should put out; called of each layer, in order."""
+
+    def train(self, index: int, inputs: LayerInputs, weights: Mapping[str, Tensor]) -> None:
+        """Trains a rounded layer on its inputs, in place; with the weights that were rounded, by full name."""
+
+
 _TOKENS = 4096  # handled at once, where a copy is needed
 WEIGHTS = 1 << 26  # of experts that are rounded at once
 _COLUMNS = 512  # of a Hessian computed in one product
@@ -46,6 +58,7 @@ def calibrate_and_round(
     windows: Tensor,
     store: LayerStore | None = None,
     clipping: Mapping[str, Tensor] | None = None,
+    training: LayerTraining | None = None,
 ) -> Iterator[int]:
     """Quantizes a simulation in place.
 
@@ -62,6 +75,7 @@ def calibrate_and_round(
         windows: (sequences, length) calibration tokens.
         store: keeps finished layers; the model takes those it has from there, and they are not computed again.
         clipping: learned log clipping (N, 1 or groups) of weights by layer name, in place of the search for scales.
+        training: of each layer, once it is rounded and before the next one is.
 
     Yields:
         The index of each finished layer.
@@ -72,7 +86,7 @@ def calibrate_and_round(
     importance: dict[str, Tensor] = {}
     if recipe.rounding.hessian == "output":
         importance = token_weights(model, architecture, windows)
-    inputs = first_inputs(model, architecture, windows)
+    inputs = first_inputs(model, architecture, windows, kept=1 if training is None else 2)
     ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
 
     def catch_up() -> None:
@@ -81,11 +95,16 @@ def calibrate_and_round(
         ahead.clear()
 
     for index, layer in enumerate(layers):
+        if training is not None:
+            training.expect(index)
         with entered(layer):
             name = architecture.layer_name(index)
             finished = _is_finished(layer, name)
             if not finished:
                 catch_up()
+            trained = training is not None and not finished
+            before = list(inputs.hidden) if trained else []
+            weights = _float_weights(layer, index, architecture) if trained else {}
             half: SecondHalf | None = None
             here = importance
             for group in () if finished else architecture.groups_of(index):
@@ -96,12 +115,18 @@ def calibrate_and_round(
                         here = importance | routed_importance(half, index, architecture, recipe)
                     entering, part = half.of(group.first.expert)
                 _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, here, clipping)
+            if training is not None and trained:
+                inputs.hidden = before
+                training.train(index, inputs, weights)
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
             if half is None:
                 ahead.append(layer)
             elif index + 1 < len(layers) or isinstance(head, SimulatedLinear):
-                half.finish()
+                if trained:
+                    inputs.advance(layer)
+                else:
+                    half.finish()
         yield index
     if not isinstance(head, SimulatedLinear):
         return
@@ -114,6 +139,19 @@ def calibrate_and_round(
         _quantize_group([([head], importance.get(architecture.head))], architecture.head, entering, final, recipe)
         if store is not None:
             store.save(architecture.head, head.state_dict())
+
+
+def _float_weights(layer: nn.Module, index: int, architecture: Architecture) -> dict[str, Tensor]:
+    """What is going to be rounded, by full name."""
+    linears = {
+        architecture.projection_name(index, projection): layer.get_submodule(projection.path)
+        for projection in architecture.projections_of(index)
+    }
+    return {
+        name: linear.float_weight()
+        for name, linear in linears.items()
+        if isinstance(linear, SimulatedLinear) and linear.scheme is not None
+    }
 
 
 def _is_finished(part: nn.Module, name: str) -> bool:

@@ -64,7 +64,8 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
 
         rehearse:                3 P
         calibrate and round:     hidden states + the larger of
-                                 2 P + inputs (T, K) + 2 (K, K) in float64 + 3 M, and 2.5 E for the head
+                                 2 P + inputs (T, K) + 2 (K, K) in float64 + 3 M, and 2.5 E for the head;
+                                 where codes are trained: hidden states twice, 6 P + activations of a layer
         write, read back:        2 E + half a weight file
         teacher:                 hidden states + 2 P + 1.5 E
         transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 times the rows of E that a step sees
@@ -124,8 +125,12 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     if recipe.budget is not None:
         for name in ("load for the budget", "fit every site", "measure sites", "spend the budget"):
             found[name] = Need(model + hidden + max(layer + hessians, head), source)
-    rounding = model + hidden + max(layer + hessians, head)
-    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive))
+    rounding = layer + hessians
+    if recipe.codes.steps:  # a float weight, its position, gradient and two moments beside the codes
+        hidden *= 2
+        rounding = max(rounding, 3 * pair + trained(recipe.calibration.length, 1))
+    rounding = model + hidden + max(rounding, head)
+    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive + bool(recipe.codes.steps)))
     if recipe.scales.steps:
         found["train scales and ranges"] = Need(end_to_end, 2 * state * recipe.scales.steps * streamed)
     written = _FLOAT32 * 2 * sizes.ends + (_weight_file(job) // 2 if on_cpu else 0)
@@ -168,5 +173,6 @@ def scratch_bytes(job: Job) -> int:
     """Expected size of the files of hidden states, at most."""
     shape = job.source.architecture.shape(job.source.config)
     kept = shape.layers + 1 if job.recipe.rounding.hessian == "output" else 1
+    kept += 2 * bool(job.recipe.codes.steps)
     sizes = (job.windows.numel() * width * _FLOAT32 for width in (kept * shape.hidden, Sizes.of(job).widest))
     return sum(size for size in sizes if size > scratch_limit(job.room))

@@ -20,9 +20,10 @@ from fptquant.loading import load_model
 from fptquant.progress import Stages
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.run.job import Job
-from fptquant.run.models import folded, folded_and_transformed
+from fptquant.run.models import folded, folded_and_transformed, transformed
 from fptquant.run.state import RunState
 from fptquant.train.block_wise import train_block_wise
+from fptquant.train.codes import CodeTraining
 from fptquant.train.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
 from fptquant.train.local import train_local
 from fptquant.train.optimization import Optimization, transform_groups
@@ -31,7 +32,7 @@ from fptquant.train.teacher import Teacher
 from fptquant.transforms import TransformSet
 
 # names of states and in the metrics file
-LOCAL, BLOCK_WISE, END_TO_END, SCALES = "local", "block_wise", "end_to_end", "scales"
+LOCAL, BLOCK_WISE, END_TO_END, CODES, SCALES = "local", "block_wise", "end_to_end", "codes", "scales"
 SHORTER = "lower training.length and pass --fresh"  # where memory runs out
 FIRST_SEQUENCES = 16  # for ranges that are trained next
 
@@ -183,6 +184,20 @@ def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def checkpointing(name: str, options: EndToEndOptions) -> str:
     """What makes the stage of the recipe's field `name` need less memory for the same result."""
     return "" if options.gradient_checkpointing else f"set {name}.gradient_checkpointing: true"
+
+
+def code_training(job: Job, model: PreTrainedModel, stages: Stages, metrics: Metrics) -> CodeTraining | None:
+    """What trains the layers of a model while it is rounded; None without such steps."""
+    options = job.recipe.codes
+    if not options.steps:
+        return None
+
+    def record(step: int, values: dict[str, float]) -> None:
+        metrics(CODES, step, values)
+        stages.note(f"loss {values['loss']:.4f}")
+
+    original, architecture = transformed(job, "streamed"), job.source.architecture
+    return CodeTraining(model, original, architecture, options, job.windows, job.recipe.seed, record)
 
 
 def train_scales(

@@ -33,6 +33,7 @@ from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sin
 from fptquant.train.fake_quant import Estimator, StaticQuantizer
 from fptquant.train.student_weights import (
     FloatWeight,
+    FreeWeight,
     IntegerWeight,
     MergedWeight,
     StudentWeight,
@@ -192,7 +193,10 @@ class Student:
             linear = trained.linear[0]
             if trained.quantizer is not None:
                 linear.set_input_quantizer(*trained.quantizer.values())
-            if isinstance(trained.weight, IntegerWeight):
+            if isinstance(trained.weight, FreeWeight):
+                scale = round_scale(trained.weight.log_scale.exp())
+                linear.set_weight_codes(trained.weight.codes(), scale, trained.weight.multiplier)
+            elif isinstance(trained.weight, IntegerWeight):
                 linear.set_weight_scale(round_scale(trained.weight.log_scale.exp()))
             self.model.set_submodule(name, linear)
         for attention, original, trained_cache in self.caches:
@@ -238,27 +242,41 @@ def integer_student(model: PreTrainedModel, architecture: Architecture, estimato
     student = Student(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
         twin = copy.deepcopy(layer) if is_streamed(layer) else None
-        for members in architecture.groups_of(index):  # a group has one scheme, so one layer of it stands for all
-            linears = [layer.get_submodule(projection.path) for projection in members.members]
-            first = linears[0]
-            if not isinstance(first, SimulatedLinear) or first.codes is None:
-                continue
-            inputs = group_inputs(members, _input_quantizer(first, estimator))
-            for projection, linear in zip(members.members, linears, strict=True):
-                assert isinstance(linear, SimulatedLinear)
-                name = architecture.projection_name(index, projection)
-                _replace(student, name, linear, inputs[projection.expert])
-        attention = layer.get_submodule(architecture.attention)
-        _replace_cache(student, attention, attention, estimator)
+        _replace_layer(student, index, estimator)
         if twin is not None:
             student.fills.append((layer, extend(layer, partial(_fill_integers, twin=twin))))
     head = model.get_submodule(architecture.head)
     if isinstance(head, SimulatedLinear) and head.codes is not None:
-        _replace(student, architecture.head, head, GroupInput(1, _input_quantizer(head, estimator)))
+        group = GroupInput(1, _input_quantizer(head, estimator))
+        model.set_submodule(architecture.head, TrainedLinear(head, IntegerWeight(head), group))
         if is_streamed(head):
             student.fills.append((head, fill_of(head)))
             trained = model.get_submodule(architecture.head)
             make_part(trained, partial(_fill_integers, before=fill_of(head), twin=head), "streamed")
+    return student
+
+
+def layer_student(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    index: int,
+    estimator: Estimator,
+    weights: Mapping[str, Tensor],
+) -> Student:
+    """Student of one rounded layer of a simulation, whose codes may change; all else of it is frozen.
+
+    Args:
+        model: the simulation.
+        architecture: its family.
+        index: of the layer.
+        estimator: see `fake_quantize`.
+        weights: what was rounded, (N, K) by full name.
+    """
+    student = Student(model, architecture)
+    _replace_layer(student, index, estimator, weights)
+    architecture.layer_modules(model)[index].requires_grad_(False)
+    for _, _, cache in student.caches:
+        cache.quantizers.requires_grad_(False)
     return student
 
 
@@ -394,8 +412,25 @@ def _input_quantizer(linear: SimulatedLinear, estimator: Estimator) -> StaticQua
     return StaticQuantizer(linear.input_scale, zero_point, scheme.bits, estimator)
 
 
-def _replace(student: Student, name: str, linear: SimulatedLinear, group: GroupInput) -> None:
-    student.model.set_submodule(name, TrainedLinear(linear, IntegerWeight(linear), group))
+def _replace_layer(
+    student: Student, index: int, estimator: Estimator, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Puts what is trained in the place of a rounded layer's; with what was rounded, codes are trained, too."""
+    architecture = student.architecture
+    layer = architecture.layer_modules(student.model)[index]
+    for members in architecture.groups_of(index):  # a group has one scheme, so one layer of it stands for all
+        linears = [layer.get_submodule(projection.path) for projection in members.members]
+        first = linears[0]
+        if not isinstance(first, SimulatedLinear) or first.codes is None:
+            continue
+        inputs = group_inputs(members, _input_quantizer(first, estimator))
+        for projection, linear in zip(members.members, linears, strict=True):
+            assert isinstance(linear, SimulatedLinear)
+            name = architecture.projection_name(index, projection)
+            weight = IntegerWeight(linear) if weights is None else FreeWeight(linear, weights[name])
+            student.model.set_submodule(name, TrainedLinear(linear, weight, inputs[projection.expert]))
+    attention = layer.get_submodule(architecture.attention)
+    _replace_cache(student, attention, attention, estimator)
 
 
 def _replace_cache(student: Student, attention: nn.Module, calibrated: nn.Module, estimator: Estimator) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fptquant.format import code_bounds
+from fptquant.format import code_bounds, per_column
 from fptquant.quantize import channel_scale, log_clip_of
 from fptquant.simulate import SimulatedLinear
-from fptquant.train.fake_quant import Estimator, fake_quantize
+from fptquant.train.fake_quant import Estimator, fake_quantize, straight_through_round
 from fptquant.transforms import TransformSet
 from fptquant.wiring import Place
+
+_INSIDE = 0.98  # of the way to an edge: what is on it would turn by chance
 
 
 class StudentWeight(nn.Module):
@@ -68,6 +70,46 @@ class IntegerWeight(StudentWeight):
         """See `StudentWeight`; W is not formed."""
         product: Tensor = _IntegerProduct.apply(x.to(self.compute_dtype), self.codes)  # type: ignore[no-untyped-call]
         return product.to(x.dtype) * self.log_scale.exp().flatten(), self.bias
+
+
+class FreeWeight(StudentWeight):
+    """Integers that may change, with trainable channel scales: positions on the grid, rounded straight through."""
+
+    def __init__(self, linear: SimulatedLinear, weight: Tensor) -> None:
+        """Starts at a rounded layer's codes.
+
+        Weights that were rounded to the nearest code start where they are on the grid, so that few cross an edge at
+        once. Those that GPTQ moved further, to make up for others, start in the middle: at the edge, all that
+        it did would be undone by the first step.
+
+        Args:
+            linear: rounded.
+            weight: (N, K) that was rounded.
+        """
+        super().__init__()
+        assert linear.codes is not None and linear.scheme is not None
+        self.bias = linear.bias
+        half = 2.0 ** (linear.scheme.weights.bits - 1)
+        self.low, self.high = -half, half - 1
+        self.multiplier: Tensor | None = None  # (N, groups)
+        self._columns: Tensor | float = 1.0  # what a step of each counts, in scales of its channel
+        if linear.scheme.weights.group_size is not None:
+            self.multiplier = linear.weight_multiplier
+            self._columns = per_column(self.multiplier, linear.in_features).float()
+        codes, unit = linear.codes / self._columns, linear.weight_scale * self._columns
+        offset = weight / unit - codes
+        offset = torch.where(offset.abs() <= 0.5, _INSIDE * offset, 0.0)
+        self.position = nn.Parameter(codes + offset)
+        self.log_scale = nn.Parameter(linear.weight_scale.log())
+
+    def codes(self) -> Tensor:
+        """Integers (N, K) that the positions round to, times the multipliers of groups."""
+        return torch.round(self.position.detach()).clamp(self.low, self.high) * self._columns
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `StudentWeight`."""
+        codes = straight_through_round(self.position.clamp(self.low, self.high)) * self._columns
+        return self._times(x, codes) * self.log_scale.exp().flatten(), self.bias
 
 
 class FloatWeight(StudentWeight):
