@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fptquant.run.training import BLOCK_WISE, END_TO_END, LOCAL, SCALES
+from fptquant.run.training import BLOCK_WISE, CODES, END_TO_END, LOCAL, SCALES
 
 # what the command calls the stages
 NAMES = {
     LOCAL: "train transforms on weights",
     BLOCK_WISE: "train transforms layer by layer",
     END_TO_END: "train transforms end to end",
+    CODES: "calibrate and round",
     SCALES: "train scales and ranges",
 }
 
