@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import results
+import results_page
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -209,3 +211,10 @@ def test_expected_memory_is_what_was_measured(name: str, tmp_path: Path) -> None
         needs = expected_needs(open_job(tmp_path, chosen), "streamed", 20 * 10**9)
         found = {stage: need.memory / 1e9 for stage, need in needs.items()}
         assert found == pytest.approx(MEASURED[name, recipe], rel=0.2)
+
+
+def test_the_published_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_page, "plot_table", lambda *arguments: None)
+    docs = Path(__file__).parent.parent / "docs"
+    rows = json.loads((docs / "results.json").read_text())
+    assert results_page.write_page(rows, 40, results.ORDER, tmp_path) == (docs / "results.md").read_text()
