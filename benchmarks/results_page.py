@@ -37,8 +37,8 @@ most likely successor. Several seeds: each figure. Time and peak memory of `fptq
 virtual cores of several machines, mostly beside other jobs, some with AVX-512 (log.md), a run that was stopped and
 continued from its continuation on; they tell minutes from hours, and methods apart only where the difference is large.
 `fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet. The
-rows of `fptquant` recipes are from before T_k started from keys (`T_k: {start: keys}`) and stage 1 saw layers in turns, and
-were not measured again; those of "families" are from behind both.
+rows of `fptquant` recipes are from before T_k started from keys (`T_k: {start: keys}`) and before stage 1 saw layers in
+turns, and were not measured again; those of "families" are from behind both.
 """
 
 
