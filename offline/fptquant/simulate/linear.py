@@ -109,7 +109,7 @@ class SimulatedLinear(FixedBuffers):
             stored = codes / per_column(multiplier, codes.shape[1])
             self.weight_multiplier = multiplier.to(torch.int8).clone()
         limit = 2 ** (self.scheme.weights.bits - 1)
-        outside = bool(((stored < -limit) | (stored >= limit) | (stored != stored.round())).any())
+        outside = bool(((stored < -limit) | (stored >= limit) | ((stored - stored.round()).abs() > 0)).any())
         assert not outside, "codes that don't fit into their bits"
         self.weight_packed = pack_codes(stored, self.scheme.weights.bits)
         self.weight_scale = scale.float().clone()
