@@ -81,7 +81,7 @@ class SecondHalf:
             found = torch.cat([mixture.shared_weight(x)[..., 0] for x in self._read()])
         else:
             found = (self._weights * (self._chosen == expert)).sum(-1)
-        return with_floor(found.square())
+        return relative(found.square()) + FLOOR
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -111,10 +111,9 @@ class SecondHalf:
             yield found[0]
 
 
-def with_floor(weights: Tensor) -> Tensor:
-    """Weights of tokens of an expert, divided by their mean over all processes, plus `FLOOR`."""
-    mean = parallel.joined(weights).mean()
-    return weights / mean.clamp_min(torch.finfo(weights.dtype).tiny) + FLOOR
+def relative(weights: Tensor) -> Tensor:
+    """Weights of tokens, divided by their mean over all processes."""
+    return weights / parallel.joined(weights).mean().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _advance(inputs: LayerInputs, part: nn.Module, arguments: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fptquant import parallel
-from fptquant.calibration.halves import with_floor
+from fptquant.calibration.halves import FLOOR, relative
 from fptquant.layers.inputs import LayerInputs, first_inputs, last_states, to_logits
 from fptquant.layers.residency import entered
 from fptquant.simulate import SimulatedLinear
@@ -26,7 +25,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
     With d_t the gradient of the next-token cross entropy with respect to the output W x_t of a group, sum_t |d_t|^2
     x_t x_t^T is the token-diagonal form of the output-adaptive Hessian (OAC, Edalati et al., arXiv 2405.15025).
     An expert of a mixture is a group of its own: d_t holds what the router multiplies its output by, and is zero for
-    tokens that don't go through it; such tokens have a floor (`halves.with_floor`).
+    tokens that don't go through it; such tokens have a floor (`halves.FLOOR`).
     All sequences go forward through a layer before the next is read, and backward likewise; what entered each layer is
     kept between.
 
@@ -66,13 +65,7 @@ def token_weights(model: PreTrainedModel, architecture: Architecture, windows: T
                 next(one.run(layer)).backward(gradients[index])  # type: ignore[no-untyped-call]
                 assert states.grad is not None
                 gradients[index] = states.grad
-    return {name: _normalized(values, name in recorder.routed) for name, values in recorder.norms.items()}
-
-
-def _normalized(norms: Tensor, routed: bool) -> Tensor:
-    if routed:
-        return with_floor(norms)
-    return norms / parallel.joined(norms).mean().clamp_min(torch.finfo().tiny)
+    return {name: relative(norms) + FLOOR * (name in recorder.routed) for name, norms in recorder.norms.items()}
 
 
 def _leaf(inputs: LayerInputs, index: int) -> tuple[LayerInputs, Tensor]:

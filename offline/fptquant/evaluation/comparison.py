@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from fptquant.report.compare import Comparison, compare_logits
 from fptquant.train.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Means over all predicted tokens."""
-
-    perplexity: float
-    kl: float  # KL(original | model), nats per token
-    agreement: float  # share of tokens with the same most likely successor
 
 
 @torch.no_grad()
@@ -31,14 +20,12 @@ def compare(model: PreTrainedModel, teacher: Teacher, sequences: Iterable[int]) 
         teacher: the original's final hidden states, and the windows (sequences, length).
         sequences: indices of the windows to use.
     """
-    loss = kl = 0.0
-    agreeing = tokens = 0
-    for sequence in sequences:
-        window = teacher.windows[sequence]
-        found: Tensor = model(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        expected = teacher.head(teacher.hidden(sequence)[:-1]).float().log_softmax(-1)
-        loss -= float(found.gather(-1, window[1:, None]).double().sum())
-        kl += float((expected.exp() * (expected - found)).double().sum())
-        agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
-        tokens += len(found)
-    return Comparison(math.exp(loss / tokens), kl / tokens, agreeing / tokens)
+    triples = (
+        (
+            teacher.windows[sequence],
+            teacher.head(teacher.hidden(sequence)[:-1]),
+            model(teacher.windows[sequence][None], use_cache=False).logits[0, :-1],
+        )
+        for sequence in sequences
+    )
+    return compare_logits(triples)[1]

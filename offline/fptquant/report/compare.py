@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,15 @@ from fptquant.run.job import Job
 
 STAGE = "measure quality"
 _LARGEST = 700.0  # mean loss whose exponential is still a number
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over all predicted tokens."""
+
+    perplexity: float
+    kl: float  # KL(original | model), nats per token
+    agreement: float  # share of tokens with the same most likely successor
 
 
 def compare_with_original(
@@ -68,27 +79,41 @@ def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Qua
     original = load_model(job.source, residency="streamed")
     written = open_source(checkpoint, device=job.device)
     quantized = load_model(written, residency="streamed", recorded=False)
-    pairs = zip(
+    logits = zip(
         windows,
         window_logits(original, job.source.architecture, windows, track),
         window_logits(quantized, written.architecture, windows, track),
         strict=True,
     )
+    perplexity, found = compare_logits((window, one[0, :-1], other[0, :-1]) for window, one, other in logits)
+    return Quality(
+        windows=len(windows),
+        length=windows.shape[1],
+        original=perplexity,
+        quantized=found.perplexity,
+        kl=found.kl,
+        agreement=found.agreement,
+    )
+
+
+def compare_logits(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, Comparison]:
+    """Compares logits with those of the original.
+
+    Args:
+        triples: of each window its tokens (L,), and the original's and the model's logits (L - 1, vocabulary) of all
+            tokens but the last.
+
+    Returns:
+        The original's perplexity, and the model's figures.
+    """
     before = after = kl = 0.0
     agreeing = tokens = 0
-    for window, expected, found in pairs:
-        expected, found = (logits[0, :-1].float().log_softmax(-1) for logits in (expected, found))
+    for window, *logits in triples:
+        expected, found = (values.float().log_softmax(-1) for values in logits)
         before -= float(expected.gather(-1, window[1:, None]).double().sum())
         after -= float(found.gather(-1, window[1:, None]).double().sum())
         kl += float((expected.exp() * (expected - found)).double().sum())
         agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
         tokens += len(found)
-    original_perplexity, perplexity = (math.exp(min(loss / tokens, _LARGEST)) for loss in (before, after))
-    return Quality(
-        windows=len(windows),
-        length=windows.shape[1],
-        original=original_perplexity,
-        quantized=perplexity,
-        kl=kl / tokens,
-        agreement=agreeing / tokens,
-    )
+    original, perplexity = (math.exp(min(loss / tokens, _LARGEST)) for loss in (before, after))
+    return original, Comparison(perplexity, kl / tokens, agreeing / tokens)

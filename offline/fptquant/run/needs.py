@@ -112,7 +112,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     if transforms and start_is_measured(job.transforms):
         found["measure activations"] = Need(model + hidden + pair, source)
     if in_weights and recipe.local.steps:
-        rounds = -(-recipe.local.steps // min(recipe.local.turns, shape.layers))  # through all layers
+        rounds = -(-recipe.local.steps // recipe.local.turns_of(shape.layers))  # through all layers
         rows = min(sizes.ends, ROWS * shape.hidden)
         graph = max(pair + _FLOAT32 * 6 * sizes.matrix, int(_FLOAT32 * (1.5 * sizes.ends + 7 * rows)))
         found["train transforms on weights"] = Need(model + graph, source * (rounds * streamed or 1))

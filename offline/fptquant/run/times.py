@@ -74,7 +74,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
         "rehearse": 2.0 + merge / shape.layers,
         "teacher": passes(1, job.training_windows.numel()),
         "measure activations": merge + passes(1, tokens),
-        "train transforms on weights": 3 * merge / _DOUBLE * recipe.local.steps / min(recipe.local.turns, shape.layers),
+        "train transforms on weights": 3 * merge / _DOUBLE * recipe.local.steps / recipe.local.turns_of(shape.layers),
         "first ranges": merge + passes(2, min(FIRST_SEQUENCES * recipe.calibration.length, tokens)),
         "train transforms layer by layer": recipe.block_wise.steps * recipe.block_wise.batch * step,
         "train transforms end to end": recipe.end_to_end.steps * recipe.end_to_end.batch * step * half,

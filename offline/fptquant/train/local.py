@@ -36,6 +36,10 @@ class LocalOptions(BaseModel):
     rotation_rate: float = Field(1e-2, ge=0, description="of T_r; 0 keeps it at its start")
     turns: PositiveInt = Field(4, description="steps in which each layer is seen once")
 
+    def turns_of(self, layers: int) -> int:
+        """`turns` of a model with so many layers: each step sees one at least."""
+        return min(self.turns, layers)
+
 
 def weight_norm(weight: Tensor, p: float) -> Tensor:
     """(mean |w|^p)^(1/p), with a gradient of 0 where all weights are 0."""
@@ -69,7 +73,7 @@ def train_local(
         FPTQuantError: the loss or a gradient is not finite; the layer and the step are named.
     """
     layers = list(enumerate(architecture.layer_modules(model)))
-    turns = min(options.turns, len(layers))
+    turns = options.turns_of(len(layers))
     ends = [(EMBEDDING, architecture.embedding), (HEAD, architecture.head)]
 
     def backward(place: Place, weight: Tensor, name: str, factor: int = 1) -> float:
