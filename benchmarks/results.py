@@ -222,7 +222,7 @@ def wanted(key: str, words: list[str] | None) -> bool:
 def training_seconds(recipe: Recipe) -> float:
     """What the steps of a recipe take on two cores, roughly."""
     local, layers, whole = recipe.local.steps, recipe.block_wise.steps, recipe.end_to_end.steps
-    return 4.3 * local + 9 * layers + 9 * whole + 5 * recipe.scales.steps
+    return 1.3 * local + 9 * layers + 9 * whole + 5 * recipe.scales.steps
 
 
 def original_of(fields: dict[str, Any]) -> Path:

@@ -196,6 +196,7 @@ class RichStages(Stages):
 def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     """What a run is about to do, and what it is expected to take (`fptquant.run.times`)."""
     from fptquant.devices import CPU, free_memory
+    from fptquant.report.inspection import in_words
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
     from fptquant.run.sink import sink_obstacle
     from fptquant.run.sizes import bits_per_weight
@@ -203,25 +204,17 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     shape = job.source.architecture.shape(job.source.config)
     config = job.config
 
-    def bits(scheme: Any) -> str:
-        if scheme.bits == 16:
-            return "not quantized"
-        size = getattr(scheme, "group_size", None)
-        of = "" if size is None else f" of {size} inputs"
-        kind = "symmetric" if scheme.symmetric else "asymmetric"
-        return f"static INT{scheme.bits}, {kind}, per {scheme.strategy}{of}"
-
     table = facts()
     experts = f", {shape.experts} experts, {shape.chosen} for a token" if shape.mixtures else ""
     sizes = f"{shape.layers} layers, hidden {shape.hidden}{experts}"
     table.add_row("architecture", f"{job.source.kind}, {sizes}")
     table.add_row("recipe", f"{job.recipe.name} (seed {job.recipe.seed}, rounding {job.recipe.rounding.method})")
     stored = bits_per_weight(job.source, config, job.dtype)
-    table.add_row("weights", f"{bits(config.weights)}; {stored:.2f} bits for each on average")
-    table.add_row("activations", bits(config.activations))
-    table.add_row("KV cache", bits(config.kv_cache))
+    table.add_row("weights", f"{in_words(config.weights)}; {stored:.2f} bits for each on average")
+    table.add_row("activations", in_words(config.activations))
+    table.add_row("KV cache", in_words(config.kv_cache))
     head = config.scheme_for(job.source.architecture.head)
-    quantized = f"{bits(head.weights)}; input INT{head.activations.bits}" if head else "not quantized"
+    quantized = f"{in_words(head.weights)}; input INT{head.activations.bits}" if head else "not quantized"
     table.add_row("head", f"{quantized}{_tying(job)}")
     if job.recipe.budget is not None:
         table.add_row("budget", ", ".join(f"{k} {v}" for k, v in job.recipe.budget if v is not None))

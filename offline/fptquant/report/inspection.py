@@ -8,7 +8,7 @@ from typing import Any
 
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size, read_json
-from fptquant.format import CheckpointConfig
+from fptquant.format import ActivationScheme, CheckpointConfig, KVCacheScheme, WeightScheme
 from fptquant.format.binding import BINDING
 from fptquant.format.packing import WORD
 from fptquant.format.schema import EXTRAS
@@ -59,8 +59,8 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
             "format_version": config.format_version,
             "weights": f"INT{config.weights.bits}, a scale per channel"
             + (f", multipliers of groups of {config.weights.group_size}" if config.weights.group_size else ""),
-            "activations": _scheme(config.activations),
-            "KV_cache": _scheme(config.kv_cache),
+            "activations": in_words(config.activations),
+            "KV_cache": in_words(config.kv_cache),
             "overrides": ", ".join(override.modules for override in config.overrides),
             "in_floating_point": ", ".join(config.ignore),
             "dtype": described.get("dtype"),
@@ -105,10 +105,14 @@ def _bytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
-def _scheme(scheme: Any) -> str:
+def in_words(scheme: WeightScheme | ActivationScheme | KVCacheScheme) -> str:
+    """How something is quantized, to be read."""
     if scheme.bits == 16:
         return "not quantized"
-    return f"static INT{scheme.bits}, {'symmetric' if scheme.symmetric else 'asymmetric'}, per {scheme.strategy}"
+    size = getattr(scheme, "group_size", None)
+    of = "" if size is None else f" of {size} inputs"
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    return f"static INT{scheme.bits}, {kind}, per {scheme.strategy}{of}"
 
 
 def _online(config: CheckpointConfig) -> list[str]:
