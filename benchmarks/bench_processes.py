@@ -55,7 +55,7 @@ def main() -> None:
     recipe = Recipe.load(arguments.recipe).changed(precision=arguments.precision, calibration=calibration)
     job = open_job(arguments.model, recipe)
     model = transformed(job)
-    record_sink(model, job.source.architecture, job.first_tokens)
+    record_sink(model, job.source.architecture, job.windows)
     ranges._search = timed("  range search", ranges._search)
     gptq._unit_factor = timed("  factors of Hessians", gptq._unit_factor)
     layerwise.second_moment = timed("  Hessians", layerwise.second_moment)

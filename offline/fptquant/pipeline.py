@@ -257,7 +257,7 @@ def started(job: Job, stages: Stages) -> PreTrainedModel:
 def with_constants(job: Job) -> PreTrainedModel:
     """The source with its transforms merged and a constant first token computed, nothing quantized."""
     model = transformed(job)
-    record_sink(model, job.source.architecture, job.first_tokens)
+    record_sink(model, job.source.architecture, job.windows)
     return model
 
 

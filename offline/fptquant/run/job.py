@@ -65,11 +65,6 @@ class Job:
         """Number of decoder layers."""
         return self.source.architecture.shape(self.source.config).layers
 
-    @property
-    def first_tokens(self) -> Tensor:
-        """Tokens that a text may start with, (sequences,)."""
-        return self.windows[:, 1]
-
     def signature(self) -> dict[str, str]:
         """What a resumed run has to agree on."""
         checkpointing = {"gradient_checkpointing": False}  # takes memory or time, and leaves the result as it is

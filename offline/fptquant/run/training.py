@@ -130,7 +130,7 @@ def train_transforms(
         return {}
     with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
         calibrated = folded_and_transformed(job)
-        constants = SinkRecorder(calibrated, architecture, job.first_tokens)
+        constants = SinkRecorder(calibrated, architecture, job.windows)
         ride_along(architecture.layer_modules(calibrated), constants.layer)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         windows = job.windows[:FIRST_SEQUENCES]
