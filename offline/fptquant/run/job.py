@@ -65,6 +65,11 @@ class Job:
         """Number of decoder layers."""
         return self.source.architecture.shape(self.source.config).layers
 
+    @property
+    def follows_original(self) -> bool:
+        """Whether the model without quantization goes along while this one is rounded."""
+        return self.recipe.codes.steps > 0 or self.recipe.rounding.compensates
+
     def signature(self) -> dict[str, str]:
         """What a resumed run has to agree on."""
         checkpointing = {"gradient_checkpointing": False}  # takes memory or time, and leaves the result as it is

@@ -130,7 +130,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
         hidden *= 2
         rounding = max(rounding, 3 * pair + trained(recipe.calibration.length, 1))
     rounding = model + hidden + max(rounding, head)
-    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive + bool(recipe.codes.steps)))
+    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive + job.follows_original))
     if recipe.scales.steps:
         found["train scales and ranges"] = Need(end_to_end, 2 * state * recipe.scales.steps * streamed)
     written = _FLOAT32 * 2 * sizes.ends + (_weight_file(job) // 2 if on_cpu else 0)
@@ -173,6 +173,6 @@ def scratch_bytes(job: Job) -> int:
     """Expected size of the files of hidden states, at most."""
     shape = job.source.architecture.shape(job.source.config)
     kept = shape.layers + 1 if job.recipe.rounding.hessian == "output" else 1
-    kept += 2 * bool(job.recipe.codes.steps)
+    kept += 2 * job.follows_original
     sizes = (job.windows.numel() * width * _FLOAT32 for width in (kept * shape.hidden, Sizes.of(job).widest))
     return sum(size for size in sizes if size > scratch_limit(job.room))
