@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fptquant import parallel
-from fptquant.calibration import layerwise, moments, propagation
+from fptquant.calibration import layerwise, moments
 from fptquant.layers.constants import record_sink
 from fptquant.quantize import ranges
 from fptquant.quantize.rounding import gptq
@@ -58,8 +58,7 @@ def main() -> None:
     record_sink(model, job.source.architecture, job.windows)
     ranges._search = timed("  range search", ranges._search)
     gptq._unit_factor = timed("  factors of Hessians", gptq._unit_factor)
-    for module in (moments, propagation):
-        module.summed_squares = timed("  Hessians", module.summed_squares)
+    moments.summed_squares = timed("  Hessians", moments.summed_squares)
     layerwise.rounded_weights = timed("  rounding", layerwise.rounded_weights)
 
     def calibrate() -> None:

@@ -129,9 +129,10 @@ class Compensation:
         read, units = observe_inputs(linear, inputs, part), torch.ones((), device=seen.device)
         here, there = self._residual(self.inputs), self._residual(inputs)
         if linear.arrangement.undone:
-            units, original = self.layer.scale_of(here), self.layer.scale_of(there)
-            assert units is not None and original is not None
-            read *= units / original
+            scale, original = self.layer.scale_of(here), self.layer.scale_of(there)
+            assert scale is not None and original is not None
+            units = scale
+            read *= scale / original
         read -= seen
         adds = self.projection.role in (Role.OUTPUT, Role.DOWN) and self.projection.expert is None
         if not adds or self.architecture.post_norms is not None:
