@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fptquant.calibration import propagation
 from fptquant.calibration.layerwise import calibrate_and_round
-from fptquant.calibration.propagation import Deviation, compensated
+from fptquant.calibration.propagation import Deviation, compensated, halves
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs, through_layers
@@ -27,6 +27,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+PARTS = ([slice(0, TOKENS // 2)], [slice(TOKENS // 2, TOKENS)])
 WEIGHT, SEEN = random(OUT, HIDDEN), random(TOKENS, HIDDEN)
 
 
@@ -42,9 +43,9 @@ def test_a_linear_error_is_made_up_for() -> None:
     error = 0.1 * random(HIDDEN, HIDDEN + 1)[:, :HIDDEN]
     added = 0.1 * random(OUT, HIDDEN)
     deviation = Deviation(SEEN @ error.T, SEEN @ added.T)
-    found = compensated(WEIGHT, SEEN, deviation, 1e-6, TOKENS // 2)
+    found = compensated(WEIGHT, SEEN, deviation, 1e-6, PARTS)
     torch.testing.assert_close(found, WEIGHT + WEIGHT @ error + added, atol=1e-4, rtol=0)
-    without = compensated(WEIGHT, SEEN, Deviation(deviation.read), 1e-6, TOKENS // 2)
+    without = compensated(WEIGHT, SEEN, Deviation(deviation.read), 1e-6, PARTS)
     torch.testing.assert_close(without, WEIGHT + WEIGHT @ error, atol=1e-4, rtol=0)
 
 
@@ -53,7 +54,7 @@ def test_noise_is_left_alone() -> None:
     few = slice(0, 80)
     noise = 0.3 * random(TOKENS, HIDDEN + 7)[:, :HIDDEN]
     fitted, new = Deviation(noise[few]), Deviation(noise[80:])
-    found = compensated(WEIGHT, SEEN[few], fitted, 1e-6, 40)
+    found = compensated(WEIGHT, SEEN[few], fitted, 1e-6, halves(80, 8))
     hessian, cross = SEEN[few].T @ SEEN[few], (fitted.read @ WEIGHT.T).T @ SEEN[few]
     plain = WEIGHT + torch.linalg.solve(hessian, cross.T).T
     before = lost(WEIGHT, SEEN[80:], new)
@@ -66,16 +67,17 @@ def test_tokens_count_as_often_as_they_weigh() -> None:
     weights[::5] = 2.0
     twice = torch.arange(TOKENS).repeat_interleave(weights.long())
     middle = int((twice < TOKENS // 2).sum())
-    found = compensated(WEIGHT, SEEN, deviation, 0.01, TOKENS // 2, weights)
-    expected = compensated(WEIGHT, SEEN[twice], Deviation(deviation.read[twice]), 0.01, middle)
+    apart = ([slice(0, middle)], [slice(middle, len(twice))])
+    found = compensated(WEIGHT, SEEN, deviation, 0.01, PARTS, weights)
+    expected = compensated(WEIGHT, SEEN[twice], Deviation(deviation.read[twice]), 0.01, apart)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, TOKENS // 2), atol=1e-3)
+    assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, PARTS), atol=1e-3)
 
 
-@pytest.mark.parametrize("middle", [0, TOKENS])
-def test_one_sequence_is_nothing_to_try_it_on(middle: int) -> None:
+def test_one_sequence_is_nothing_to_try_it_on() -> None:
     deviation = Deviation(0.3 * SEEN)
-    assert compensated(WEIGHT, SEEN, deviation, 0.01, middle) is WEIGHT
+    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 1)) is WEIGHT
+    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 2)) is not WEIGHT
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2_moe"])

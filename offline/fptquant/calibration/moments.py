@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ def token_importance(seen: Tensor, importance: Tensor | None) -> Tensor | None:
     return importance[:, -(len(seen) // importance.shape[0]) :].reshape(-1)
 
 
-def summed_squares(seen: Tensor, importance: Tensor | None = None) -> Tensor:
+def summed_squares(seen: Tensor, importance: Tensor | None = None, rows: Iterable[slice] | None = None) -> Tensor:
     """Sum of x x^T, (K, K), over the inputs of all processes.
 
     Summed up in place, and only on one side of the diagonal.
@@ -56,14 +58,15 @@ def summed_squares(seen: Tensor, importance: Tensor | None = None) -> Tensor:
     Args:
         seen: (tokens, K) inputs.
         importance: (tokens,) weights.
+        rows: tokens that count, some at a time; None for all.
     """
     tokens, width = seen.shape
     roots = None if importance is None else importance.sqrt()[:, None]
     total = torch.zeros(width, width, dtype=seen.dtype, device=seen.device)
-    for first in range(0, tokens, _TOKENS):
-        part = seen[first : first + _TOKENS]
+    for some in rows or (slice(first, first + _TOKENS) for first in range(0, tokens, _TOKENS)):
+        part = seen[some]
         if roots is not None:
-            part = part * roots[first : first + _TOKENS]
+            part = part * roots[some]
         for start in range(0, width, _COLUMNS):
             end = min(start + _COLUMNS, width)
             total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])

@@ -30,8 +30,6 @@ from fptquant.simulate import SimulatedLinear
 from fptquant.simulate.modules import SimulatedDecoderLayer
 from fptquant.wiring import Architecture, Projection, Role
 
-_TOKENS = 4096  # handled at once
-
 
 class Unquantized:
     """The model with merged weights and nothing quantized, taken along a layer at a time."""
@@ -112,13 +110,11 @@ class Compensation:
             damping: see `compensated`.
         """
         deviation = self._deviation(seen)
-        tokens = len(seen) // max(1, sum(len(hidden) for hidden in self.inputs.hidden))
-        middle = len(seen) // max(1, tokens) // 2 * tokens
+        sequences = sum(len(hidden) for hidden in self.inputs.hidden)
         for linears, importance in parts:
             weights = [linear.float_weight().float() for linear in linears]
-            changed = compensated(
-                torch.cat(weights), seen, deviation, damping, middle, token_importance(seen, importance)
-            )
+            counts = token_importance(seen, importance)
+            changed = compensated(torch.cat(weights), seen, deviation, damping, halves(len(seen), sequences), counts)
             for linear, weight in zip(linears, torch.split(changed, [len(weight) for weight in weights]), strict=True):
                 linear.weight = nn.Parameter(weight.to(linear.float_weight().dtype), requires_grad=False)
 
@@ -157,12 +153,27 @@ class Deviation:
     residual: Tensor | None = None
 
 
+def halves(tokens: int, sequences: int) -> tuple[list[slice], list[slice]]:
+    """Tokens of every other sequence, and of those between; of several processes, each has its part of both.
+
+    Args:
+        tokens: of all sequences of this process.
+        sequences: of this process.
+    """
+    before = sum(parallel.sizes(sequences)[: parallel.ranks()[0]])
+    size = tokens // sequences
+    found: tuple[list[slice], list[slice]] = ([], [])
+    for index in range(sequences):
+        found[(before + index) % 2].append(slice(index * size, (index + 1) * size))
+    return found
+
+
 def compensated(
     weight: Tensor,
     seen: Tensor,
     deviation: Deviation,
     damping: float,
-    middle: int,
+    parts: tuple[list[slice], list[slice]],
     importance: Tensor | None = None,
 ) -> Tensor:
     """W' of the module's docstring, (N, K).
@@ -172,11 +183,10 @@ def compensated(
         seen: (tokens, K), x^ as it is quantized.
         deviation: of the same tokens.
         damping: lambda in mean diagonals of H.
-        middle: token at which the second half starts.
+        parts: see `halves`.
         importance: (tokens,) how much each token counts; None for all alike.
     """
-    halves = [slice(0, middle), slice(middle, len(seen))]
-    moments = [_moments(weight, seen[part], deviation, importance, part) for part in halves]
+    moments = [_moments(weight, seen, deviation, importance, part) for part in parts]
     (first, first_found), (second, second_found) = moments
     if not all(bool(hessian.diagonal().any()) for hessian, _ in moments):
         return weight  # nothing to try it on
@@ -192,22 +202,18 @@ def compensated(
 
 
 def _moments(
-    weight: Tensor, seen: Tensor, deviation: Deviation, importance: Tensor | None, part: slice
+    weight: Tensor, seen: Tensor, deviation: Deviation, importance: Tensor | None, part: list[slice]
 ) -> tuple[Tensor, Tensor]:
     """H (K, K) and R (N, K), sums over some tokens of all processes."""
     found = torch.zeros_like(weight)
-    counts = None if importance is None else importance[part]
-    residual = None if deviation.residual is None else deviation.residual[part]
-    read = deviation.read[part]
-    for start in range(0, len(seen), _TOKENS):
-        rows = slice(start, start + _TOKENS)
-        off = nn.functional.linear(read[rows], weight)
-        if residual is not None:
-            off += residual[rows]
-        if counts is not None:
-            off *= counts[rows, None]
+    for rows in part:
+        off = nn.functional.linear(deviation.read[rows], weight)
+        if deviation.residual is not None:
+            off += deviation.residual[rows]
+        if importance is not None:
+            off *= importance[rows, None]
         found.addmm_(off.T, seen[rows])
-    return summed_squares(seen, counts), parallel.summed(found)
+    return summed_squares(seen, importance, part), parallel.summed(found)
 
 
 def _solve(hessian: Tensor, found: Tensor, damping: float) -> Tensor:
