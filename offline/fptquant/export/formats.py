@@ -1,0 +1,21 @@
+"""Formats to export to, and why not to others; found without importing torch."""
+
+from __future__ import annotations
+
+from fptquant.errors import FPTQuantError, unknown
+
+COMPRESSED_TENSORS = "compressed-tensors"
+_IMPOSSIBLE = {
+    "gguf": "llama.cpp's own convert_hf_to_gguf.py makes it of an exported checkpoint (docs/export.md says of which): "
+    "take --format compressed-tensors",
+    "humming": "no vLLM up to 0.33 loads static INT4 activations with one scale per channel there (docs/export.md): "
+    "take --format compressed-tensors",
+}
+
+
+def require_format(name: str) -> None:
+    """Raises FPTQuantError: a format that nothing is exported to, and why."""
+    if name in _IMPOSSIBLE:
+        raise FPTQuantError(f"--format {name}: {_IMPOSSIBLE[name]}")
+    if name != COMPRESSED_TENSORS:
+        raise unknown("format", name, [COMPRESSED_TENSORS])
