@@ -36,9 +36,7 @@ def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any
             groups.setdefault((layer.bits, layer.group_size, layer.inputs), []).append(name)
     found = [_group(plan.layers[names[0]], _targets(names, plan, architecture)) for names in groups.values()]
     formats = {group["format"] for group in found}
-    ignored = [name for name, layer in plan.layers.items() if layer.bits == 16]
-    if architecture.head not in plan.layers:
-        ignored.append(architecture.head)
+    ignored = [*plan.floats, *(name for name, layer in plan.layers.items() if layer.bits == 16)]
     result: dict[str, Any] = {
         "quant_method": COMPRESSED_TENSORS,
         "quantization_status": "compressed",
@@ -91,7 +89,7 @@ def _targets(names: Iterable[str], plan: Plan, architecture: Architecture) -> li
     """Patterns for the layers `names`: one for a projection where all decoder layers are meant, else full names."""
     pattern = re.compile(rf"{re.escape(architecture.layers)}\.\d+\.(.+)")
     everywhere: dict[str, int] = {}
-    for name in plan.layers:
+    for name in (*plan.layers, *plan.floats):
         if match := pattern.fullmatch(name):
             everywhere[match[1]] = everywhere.get(match[1], 0) + 1
     projections: dict[str, list[str]] = {}

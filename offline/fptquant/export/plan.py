@@ -58,10 +58,12 @@ class Plan:
 
     Attributes:
         layers: by full name, what becomes of the quantized ones.
+        floats: full names of the linear layers that were in floating point.
         losses: what can't be kept, and what stands in its place, for users to read.
     """
 
     layers: Mapping[str, StockLayer]
+    floats: tuple[str, ...]
     losses: tuple[str, ...]
 
     def kinds(self) -> dict[str, int]:
@@ -108,7 +110,8 @@ def make_plan(config: CheckpointConfig, architecture: Architecture, layers: int,
                 "or serve this checkpoint with the plugin"
             )
     found = {name: _layer(config, name, scheme, online) for name, scheme in schemes.items()}
-    return Plan(found, tuple(_losses(config, found)))
+    floats = tuple(name for name in names if name not in schemes)
+    return Plan(found, floats, tuple(_losses(config, found)))
 
 
 def _layer(config: CheckpointConfig, name: str, scheme: LinearScheme, online: Online) -> StockLayer:

@@ -51,7 +51,7 @@ class StockLinear(nn.Module):
             y = nn.functional.linear(x.float(), self.codes)
         else:
             codes, scale = self._quantized(x.float())
-            y = quantized_linear(codes, self.codes, self.weight_scale.flatten()) * scale
+            y = quantized_linear(codes, self.codes, scale * self.weight_scale.flatten())
         return y if self.bias is None else y + self.bias
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:

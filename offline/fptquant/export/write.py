@@ -21,7 +21,7 @@ from fptquant.export.quality import ExportQuality, measure_export
 from fptquant.export.tensors import stock_tensors
 from fptquant.files import read_json
 from fptquant.format import CheckpointConfig
-from fptquant.format.binding import BINDING, Binding, Watch
+from fptquant.format.binding import Binding, Watch
 from fptquant.format.schema import EXPORT_RECORD
 from fptquant.loading import Source
 from fptquant.progress import Stages
@@ -131,21 +131,21 @@ def prepare(source: Source, output: Path, *, online: Online, overwrite: bool) ->
 
 def _tensors(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """What stock vLLM loads, a layer at a time; what is read is compared with the checkpoint's binding."""
-    stored = source.weights
+    stored, config = source.weights, CheckpointConfig.parse(source.config.quantization_config)
     watch = Watch(Binding.of_files(stored.files))
     layers: dict[str, list[str]] = {}
     others: list[str] = []
     for name in stored.tensors:
-        owner, _, leaf = name.rpartition(".")
-        if owner in plan.layers:
-            layers.setdefault(owner, []).append(name)
-        elif name != BINDING and leaf not in _OWN:
-            others.append(name)
+        owner = name.rpartition(".")[0]
+        (layers.setdefault(owner, []) if owner in plan.layers else others).append(name)
     for owner, names in layers.items():
         found = {name.removeprefix(f"{owner}."): tensor for name, tensor in watch(stored.read(names))}
         for name, tensor in stock_tensors(plan.layers[owner], found, _float_type(source)).items():
             yield f"{owner}.{name}", tensor
-    yield from watch(stored.read(others))
+    for name, tensor in watch(stored.read(others)):
+        if name.rpartition(".")[2] not in _OWN:
+            yield name, tensor
+    watch.require_bound(source.config, config)
 
 
 def _float_type(source: Source) -> torch.dtype:
