@@ -19,6 +19,7 @@ from fptquant.export.tensors import stock_tensors, without_hadamard
 from fptquant.format import ActivationScheme, CheckpointConfig, LinearScheme, WeightScheme, pack_codes
 from fptquant.format.arithmetic import block_hadamard, hadamard_factors
 from fptquant.loading import load_model, open_source
+from fptquant.simulate import SimulatedLinear
 from tests.conftest import TEXT, VOCABULARY
 from tests.fptquant.conftest import Run, one_error
 
@@ -30,7 +31,7 @@ MEASURE = ("--text", TEXT, "--quality", 1, "--length", 32)
 def planned(checkpoint: Path, online: Any = "undo") -> Plan:
     source = open_source(checkpoint)
     config = CheckpointConfig.parse(source.config.quantization_config)
-    return make_plan(config, source.architecture, source.architecture.shape(source.config).layers, online)
+    return make_plan(config, source.architecture, source.architecture.shape(source.config).layers, online=online)
 
 
 @torch.no_grad()
@@ -77,6 +78,25 @@ def test_transformers_and_the_simulation_compute_the_same(
     assert torch.equal(logits(streamed), simulated)
     ours = (logits(load_model(open_source(GOLDEN / name))) - simulated).abs()
     assert ours.max() < 1e-4 if name == "w4a16" else ours.mean() > 0.03  # what isn't kept shows
+
+
+def test_a_float_export_is_a_model_like_any_other(run: Run, tmp_path: Path) -> None:
+    """Of 4-bit activations, too, biases, T_d, and everything else."""
+    result = run("export", GOLDEN / "w4a4kv4", "-o", tmp_path / "out", "--format", "float", *MEASURE)
+    assert result.code == 0 and "integers: weights are what codes and scales stand for" in result.out
+    config = CheckpointConfig.parse(open_source(GOLDEN / "w4a4kv4").config.quantization_config)
+    source = open_source(tmp_path / "out")
+    assert not source.quantized and source.dtype == torch.bfloat16
+    model = load_model(source)
+    plan = make_plan(config, source.architecture, 2, format="float")
+    assert torch.equal(logits(model), logits(stock_simulation(source, plan)))
+    down = load_model(open_source(GOLDEN / "w4a4kv4")).get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(down, SimulatedLinear) and down.codes is not None
+    block = config.transforms.down_hadamard
+    assert block is not None
+    expected = without_hadamard(down.codes * down.weight_scale, block.block)
+    found = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
 
 
 def test_it_is_described_as_compressed_tensors_reads_it(exported: Any) -> None:
@@ -168,6 +188,7 @@ def test_hadamards_may_stay(run: Run, tmp_path: Path) -> None:
         ("w4a4kv4", (), "has 4-bit activations"),
         ("experts", (), "mixtures of experts aren't exported"),
         ("nothing", (), "is not a directory"),
+        ("groups", ("--format", "float", "--online", "keep"), "--online keep"),
         ("groups", ("--text", "nothing.txt"), "nothing.txt"),
     ],
 )

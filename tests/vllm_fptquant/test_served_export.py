@@ -50,7 +50,7 @@ def packs() -> bool:
 
 
 def export(checkpoint: Path, directory: Path, online: Online = "undo") -> Exporter:
-    exporter = prepare(open_source(checkpoint), directory, online=online, overwrite=False)
+    exporter = prepare(open_source(checkpoint), directory, online=online)
     exporter.run(None, Stages())
     return exporter
 

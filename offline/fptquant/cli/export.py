@@ -19,7 +19,7 @@ from fptquant.run.publication import Publication
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fptquant.export.write import Exporter, ExportRecord
+    from fptquant.export.record import ExportRecord
     from fptquant.loading import Source
 
 
@@ -35,7 +35,10 @@ def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the export to")],
     target: Annotated[
-        str, typer.Option("--format", help="only: compressed-tensors, which stock vLLM and transformers load")
+        str,
+        typer.Option(
+            "--format", help="compressed-tensors, which stock vLLM and transformers load; or float, for all others"
+        ),
     ] = "compressed-tensors",
     online: Annotated[
         Online,
@@ -76,9 +79,9 @@ def export(
     quiet_transformers()
     with err.status("checking the checkpoint"):
         source = open_source(checkpoint.expanduser(), device=choose_device(device))
-        exporter = prepare(source, output, online=online.value, overwrite=overwrite or empty)
+        exporter = prepare(source, output, format=target, online=online.value, overwrite=overwrite or empty)
         tokens = _tokens(source, quality, text, length)
-    _show(exporter, exporter.run(tokens, RichStages()), output)
+    _show(exporter.run(tokens, RichStages()), output)
 
 
 def _tokens(source: Source, windows: int, text: Path | None, length: int) -> Tensor | None:
@@ -98,10 +101,10 @@ def _tokens(source: Source, windows: int, text: Path | None, length: int) -> Ten
         return None
 
 
-def _show(exporter: Exporter, record: ExportRecord, output: Path) -> None:
+def _show(record: ExportRecord, output: Path) -> None:
     """What was written, what it lost, and what to do with it."""
     table = facts()
-    for kind, count in exporter.plan.kinds().items():
+    for kind, count in record.layers.items():
         table.add_row(f"{count} layers", kind)
     table.add_row("weights before", megabytes(record.checkpoint_bytes))
     table.add_row("weights after", megabytes(record.export_bytes))
@@ -112,4 +115,5 @@ def _show(exporter: Exporter, record: ExportRecord, output: Path) -> None:
         out.print(f"  - {loss}", markup=False, highlight=False, soft_wrap=True)
     if record.quality is not None:
         out.print(record.quality.line(), highlight=False, soft_wrap=True)
-    info.print(f"next: {shlex.join(['vllm', 'serve', str(output)])}", markup=False, highlight=False, soft_wrap=True)
+    line = shlex.join(["vllm", "serve", str(output)])
+    info.print(f"next: {line}    # on CPUs --dtype {record.cpu_dtype()}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""config.json of an export: the original model's, and a `quantization_config` of compressed-tensors."""
+"""config.json of an export: the original model's, with a `quantization_config` of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fptquant.export.formats import COMPRESSED_TENSORS
+from fptquant.export.formats import COMPRESSED_TENSORS, FLOAT
 from fptquant.export.plan import Plan, StockLayer
 from fptquant.format.schema import ARCHITECTURE_PREFIX, MODEL_TYPE_PREFIX
 from fptquant.wiring import Architecture
@@ -20,12 +20,15 @@ def stock_config(config: Mapping[str, Any], plan: Plan, architecture: Architectu
         plan: of the export.
         architecture: the checkpoint's family.
     """
-    return {
+    found = {
         **config,
         "architectures": [name.removeprefix(ARCHITECTURE_PREFIX) for name in config["architectures"]],
         "model_type": str(config["model_type"]).removeprefix(MODEL_TYPE_PREFIX),
         "quantization_config": quantization_config(plan, architecture),
     }
+    if plan.format == FLOAT:
+        del found["quantization_config"]
+    return found
 
 
 def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any]:

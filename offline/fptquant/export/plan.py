@@ -1,4 +1,4 @@
-"""What each quantized layer of a checkpoint becomes in compressed-tensors, and what can't be kept; nothing is read.
+"""What each quantized layer of a checkpoint becomes in an export, and what can't be kept; nothing is read.
 
 Stock vLLM multiplies integers in one form, W8A8: `int-quantized` weights of 8 bits with a scale for each output
 channel, inputs with one static scale or one for each token. Codes of 4 and 7 bits, and the products of codes with the
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fptquant.errors import FPTQuantError
+from fptquant.export.formats import COMPRESSED_TENSORS, FLOAT
 from fptquant.format import CheckpointConfig
 from fptquant.format.schema import LinearScheme
 from fptquant.format.steps import Hadamard, arrange
@@ -57,11 +58,13 @@ class Plan:
     """An export.
 
     Attributes:
+        format: one of `fptquant.export.formats`.
         layers: by full name, what becomes of the quantized ones.
         floats: full names of the linear layers that were in floating point.
         losses: what can't be kept, and what stands in its place, for users to read.
     """
 
+    format: str
     layers: Mapping[str, StockLayer]
     floats: tuple[str, ...]
     losses: tuple[str, ...]
@@ -81,17 +84,25 @@ class Plan:
         return found
 
 
-def make_plan(config: CheckpointConfig, architecture: Architecture, layers: int, online: Online) -> Plan:
+def make_plan(
+    config: CheckpointConfig,
+    architecture: Architecture,
+    layers: int,
+    *,
+    format: str = COMPRESSED_TENSORS,
+    online: Online = "undo",
+) -> Plan:
     """Decides what becomes of each layer.
 
     Args:
         config: of the checkpoint.
         architecture: its family.
         layers: how many decoder layers there are.
+        format: of the export.
         online: whether Hadamards in front of layers stay there, or weights take them in.
 
     Raises:
-        FPTQuantError: something that has no form in compressed-tensors.
+        FPTQuantError: something that has no form in that format.
     """
     if architecture.mixtures:
         raise FPTQuantError("export: mixtures of experts aren't exported: serve the checkpoint with the plugin")
@@ -103,24 +114,26 @@ def make_plan(config: CheckpointConfig, architecture: Architecture, layers: int,
     if not schemes:
         raise FPTQuantError("export: no layer of this checkpoint is quantized: there is nothing to export")
     for name, scheme in schemes.items():
-        if scheme.activations.bits == 4:
+        if scheme.activations.bits == 4 and format == COMPRESSED_TENSORS:
             raise FPTQuantError(
                 f"export: {name} has 4-bit activations, which stock vLLM has no static form of (with 8 bits their "
                 "ranges would no longer clip, so other values would come out): quantize at w4a8 or w4a16 to export, "
                 "or serve this checkpoint with the plugin"
             )
-    found = {name: _layer(config, name, scheme, online) for name, scheme in schemes.items()}
+    found = {name: _layer(config, name, scheme, format, online) for name, scheme in schemes.items()}
     floats = tuple(name for name in names if name not in schemes)
-    return Plan(found, floats, tuple(_losses(config, found)))
+    return Plan(format, found, floats, tuple(_losses(config, found, format)))
 
 
-def _layer(config: CheckpointConfig, name: str, scheme: LinearScheme, online: Online) -> StockLayer:
+def _layer(config: CheckpointConfig, name: str, scheme: LinearScheme, format: str, online: Online) -> StockLayer:
     steps = arrange(config.steps_for(name), name)
     blocks = [step.block for step in steps.inputs if isinstance(step, Hadamard)]
     if len(blocks) != len(steps.online) or len(blocks) > 1:
         raise FPTQuantError(f"export: {name} has online steps that stock vLLM doesn't know: serve it with the plugin")
     block = blocks[0] if blocks else None
     undone = block if online == "undo" else None
+    if format == FLOAT:
+        return StockLayer(scheme, 16, "float", undone=block)
     if scheme.activations.bits == 16:
         stored: Literal[4, 8, 16] = 16 if undone else 4 if scheme.weights.bits == 4 else 8
         return StockLayer(scheme, stored, "float", None if undone else block, undone)
@@ -128,10 +141,12 @@ def _layer(config: CheckpointConfig, name: str, scheme: LinearScheme, online: On
     return StockLayer(scheme, 8, "dynamic" if dynamic else "static", None if undone else block, undone)
 
 
-def _losses(config: CheckpointConfig, layers: Mapping[str, StockLayer]) -> Iterable[str]:
+def _losses(config: CheckpointConfig, layers: Mapping[str, StockLayer], format: str) -> Iterable[str]:
     """Sentences, each of what is lost and what takes its place."""
     found = layers.values()
     quantized = [layer for layer in found if layer.inputs != "float"]
+    if format == FLOAT:
+        yield "integers: weights are what codes and scales stand for, in floating point, and inputs are not quantized"
     if config.kv_cache.bits < 16:
         yield (
             f"INT{config.kv_cache.bits} KV cache: stock vLLM has none with static integers, so keys and values stay in "
@@ -139,9 +154,12 @@ def _losses(config: CheckpointConfig, layers: Mapping[str, StockLayer]) -> Itera
         )
     if config.sink is not None:
         yield (
-            "constant first token: its keys, values and final state are computed like any other's; every quantized "
-            "input gets a scale for each token, because static ranges were made without the first token's"
+            "constant first token: what it puts into the cache comes from quantized weights instead, which weren't "
+            "fitted to it; this costs accuracy (see what was measured), and checkpoints made with `sink: none` or a KV "
+            "cache in floating point (w4a8, w4a16) have nothing to lose here"
         )
+    if config.sink is not None and quantized:
+        yield "static ranges: every input gets a scale for each token, as ranges were made without the first token"
     if config.transforms.residual_scale and quantized:
         yield "S_n: o_proj and down_proj get a scale for each token, which takes the place of S_n and of a static range"
     if any(layer.undone and layer.inputs != "float" for layer in found):
@@ -149,7 +167,7 @@ def _losses(config: CheckpointConfig, layers: Mapping[str, StockLayer]) -> Itera
             f"online Hadamards in front of {_kinds(layers, undone=True)}: undone in the weights, which are rounded "
             "again to 8 bits, and inputs get a scale for each token (--online keep leaves them where they are)"
         )
-    if any(layer.undone and layer.inputs == "float" for layer in found):
+    if any(layer.undone and layer.inputs == "float" for layer in found) and format != FLOAT:
         yield (
             f"online Hadamards in front of {_kinds(layers, undone=True)}: undone in the weights, which are in floating "
             "point then (--online keep leaves them where they are)"

@@ -29,11 +29,12 @@ def stock_tensors(layer: StockLayer, tensors: Mapping[str, Tensor], dtype: torch
     """
     found = {"bias": tensors["bias"]} if "bias" in tensors else {}
     codes, scale = _codes(layer, tensors), tensors["weight_scale"]
+    weight = codes.float() * scale if layer.bits == 16 or layer.undone else torch.empty(0)
     if layer.undone is not None:
-        weight = without_hadamard(codes.float() * scale, layer.undone)
-        if layer.bits == 16:
-            return {"weight": weight.to(dtype), **found}
+        weight = without_hadamard(weight, layer.undone)
         codes, scale = to_8_bits(weight)
+    if layer.bits == 16:
+        return {"weight": weight.to(dtype), **found}
     if layer.inputs == "float":
         found |= _packed(layer, codes, scale, tensors.get("weight_multiplier"))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,16 +13,15 @@ from torch import Tensor
 
 import fptquant
 from fptquant.errors import FPTQuantError
-from fptquant.export.card import write_card
-from fptquant.export.formats import COMPRESSED_TENSORS
+from fptquant.export.formats import COMPRESSED_TENSORS, FLOAT
 from fptquant.export.hf_config import stock_config
 from fptquant.export.plan import Online, Plan, make_plan
-from fptquant.export.quality import ExportQuality, measure_export
+from fptquant.export.quality import measure_export
+from fptquant.export.record import ExportRecord
 from fptquant.export.tensors import stock_tensors
 from fptquant.files import read_json
 from fptquant.format import CheckpointConfig
 from fptquant.format.binding import Binding, Watch
-from fptquant.format.schema import EXPORT_RECORD
 from fptquant.loading import Source
 from fptquant.progress import Stages
 from fptquant.run.publication import Publication
@@ -32,19 +31,6 @@ from fptquant.weight_files import DTYPES, WeightFiles
 
 # What only our cache and our first token have.
 _OWN = ("k_scale", "v_scale", "k_zero_point", "v_zero_point", "k_sink", "v_sink", "sink_steady", "sink_output")
-
-
-@dataclass(frozen=True)
-class ExportRecord:
-    """What an export is, as written into it."""
-
-    format: str
-    checkpoint: str  # name of its directory
-    package: str
-    losses: tuple[str, ...]
-    checkpoint_bytes: int
-    export_bytes: int
-    quality: ExportQuality | None
 
 
 @dataclass(frozen=True)
@@ -73,17 +59,16 @@ class Exporter:
                 with stages.stage("measure quality", "lower --quality"):
                     quality = measure_export(source, staging, self.plan, windows, stages)
             record = ExportRecord(
-                format=COMPRESSED_TENSORS,
+                format=self.plan.format,
                 checkpoint=source.path.resolve().name,
                 package=f"vllm-fptquant {fptquant.__version__}",
+                layers=self.plan.kinds(),
                 losses=self.plan.losses,
                 checkpoint_bytes=source.weights.size,
                 export_bytes=WeightFiles.of(staging).size,
                 quality=quality,
             )
-            (staging / EXPORT_RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-            name, kinds = self.publication.target.name, self.plan.kinds()
-            write_card(staging, name, source.path.resolve().name, kinds.items(), self.plan.losses, quality)
+            record.write(staging, self.publication.target.name)
         return record
 
     def _write(self, directory: Path, stages: Stages) -> None:
@@ -97,12 +82,20 @@ class Exporter:
         make_readable(directory)
 
 
-def prepare(source: Source, output: Path, *, online: Online, overwrite: bool) -> Exporter:
+def prepare(
+    source: Source,
+    output: Path,
+    *,
+    format: str = COMPRESSED_TENSORS,
+    online: Online = "undo",
+    overwrite: bool = False,
+) -> Exporter:
     """Checks everything and writes nothing.
 
     Args:
         source: a checkpoint in our format.
         output: directory of the export.
+        format: of the export.
         online: see `make_plan`.
         overwrite: replace an earlier export, or checkpoint.
 
@@ -110,13 +103,15 @@ def prepare(source: Source, output: Path, *, online: Online, overwrite: bool) ->
         FPTQuantError: it can't be exported, or the output not be written.
     """
     architecture = source.architecture
+    if format == FLOAT and online == "keep":
+        raise FPTQuantError("--online keep: nothing but compressed-tensors has Hadamards that stay: leave it out")
     if architecture.fused:
         raise FPTQuantError(
             f"export: {architecture.class_name} has projections that are one weight elsewhere, and aren't exported: "
             "serve the checkpoint with the plugin"
         )
     config = CheckpointConfig.parse(source.config.quantization_config)
-    plan = make_plan(config, architecture, architecture.shape(source.config).layers, online)
+    plan = make_plan(config, architecture, architecture.shape(source.config).layers, format=format, online=online)
     for name, layer in plan.layers.items():
         if layer.block is not None and f"{name}.bias" in source.weights:
             raise FPTQuantError(
