@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fptquant.errors import FPTQuantError
 from fptquant.export.plan import Plan, StockLayer, make_plan
 from fptquant.export.simulation import StockLinear, stock_simulation
 from fptquant.export.tensors import stock_tensors, without_hadamard
+from fptquant.export.write import prepare
 from fptquant.format import ActivationScheme, CheckpointConfig, LinearScheme, WeightScheme, pack_codes
 from fptquant.format.arithmetic import block_hadamard, hadamard_factors
+from fptquant.layers.inputs import window_logits
 from fptquant.loading import load_model, open_source
 from fptquant.simulate import SimulatedLinear
+from fptquant.wiring import Role
 from tests.conftest import TEXT, VOCABULARY
 from tests.fptquant.conftest import Run, one_error
 
@@ -74,6 +79,9 @@ def test_transformers_and_the_simulation_compute_the_same(
     difference = (logits(model) - simulated).abs()
     # each token's largest value is a tie, -127.5 or 127.5 steps: a last bit turns it, and codes behind it
     assert difference.max() < 1e-4 if name == "w4a16" else difference.mean() < 0.02
+    source = open_source(directory)  # as `fptquant evaluate` does
+    (found,) = window_logits(load_model(source), source.architecture, TOKENS)
+    torch.testing.assert_close(found[0].log_softmax(-1), logits(model), rtol=0, atol=1e-4)
     streamed = stock_simulation(open_source(directory), planned(GOLDEN / name), residency="streamed")
     assert torch.equal(logits(streamed), simulated)
     ours = (logits(load_model(open_source(GOLDEN / name))) - simulated).abs()
@@ -203,6 +211,20 @@ def test_refused_before_any_work(
 def test_one_layer_of_4_bits_is_named(run: Run, tmp_path: Path) -> None:
     line = one_error(run("export", GOLDEN / "w4a8kv8", "-o", tmp_path / "out"))
     assert "model.layers.1.mlp.down_proj has 4-bit activations" in line
+
+
+def test_what_stock_classes_or_kernels_have_not(tmp_path: Path) -> None:
+    source = open_source(GOLDEN / "hadamards")
+    fused = replace(source, architecture=replace(source.architecture, fused={"mlp.gate_up_proj": (Role.GATE, Role.UP)}))
+    with pytest.raises(FPTQuantError, match="one weight elsewhere"):
+        prepare(fused, tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj"
+    tensors = {**source.weights.tensors, f"{name}.bias": source.weights.tensors["model.norm.weight"]}
+    biased = replace(source, weights=replace(source.weights, tensors=tensors))
+    with pytest.raises(FPTQuantError, match=f"{name} has a bias"):
+        prepare(biased, tmp_path / "out", online="keep")
+    prepare(biased, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_ours_is_replaced(run: Run, tmp_path: Path) -> None:
