@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.export.plan import Plan, StockLayer, make_plan
 from fptquant.export.simulation import StockLinear, stock_simulation
@@ -22,10 +23,12 @@ from fptquant.export.write import prepare
 from fptquant.format import ActivationScheme, CheckpointConfig, LinearScheme, WeightScheme, pack_codes
 from fptquant.format.arithmetic import block_hadamard, hadamard_factors
 from fptquant.layers.inputs import window_logits
-from fptquant.loading import load_model, open_source
+from fptquant.loading import attention_for, load_model, open_source
+from fptquant.progress import Stages
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Role
 from tests.conftest import TEXT, VOCABULARY
+from tests.families import make_job
 from tests.fptquant.conftest import Run, one_error
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -105,6 +108,25 @@ def test_a_float_export_is_a_model_like_any_other(run: Run, tmp_path: Path) -> N
     expected = without_hadamard(down.codes * down.weight_scale, block.block)
     found = model.get_parameter("model.layers.0.mlp.down_proj.weight")
     torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma2 with windows", "granite", "phi3"])
+def test_families_keep_their_values(variant: str, tmp_path: Path) -> None:
+    """Norms of heads and behind blocks, windows, bounded scores, multipliers; a fused one is written as another."""
+    pytest.importorskip("compressed_tensors")
+    pipeline.quantize(make_job(variant, tmp_path, precision="w4a8", transforms=[], sink="none"), tmp_path / "out")
+    source = open_source(tmp_path / "out")
+    exporter = prepare(source, tmp_path / "stock")
+    exporter.run(None, Stages())
+    ours, stock = load_model(source), stock_simulation(open_source(tmp_path / "stock"), exporter.plan)
+    (expected,) = window_logits(ours, source.architecture, TOKENS)
+    (found,) = window_logits(stock, source.architecture, TOKENS)
+    assert torch.equal(found, expected)
+    attention = attention_for(stock.config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32, **attention)
+    with torch.no_grad():
+        difference = (model(TOKENS).logits - expected).abs()
+    assert difference.mean() < 0.01 * expected.std()  # codes that a last bit turns
 
 
 def test_it_is_described_as_compressed_tensors_reads_it(exported: Any) -> None:
