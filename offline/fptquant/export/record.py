@@ -71,7 +71,7 @@ class ExportRecord:
         """Argument of vLLM's --dtype that works on CPUs."""
         kinds = " ".join(self.layers)
         if "packed" in kinds:
-            return "bfloat16"
+            return "float16"  # in bfloat16, AMX quantizes inputs, and takes sizes that 128 divides only
         return "bfloat16 where they have AMX, float32 where not" if "by token" in kinds else "float32"
 
 
