@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "wiki.test.txt"
@@ -19,15 +20,22 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{passage}}}}"
+doc_to_text: "{{{{sentence}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{{metric: acc}}]
 """
 
 
-def rows(samples: int, seed: int = 0) -> list[dict[str, object]]:
+def write(folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes the task `endings` into a directory: rows with a `sentence`, `choices` and the index of the `answer`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "endings.yaml").write_text(TASK.format(data=folder / "rows.jsonl"), encoding="utf-8")
+
+
+def passages(samples: int, seed: int = 0) -> list[dict[str, object]]:
     """Passages of `WORDS` words, their endings among others from the same text, and which is right."""
     words, draw = TEXT.read_text(encoding="utf-8").split(), random.Random(seed)
     found: list[dict[str, object]] = []
@@ -37,7 +45,7 @@ def rows(samples: int, seed: int = 0) -> list[dict[str, object]]:
         answer = draw.randrange(CHOICES)
         others.insert(answer, start + WORDS)
         choices = [" " + " ".join(words[at : at + ENDING]) for at in others]
-        found.append({"passage": " ".join(words[start : start + WORDS]), "choices": choices, "answer": answer})
+        found.append({"sentence": " ".join(words[start : start + WORDS]), "choices": choices, "answer": answer})
     return found
 
 
@@ -48,10 +56,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=60)
     arguments = parser.parse_args()
     folder = arguments.directory.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row) + "\n" for row in rows(arguments.samples))
-    (folder / "endings.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "endings.yaml").write_text(TASK.format(data=folder / "endings.jsonl"), encoding="utf-8")
+    write(folder, passages(arguments.samples))
     print(f"{folder}: {arguments.samples} samples; lm_eval run --include_path {folder} --tasks endings ...")
 
 
