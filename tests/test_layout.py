@@ -25,7 +25,7 @@ ORDER = (
     ("run",),
     ("sensitivity",),
     ("report",),
-    ("console", "pipeline"),
+    ("console", "export", "pipeline"),
     ("evaluation",),
     ("cli",),
     ("__main__",),

@@ -361,6 +361,8 @@ def _quantized(source: Source) -> PreTrainedModel:
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise FPTQuantError(f"'{source.path}': {name} holds NaN or infinite values: fetch the model again")
+    if hasattr(model, "ct_decompress_hook"):  # on the whole model, of which some only run parts
+        model.hf_quantizer.compressor.decompress_model(model)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded if source.device == CPU else loaded.to(source.device)
 

@@ -184,11 +184,7 @@ def prepare(
     publication = Publication(output, overwrite=overwrite)
     if parallel.is_main():
         publication.require_alone()
-    source = job.source.path.resolve()
-    if publication.target == source or publication.target in source.parents:
-        raise FPTQuantError(f"'{output}' holds the source model, which would be lost: choose another output")
-    if source in publication.target.parents:
-        raise FPTQuantError(f"'{output}' is inside the source model's directory: choose another output")
+    publication.require_apart(job.source.path)
     directory = publication.target.with_name(f".{publication.target.name}.state")
     state = RunState(directory, {} if dry_run and not directory.exists() else job.signature(), fresh=fresh)
     parallel.require_same(state.signature)

@@ -197,6 +197,11 @@ class Recipe(BaseModel):
             raise ValueError("training.compute_dtype is bfloat16, but nothing is trained end to end: leave it out")
         return self
 
+    @property
+    def trains_on_text(self) -> bool:
+        """Whether a stage reads the training text."""
+        return bool(self.block_wise.steps or self.end_to_end.steps or self.scales.steps)
+
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "recipe", options: Mapping[str, str] | None = None) -> Recipe:
         """Validates a recipe.

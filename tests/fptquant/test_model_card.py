@@ -105,7 +105,7 @@ def test_portable(given: str, expected: str) -> None:
 
 def test_quality_is_what_the_models_compute(quantized: Path, source: Path, job: Job) -> None:
     found = json.loads((quantized / "fptquant" / "summary.json").read_text())["quality"]
-    windows = held_back(job, WINDOWS)
+    windows = held_back(job.source, job.recipe, job.config.sink, WINDOWS)
     assert windows.shape == (WINDOWS, 24) and (found["windows"], found["length"]) == (WINDOWS, 24)
     with torch.no_grad():
         logits = [
@@ -127,7 +127,10 @@ def spans(windows: Tensor, length: int = 12) -> set[tuple[int, ...]]:
 
 
 def test_what_is_left_over_was_not_drawn(job: Job) -> None:
-    left, drawn = held_back(job, 100), spans(job.windows) | spans(job.training_windows)
+    left, drawn = (
+        held_back(job.source, job.recipe, job.config.sink, 100),
+        spans(job.windows) | spans(job.training_windows),
+    )
     assert len(left) > 3 and not spans(left) & drawn
     assert bool((left[:, 0] == job.windows[0, 0]).all())  # the first token's constants hold
     whole = job.recipe.calibration.model_copy(update={"sequences": 1})

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import endings
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,17 +16,6 @@ from tests.fptquant.conftest import Run, one_error
 
 SENTENCES = ["The war began in", "He was born in the city of", "The river flows into the", "It is one of the largest"]
 CHOICES = [" sea", " 1914", " Rome", " cities"]
-TASK = """task: endings
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{sentence}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +54,7 @@ def tasks(tmp_path: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> P
     answers[-1] = (answers[-1] + 1) % len(CHOICES)
     rows = [{"sentence": s, "choices": CHOICES, "answer": a} for s, a in zip(SENTENCES, answers, strict=True)]
     folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "endings.yaml").write_text(TASK.format(data=folder / "rows.jsonl"))
+    endings.write(folder, rows)
     return folder
 
 

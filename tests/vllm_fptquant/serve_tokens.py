@@ -28,10 +28,9 @@ def serve_tokens(checkpoint: Path, prompts: list[list[int]], max_tokens: int, **
     from vllm import LLM, SamplingParams
 
     vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    settings = {"dtype": "float32", "enforce_eager": True, **options}
+    settings = {"quantization": "fptquant", "dtype": "float32", "enforce_eager": True, **options}
     llm = LLM(
         str(checkpoint),
-        quantization="fptquant",
         max_model_len=128,
         max_num_seqs=8,
         max_logprobs=vocab,

@@ -81,9 +81,9 @@ def altered(checkpoint: Path) -> Path:
     return second
 
 
-def quantized(path: Path, **fields: Any) -> Path:
+def quantized(path: Path, *, hidden: int = 64, intermediate: int = 128, **fields: Any) -> Path:
     """A tiny checkpoint whose second layer is steady, if it has a sink."""
-    model = build_model("gqa", hidden_size=64, intermediate_size=128, head_dim=32)
+    model = build_model("gqa", hidden_size=hidden, intermediate_size=intermediate, head_dim=32)
     model.save_pretrained(path / "model")
     build_tokenizer(bos=True).save_pretrained(path / "model")
     (path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")

@@ -13,7 +13,7 @@ import typer
 import fptquant
 from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
-from fptquant.cli.options import Backend, Device, Model, listed
+from fptquant.cli.options import Backend, Device, Model, given, listed
 from fptquant.console import RichStages, err, grid, log, out, show_notes, verbose
 from fptquant.errors import FPTQuantError
 from fptquant.files import require_model, require_writable
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fptquant.evaluation.perplexity import Perplexity
     from fptquant.evaluation.tasks import Score
     from fptquant.loading import Source
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @command()
@@ -56,6 +58,10 @@ def evaluate(
         Path | None, typer.Option("--json", show_default="none", help="also write the result to this file")
     ] = None,
     device: Device = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(show_default="float32 on CPUs, else the model's", help="of activations, with --backend vllm"),
+    ] = None,
 ) -> None:
     """Measure perplexity on a text, or what lm-eval's tasks say; beside another model's, the original's for example."""
     names, models = listed(tasks), [model] if against is None else [model, against]
@@ -67,9 +73,11 @@ def evaluate(
         raise FPTQuantError("evaluate: give either --text, for perplexity, or --tasks")
     if backend is Backend.vllm and device != "auto":
         raise FPTQuantError("--device: with --backend vllm, vLLM chooses the device itself: leave it out")
+    if dtype is not None and (backend is not Backend.vllm or text is None or dtype not in _DTYPES):
+        raise FPTQuantError(f"--dtype: goes with --backend vllm and --text, and is one of {', '.join(_DTYPES)}")
     if text is not None:
         recognise(Path(str(text).removeprefix(AS_TEXT)))
-        results = [_perplexity(name, text, windows, length, backend, special_tokens, device) for name in models]
+        results = [_perplexity(name, text, windows, length, backend, special_tokens, device, dtype) for name in models]
         content = _show_perplexity(results, models, text, backend, special_tokens)
     else:
         scores = _scores(models, names, include_path, limit, shots, backend, device)
@@ -92,7 +100,14 @@ def _open(model: str, backend: Backend, device: str) -> Source:
 
 
 def _perplexity(
-    model: str, text: Path, windows: int, length: int, backend: Backend, special_tokens: bool, device: str
+    model: str,
+    text: Path,
+    windows: int,
+    length: int,
+    backend: Backend,
+    special_tokens: bool,
+    device: str,
+    dtype: str | None,
 ) -> Perplexity:
     from fptquant.calibration.text import require_known
     from fptquant.evaluation.perplexity import evaluation_windows, layer_by_layer, measure
@@ -106,7 +121,7 @@ def _perplexity(
     stages = RichStages()
     with stages.stage("evaluate", "lower --windows or --length"):
         if backend is Backend.vllm:
-            engine = VLLMEngine(source.path, length + 1)
+            engine = VLLMEngine(source.path, length + 1, **given(dtype=dtype))
             result = measure(map(engine.score, stages.track(tokens, windows)), length)
             engine.close()
         else:

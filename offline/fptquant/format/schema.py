@@ -26,6 +26,7 @@ QUANT_METHOD = "fptquant"
 FORMAT_VERSION = 2  # 1 had no binding (`fptquant.format.binding`), and the original's model_type
 ARCHITECTURE_PREFIX = "FPTQuant"
 MODEL_TYPE_PREFIX = "fptquant_"
+EXPORT_RECORD = "fptquant-export.json"  # file within an export to another format
 EXTRAS = "fptquant"  # folder within a checkpoint: transforms, recipe, summary, digests
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from fptquant.calibration.text import windows_left_over
 from fptquant.errors import FPTQuantError
 from fptquant.files import portable
+from fptquant.format.schema import Sink
 from fptquant.layers.inputs import window_logits
-from fptquant.loading import load_model, open_source
+from fptquant.loading import Source, load_model, open_source
 from fptquant.progress import Stages
+from fptquant.recipe import Recipe
 from fptquant.report.quality import Quality
 from fptquant.run.job import Job
 
@@ -50,7 +52,7 @@ def compare_with_original(
     """
     try:
         with stages.stage(STAGE):
-            tokens = held_back(job, windows)
+            tokens = held_back(job.source, job.recipe, job.config.sink, windows)
             if not len(tokens):
                 return None, ("quality was not measured: calibration and training took all of the text",)
             return _compare(job, checkpoint, tokens, stages), ()
@@ -59,18 +61,25 @@ def compare_with_original(
         return None, (f"quality was not measured: {reason}",)
 
 
-def held_back(job: Job, windows: int) -> Tensor:
-    """(up to windows, length) tokens of the calibration text that the job's windows don't have, on its device."""
-    drawn = [job.recipe.calibration]
-    if job.training_windows.numel():
-        training = job.recipe.training
-        drawn.append(
-            job.recipe.calibration.model_copy(update={"sequences": training.sequences, "length": training.length})
-        )
-    sink = job.config.sink.token if job.config.sink else None
-    vocabulary = job.source.config.vocab_size
-    tokens = windows_left_over(job.source.tokenizer, drawn, vocabulary, job.recipe.seed, sink, windows)
-    return tokens.to(job.device)
+def held_back(source: Source, recipe: Recipe, sink: Sink | None, windows: int) -> Tensor:
+    """(up to windows, length) tokens of the calibration text that a run of the recipe doesn't draw, on the device.
+
+    Args:
+        source: the model, or a checkpoint that was made of it.
+        recipe: of the run.
+        sink: the run's constant first token.
+        windows: how many, at most.
+
+    Raises:
+        FPTQuantError: the text isn't there, or can't be read.
+    """
+    drawn = [recipe.calibration]
+    if recipe.trains_on_text:
+        training = {"sequences": recipe.training.sequences, "length": recipe.training.length}
+        drawn.append(recipe.calibration.model_copy(update=training))
+    token = sink.token if sink else None
+    tokens = windows_left_over(source.tokenizer, drawn, source.config.vocab_size, recipe.seed, token, windows)
+    return tokens.to(source.device)
 
 
 @torch.no_grad()

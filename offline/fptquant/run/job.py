@@ -119,7 +119,7 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     source.require_length("calibration.length", recipe.calibration.length)
     windows = calibration_windows(source.tokenizer, recipe.calibration, vocabulary, recipe.seed, token)
     training = torch.empty(0, 0, dtype=torch.int64)
-    if recipe.block_wise.steps or recipe.end_to_end.steps or recipe.scales.steps:
+    if recipe.trains_on_text:
         source.require_length("training.length", recipe.training.length)
         data = recipe.calibration.model_copy(
             update={"sequences": recipe.training.sequences, "length": recipe.training.length}

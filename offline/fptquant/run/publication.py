@@ -52,6 +52,7 @@ class Publication:
         Raises:
             FPTQuantError: the target exists (without `overwrite`, or it is no checkpoint of ours), or can't be written.
         """
+        self._named = target
         try:
             self.target = target.expanduser().resolve()
             exists = self.target.exists()
@@ -88,6 +89,19 @@ class Publication:
                     f"process {other.process} is writing '{self.target}': wait for it or, if it is no fptquant, "
                     f"remove '{other.folder}'"
                 )
+
+    def require_apart(self, source: Path, what: str = "the source model") -> None:
+        """Raises FPTQuantError when the target holds what is read, or lies in it.
+
+        Args:
+            source: directory that is read.
+            what: it is, for the message.
+        """
+        source = source.resolve()
+        if self.target == source or self.target in source.parents:
+            raise FPTQuantError(f"'{self._named}' holds {what}, which would be lost: choose another output")
+        if source in self.target.parents:
+            raise FPTQuantError(f"'{self._named}' is inside {what}'s directory: choose another output")
 
     def require_space(self, size: int) -> None:
         """Raises FPTQuantError when the disk hasn't `size` bytes free, with what `__enter__` will remove."""
@@ -175,8 +189,10 @@ def _is_main() -> bool:
 
 def _is_ours(directory: Path) -> bool:
     """Whether fptquant wrote a directory."""
-    from fptquant.format.schema import QUANT_METHOD  # the same
+    from fptquant.format.schema import EXPORT_RECORD, QUANT_METHOD  # the same
 
+    if (directory / EXPORT_RECORD).is_file():
+        return True
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)

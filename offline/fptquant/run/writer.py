@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.format.binding import BINDING, bind, checksum
-from fptquant.format.schema import EXTRAS, MODEL_TYPE_PREFIX, quantized_architecture
+from fptquant.format.schema import EXPORT_RECORD, EXTRAS, MODEL_TYPE_PREFIX, quantized_architecture
 from fptquant.layers.residency import entered
 from fptquant.loading import outside, parts
 from fptquant.run.job import Job
@@ -40,8 +40,7 @@ def write_checkpoint(job: Job, model: PreTrainedModel, directory: Path) -> None:
     (directory / EXTRAS / "digests.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     recipe = yaml.safe_dump(job.recipe.published(), sort_keys=False)
     (directory / EXTRAS / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    for file in directory.rglob("*.safetensors"):
-        file.chmod(0o644)  # written for the owner only; a server often runs as another user
+    make_readable(directory)
 
 
 def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, str]:
@@ -57,12 +56,23 @@ def write_model(job: Job, model: PreTrainedModel, directory: Path) -> dict[str, 
     shards.add(BINDING, binding)
     shards.finish()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in job.source.path.iterdir():  # tokenizer, chat template, generation config, licence
-        skip = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
+    copy_companions(job.source.path, directory)
+    return digests
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies what lies beside a model's weights: tokenizer, chat template, generation config, licence."""
+    for file in source.iterdir():
+        skip = file.name in ("config.json", "README.md", EXPORT_RECORD) or file.name.endswith(".index.json")
         skip |= file.name.startswith(_OF_OTHERS) or "processor" in file.name  # of images: only text is served
         if file.is_file() and not skip and file.suffix not in _WEIGHT_SUFFIXES and not file.name.startswith("."):
             shutil.copyfile(file, directory / file.name)
-    return digests
+
+
+def make_readable(directory: Path) -> None:
+    """Lets everybody read weight files: they are written for the owner only; a server often runs as another user."""
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 def _tensors(job: Job, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
