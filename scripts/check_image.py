@@ -57,6 +57,7 @@ def main() -> None:
         return
     if os.geteuid() or not shutil.which("debootstrap"):
         sys.exit("check_image.py: needs root and debootstrap (`apt-get install debootstrap`)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what runs inside, too
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fptquant-image-", dir="/var/tmp") as temporary:
         folder = options.folder or Path(temporary)
@@ -130,7 +131,7 @@ def bind(source: Path, target: Path, *, writable: bool = False) -> None:
     """Shows a file or directory of this machine in the root file system, as `docker run --volume` does."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
-    elif not target.exists():
+    elif source.exists() and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
     subprocess.run(["mount", "--bind", source, target], check=True)
@@ -155,7 +156,8 @@ def within(root: Path, state: Image, command: list[str], extra: Mapping[str, str
         user: number, in place of the image's.
     """
     number = user or state.user
-    environment = {"PATH": SEARCH_PATH, "HOME": "/root", **state.env, **extra}
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+    environment = {"PATH": SEARCH_PATH, "HOME": "/root", **threads, **state.env, **extra}
     # no capability and no way to one, as in docker/compose.yaml
     drop = ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups", "--no-new-privs",
             "--bounding-set=-all", "--inh-caps=-all"]  # fmt: skip
