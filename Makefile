@@ -16,10 +16,10 @@ YAML_FILES  := docker/compose.yaml benchmarks/quick.yaml $(wildcard offline/fptq
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test newest bench results lint typecheck format clean
+.PHONY: help setup demo test newest image-check release-check bench results lint typecheck format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: $(STAMP)  ## build .venv with everything (BACKEND=cpu|gpu|quantizer|none)
 
@@ -35,6 +35,12 @@ test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones
 
 newest:  ## check the quantizer in an environment of its own with the newest versions that pyproject.toml allows
 	$(PYTHON) scripts/check_newest.py
+
+release-check:  ## build what is to be uploaded into dist/, install the source archive in a fresh environment and use it
+	$(PYTHON) scripts/check_newest.py --release
+
+image-check: $(STAMP)  ## carry out docker/Dockerfile.cpu without Docker and use the result (root, debootstrap, minutes)
+	$(BIN)/python scripts/check_image.py
 
 bench: $(STAMP)  ## measure speed and memory against unquantized serving
 	$(BIN)/python benchmarks/bench.py

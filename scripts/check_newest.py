@@ -1,12 +1,14 @@
 """The quantizer in a fresh environment, with the newest versions that pyproject.toml allows. Run it with `make newest`.
 
-The wheel is installed as users install it, without vLLM and without this source tree on the path; then a tiny random
-model goes all the way, and the committed checkpoints must still give the logits that were recorded. The environment is
-kept for the day, until pyproject.toml changes.
+The wheel, built from the source archive, is installed as users install it, without vLLM and without this source tree on
+the path; then a tiny random model goes all the way, and the committed checkpoints must still give the logits that were
+recorded. The environment is kept for the day, until pyproject.toml changes. `make release-check` makes it anew, takes
+the source archive, and leaves both archives in dist/.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -56,12 +58,15 @@ sys.exit(not 0 < error < 0.5)
 
 def main() -> None:
     """Makes the environment or takes today's, and runs every check; the first that fails ends it."""
+    parser = argparse.ArgumentParser(description="Checks the package in an environment of its own.")
+    parser.add_argument("--release", action="store_true", help="what is to be uploaded, from the start")
+    release = parser.parse_args().release
     started = time.monotonic()
-    if STAMP.is_file() and STAMP.read_text() == stamp():
+    if not release and STAMP.is_file() and STAMP.read_text() == stamp():
         print(f"{VENV.name}: made today from this pyproject.toml")
     else:
         make_environment()
-    install_package()
+    install_package(release=release)
     print(versions())
     with tempfile.TemporaryDirectory() as folder:
         check(Path(folder))
@@ -119,7 +124,7 @@ def make_environment() -> None:
     step(f"{torch}, and the newest of the rest")
     pip("install", "--quiet", "--no-deps", torch, "--extra-index-url", TORCH_INDEX_URL, *WITHOUT_WAITING)
     # Named once more, or a newer CUDA build, several GB, would replace it.
-    pip("install", "--quiet", *requirements(), torch, "pytest")
+    pip("install", "--quiet", *requirements(), torch, "pytest", "build", "twine")
     STAMP.write_text(stamp())
 
 
@@ -160,14 +165,32 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version.split("+")[0].split("."))
 
 
-def install_package() -> None:
-    """Builds the wheel and installs it, always: the sources may have changed."""
-    step("Wheel of this source tree")
+def install_package(*, release: bool) -> None:
+    """Builds both archives and installs one, always: the sources may have changed.
+
+    Args:
+        release: install the source archive, as who trusts no wheel does, and keep both in dist/.
+    """
+    step("Source archive of this source tree, and the wheel of that")
     with tempfile.TemporaryDirectory() as folder:
-        pip("wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT)
-        (wheel,) = Path(folder).glob("*.whl")
-        pip("install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+        run(PYTHON, "-m", "build", "--outdir", folder, ROOT, cwd=ROOT, quiet=True)
+        (wheel,), (source,) = Path(folder).glob("*.whl"), Path(folder).glob("*.tar.gz")
+        run(PYTHON, "-m", "twine", "check", "--strict", wheel, source, cwd=ROOT, quiet=True)
+        print(f"{source.name} ({source.stat().st_size:,} bytes), {wheel.name} ({wheel.stat().st_size:,} bytes)")
+        pip("install", "--quiet", "--no-deps", "--force-reinstall", source if release else wheel)
+        if release:
+            shutil.rmtree(ROOT / "dist", ignore_errors=True)
+            shutil.copytree(folder, ROOT / "dist")
     pip("check")
+    said = run(VENV / "bin" / "fptquant", "--version", cwd=VENV, quiet=True).split()[-1]
+    if said != (written := changelog_version()):
+        sys.exit(f"check_newest.py: `fptquant --version` says {said}, CHANGELOG.md {written}")
+
+
+def changelog_version() -> str:
+    """The version of the newest entry in CHANGELOG.md."""
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return str(headings[0])
 
 
 def versions() -> str:

@@ -10,7 +10,7 @@ import fptquant
 # From the bottom up; what stands on one line may not know each other.
 ORDER = (
     ("errors",),
-    ("files", "parallel", "process_memory"),
+    ("files", "parallel", "process_memory", "units"),
     ("devices", "progress", "weight_files"),
     ("format",),
     ("wiring",),

@@ -18,6 +18,7 @@ from rich.text import Text
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line, require_writable
 from fptquant.progress import Stages
+from fptquant.units import duration, megabytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,16 +119,6 @@ def grid(*columns: str, **options: Any) -> Table:
 def facts() -> Table:
     """A table of names and values without a header."""
     return grid("", "", show_header=False)
-
-
-def duration(seconds: float) -> str:
-    """A time to be read: `4.2 s`, `40 s`, `1 min 35 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    if seconds < 600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class _Times(ProgressColumn):
@@ -298,8 +289,3 @@ def show_notes(source: Source) -> None:
 def visible(text: str) -> str:
     """Text with everything that would move the cursor or can't be seen as its escape sequence."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes, to be read; in kB where a MB is too much."""
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from fptquant.layers.store import restoring
 from fptquant.progress import Stages
 from fptquant.report.card import provenance, write_card
 from fptquant.report.compare import compare_with_original
-from fptquant.report.quality import Quality
 from fptquant.report.ranges import FloatPasses, write_ranges
+from fptquant.report.summary import Summary
 from fptquant.report.training import write_metrics
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.models import read_back, to_be_rounded, transformed
@@ -52,24 +52,6 @@ from fptquant.weight_files import WeightFiles
 
 # The same command again would only repeat the end.
 _START_OVER = "nothing was published; run again with --fresh to start over, and report it if that ends here, too"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did."""
-
-    output: str  # name of the directory; where on this machine is nobody else's business
-    seconds: dict[str, float]
-    peak_memory_bytes: int  # largest of the stages
-    source_bytes: int
-    output_bytes: int
-    bits_per_weight: float = 0.0  # of the layers' projections
-    source_fingerprint: str = ""
-    budget: str = ""
-    notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # of each stage
-    quality: Quality | None = None
-    provenance: dict[str, str] = field(default_factory=dict)
 
 
 def quantize(

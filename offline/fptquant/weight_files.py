@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -245,6 +246,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
             return {name: StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
+        if file.exists() and not os.access(file, os.R_OK):  # safetensors calls that "no such file"
+            raise FPTQuantError(f"'{file}' can't be read by this user: change its permissions") from None
         raise FPTQuantError(f"'{file}' is corrupt or truncated ({first_line(error)}): fetch the model again") from None
 
 

@@ -1,8 +1,12 @@
 """Which files of a directory are the model: read from where the index says, and refused where readers could differ."""
 
 import json
+import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fptquant.errors import FPTQuantError
 from fptquant.loading import load_model, open_source
+from fptquant.weight_files import WeightFiles
 
 SaveModel = Callable[..., Path]
 Damage = Callable[[Path], object]
@@ -287,3 +292,31 @@ def test_the_file_stays_as_it_is(single: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.zero_()
     assert load_file(single / SINGLE)[NORM].abs().sum() > 0
+
+
+def read_as_nobody(folder: str, found: Any) -> None:
+    os.setuid(65534)
+    try:
+        WeightFiles.of(Path(folder))
+    except FPTQuantError as error:
+        found.put(str(error))
+    else:
+        found.put("")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_weights_of_another_user() -> None:
+    """Weights that transformers saved are for their owner's eyes only, and a container has another user."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # pytest's own are closed to others
+        save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+        fork = multiprocessing.get_context("fork")
+        for mode, message in ((0o600, "can't be read by this user"), (0o644, "")):
+            (folder / "model.safetensors").chmod(mode)
+            found = fork.Queue()
+            process = fork.Process(target=read_as_nobody, args=(name, found))
+            process.start()
+            said = found.get(timeout=60)
+            process.join()
+            assert message in said and bool(message) == bool(said)

@@ -9,7 +9,8 @@ import typer
 
 from fptquant.cli.app import command
 from fptquant.cli.options import Checkpoint, require_checkpoint
-from fptquant.console import facts, grid, megabytes, out
+from fptquant.console import facts, grid, out
+from fptquant.units import megabytes
 
 
 @command("inspect")

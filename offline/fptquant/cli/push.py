@@ -10,9 +10,10 @@ import typer
 
 from fptquant.cli.app import command
 from fptquant.cli.options import Checkpoint, require_checkpoint
-from fptquant.console import err, grid, megabytes, out
+from fptquant.console import err, grid, out
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line
+from fptquant.units import megabytes
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

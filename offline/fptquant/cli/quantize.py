@@ -26,14 +26,15 @@ from fptquant.cli.options import (
     listed,
     require_start,
 )
-from fptquant.console import RichStages, duration, err, facts, info, megabytes, needs_table, out, plan_table, show_notes
+from fptquant.console import RichStages, err, facts, info, needs_table, out, plan_table, show_notes
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.recipe_files import shipped_recipes
 from fptquant.run.publication import Publication
+from fptquant.units import duration, megabytes
 
 if TYPE_CHECKING:
-    from fptquant.pipeline import Summary
     from fptquant.recipe import Recipe
+    from fptquant.report.summary import Summary
 
 
 @command()

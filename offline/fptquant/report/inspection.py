@@ -55,7 +55,7 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
     order = [*_PARTS, _OTHERS]
     return {
         "model": {
-            "architecture": described.get("architectures", ["?"])[0],
+            "architecture": (described.get("architectures") or ["?"])[0],
             "format_version": config.format_version,
             "weights": f"INT{config.weights.bits}, a scale per channel"
             + (f", multipliers of groups of {config.weights.group_size}" if config.weights.group_size else ""),

@@ -37,14 +37,19 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         losses = [float(row["loss"]) for row in rows if row["stage"] == stage]
-        mean, means = losses[0], []
-        for loss in losses:
-            mean += 0.1 * (loss - mean)
-            means.append(mean)
         steps = [int(row["step"]) for row in rows if row["stage"] == stage]
         axes.plot(steps, losses, alpha=0.4, label="of each step")
-        axes.plot(steps, means, label="running mean")
+        axes.plot(steps, running_mean(losses), label="running mean")
         axes.set(title=NAMES.get(stage, stage), xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     figure.savefig(file)
+
+
+def running_mean(losses: Sequence[float]) -> list[float]:
+    """Exponential mean, a tenth of each new loss, starting with the first."""
+    mean, means = losses[0], []
+    for loss in losses:
+        mean += 0.1 * (loss - mean)
+        means.append(mean)
+    return means

@@ -51,6 +51,20 @@ class Results:
         if file.exists():
             self._read(read_json(file))
 
+    @classmethod
+    def stored(cls, file: Path) -> Results:
+        """What a file holds, with whatever settings.
+
+        Raises:
+            FPTQuantError: it can't be read, or holds something else.
+        """
+        data = read_json(file)
+        settings = data.get("settings")
+        found = cls(settings if isinstance(settings, dict) else {})
+        found.file = file
+        found._read(data)
+        return found
+
     def _read(self, data: dict[str, Any]) -> None:
         stored = data.get("settings")
         if not isinstance(stored, dict) or not isinstance(data.get("rows"), list):
@@ -66,6 +80,8 @@ class Results:
                 self.unquantized = Effect(float(data["unquantized"]["kl"]), float(data["unquantized"]["perplexity"]))
             for row in data["rows"]:
                 effect = Effect(float(row["kl"]), float(row["perplexity"]))
+                if not isinstance(row["kind"], str) or not isinstance(row["layer"], int | None):
+                    raise TypeError
                 self.rows[row["kind"], row["layer"]] = Row(row["kind"], row["layer"], effect)
         except (KeyError, TypeError, ValueError):
             raise FPTQuantError(f"'{self.file}' is damaged: remove it or name another file") from None
