@@ -56,7 +56,7 @@ _START_OVER = "nothing was published; run again with --fresh to start over, and 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did."""
+    """What a run did, as `fptquant/summary.json` keeps it."""
 
     output: str  # name of the directory; where on this machine is nobody else's business
     seconds: dict[str, float]
