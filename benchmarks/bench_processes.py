@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fptquant import parallel
-from fptquant.calibration import layerwise
+from fptquant.calibration import layerwise, moments
 from fptquant.layers.constants import record_sink
 from fptquant.quantize import ranges
 from fptquant.quantize.rounding import gptq
@@ -55,10 +55,10 @@ def main() -> None:
     recipe = Recipe.load(arguments.recipe).changed(precision=arguments.precision, calibration=calibration)
     job = open_job(arguments.model, recipe)
     model = transformed(job)
-    record_sink(model, job.source.architecture, job.first_tokens)
+    record_sink(model, job.source.architecture, job.windows)
     ranges._search = timed("  range search", ranges._search)
     gptq._unit_factor = timed("  factors of Hessians", gptq._unit_factor)
-    layerwise.second_moment = timed("  Hessians", layerwise.second_moment)
+    moments.summed_squares = timed("  Hessians", moments.summed_squares)
     layerwise.rounded_weights = timed("  rounding", layerwise.rounded_weights)
 
     def calibrate() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fptquant.calibration.layerwise import second_moment
+from fptquant.calibration.moments import second_moment
 from fptquant.quantize import (
     InputRangeOptions,
     RangeOptions,

@@ -126,14 +126,15 @@ def quantize(
             floats = FloatPasses(job, model)
             to_be_rounded(job, model, state, floats.ride if floats.needed else None)
             training = code_training(job, model, stages, metrics)
+            original = transformed(job, "streamed") if job.follows_original else None
             rounding = calibrate_and_round(
-                model, job.source.architecture, recipe, job.windows, state, clipping, training
+                model, job.source.architecture, recipe, job.windows, state, clipping, original, training
             )
             for _ in stages.track(rounding, job.layers):
                 pass
             before, after = floats.finish()
             notes = tuple(unreached(model))
-            del floats, training, rounding
+            del floats, original, training, rounding
         if recipe.scales.steps:
             assert teacher is not None
             with stages.stage("train scales and ranges", SHORTER, neutral=checkpointing("scales", recipe.scales)):
@@ -257,7 +258,7 @@ def started(job: Job, stages: Stages) -> PreTrainedModel:
 def with_constants(job: Job) -> PreTrainedModel:
     """The source with its transforms merged and a constant first token computed, nothing quantized."""
     model = transformed(job)
-    record_sink(model, job.source.architecture, job.first_tokens)
+    record_sink(model, job.source.architecture, job.windows)
     return model
 
 

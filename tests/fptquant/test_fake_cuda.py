@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaForCausalLM
 
-from fptquant.calibration.layerwise import calibrate_and_round, second_moment
+from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.calibration.moments import second_moment
 from fptquant.format import hadamard_factors
 from fptquant.quantize import (
     InputRangeOptions,

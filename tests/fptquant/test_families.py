@@ -245,7 +245,7 @@ def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
     attention = attention_for(job.source.config)
     original = AutoModelForCausalLM.from_pretrained(job.source.path, dtype=torch.float32, **attention)
     model = transformed(job)
-    record_sink(model, job.source.architecture, job.first_tokens)
+    record_sink(model, job.source.architecture, job.windows)
     assert (job.config.sink is None) == bool(VARIANTS[variant][1].get("sliding_window"))
     for first in (0, 7):  # the constant token, and another, for which steady layers' constants don't stand here
         tokens = torch.cat((torch.full((2, 1), first), TOKENS), 1)
@@ -267,7 +267,7 @@ def test_a_head_stays_tied_without_a_rotation(variant: str, tmp_path: Path) -> N
     trained = {"local": {"steps": 1}, "end_to_end": {"steps": 1}, "scales": {"steps": 1}}
     job, family = make_job(variant, tmp_path, **recipe), family_of(variant)
     model, original = transformed(job), load_model(job.source)
-    record_sink(model, family, job.first_tokens)
+    record_sink(model, family, job.windows)
     tokens = torch.cat((torch.zeros(2, 1, dtype=torch.int64), TOKENS), 1)
     assert job.tied and relative_error(model(tokens).logits, original(tokens).logits) < 1e-4
     written = []

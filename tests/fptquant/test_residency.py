@@ -41,6 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "codes": {**short("fptquant-light"), "precision": "w4a4kv4", "codes": {"steps": 2, "batch": 2, "code_rate": 0.2}},
     "budget": {**short("fptquant-light"), "precision": "w4a4kv4", "budget": {"sites": 2}},
     "output hessian": {**short("gptq"), "rounding": {"method": "gptq", "hessian": "output"}},
+    "compensated": {**short("fptquant-light"), "rounding": {"method": "gptq", "propagation": "compensated"}},
     "float head": {**short("gptq"), "head_bits": 16, "ignore": ["re:.*1.mlp.down_proj"]},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import SecondHalf
+from fptquant.calibration.moments import observe_inputs, second_moment
 from fptquant.calibration.output_gradients import token_weights
+from fptquant.calibration.propagation import Compensation, Unquantized
 from fptquant.errors import FPTQuantError
 from fptquant.format import WeightScheme, round_scale
 from fptquant.layers.inputs import LayerInputs, Stop, first_inputs
 from fptquant.layers.residency import entered
-from fptquant.layers.scratch import empty
 from fptquant.layers.store import LayerStore
 from fptquant.quantize import (
     as_multiples,
@@ -38,16 +40,19 @@ Weighted = tuple[list[SimulatedLinear], Tensor | None]  # and how much tokens co
 class LayerTraining(Protocol):
     """Trains each layer once it is rounded, such as `fptquant.train.codes.CodeTraining`."""
 
-    def expect(self, index: int) -> None:
-        """Finds what layer `index` should put out; called of each layer, in order."""
+    def train(self, index: int, inputs: LayerInputs, expected: LayerInputs, weights: Mapping[str, Tensor]) -> None:
+        """Trains a rounded layer, in place.
 
-    def train(self, index: int, inputs: LayerInputs, weights: Mapping[str, Tensor]) -> None:
-        """Trains a rounded layer on its inputs, in place; with the weights that were rounded, by full name."""
+        Args:
+            index: of the layer.
+            inputs: what enters it.
+            expected: whose hidden states are what should leave it.
+            weights: what was rounded, by full name.
+        """
 
 
 _TOKENS = 4096  # handled at once, where a copy is needed
 WEIGHTS = 1 << 26  # of experts that are rounded at once
-_COLUMNS = 512  # of a Hessian computed in one product
 
 
 @torch.no_grad()
@@ -58,6 +63,7 @@ def calibrate_and_round(
     windows: Tensor,
     store: LayerStore | None = None,
     clipping: Mapping[str, Tensor] | None = None,
+    original: PreTrainedModel | None = None,
     training: LayerTraining | None = None,
 ) -> Iterator[int]:
     """Quantizes a simulation in place.
@@ -75,6 +81,8 @@ def calibrate_and_round(
         windows: (sequences, length) calibration tokens.
         store: keeps finished layers; the model takes those it has from there, and they are not computed again.
         clipping: learned log clipping (N, 1 or groups) of weights by layer name, in place of the search for scales.
+        original: the model with merged weights, of which nothing is quantized, where earlier errors are compensated or
+            layers trained.
         training: of each layer, once it is rounded and before the next one is.
 
     Yields:
@@ -86,6 +94,7 @@ def calibrate_and_round(
     importance: dict[str, Tensor] = {}
     if recipe.rounding.hessian == "output":
         importance = token_weights(model, architecture, windows)
+    beside = None if original is None else Unquantized(original, architecture, windows)
     inputs = first_inputs(model, architecture, windows, kept=1 if training is None else 2)
     ahead: list[nn.Module] = []  # layers that are ready, but that the inputs haven't gone through
 
@@ -95,16 +104,15 @@ def calibrate_and_round(
         ahead.clear()
 
     for index, layer in enumerate(layers):
-        if training is not None:
-            training.expect(index)
-        with entered(layer):
+        with ExitStack() as context:
+            twin = None if beside is None else context.enter_context(beside.layer(index))
+            context.enter_context(entered(layer))
             name = architecture.layer_name(index)
             finished = _is_finished(layer, name)
             if not finished:
                 catch_up()
-            trained = training is not None and not finished
-            before = list(inputs.hidden) if trained else []
-            weights = _float_weights(layer, index, architecture) if trained else {}
+            before = list(inputs.hidden) if training is not None else []
+            weights: dict[nn.Module, Tensor] | None = None if training is None else {}
             half: SecondHalf | None = None
             here = importance
             for group in () if finished else architecture.groups_of(index):
@@ -114,10 +122,21 @@ def calibrate_and_round(
                         half = SecondHalf(layer, architecture, inputs)
                         here = importance | routed_importance(half, index, architecture, recipe)
                     entering, part = half.of(group.first.expert)
-                _quantize_input_group(layer, index, group, architecture, (entering, part), recipe, here, clipping)
-            if training is not None and trained:
+                compensation = None
+                if twin is not None and recipe.rounding.compensates:
+                    compensation = Compensation(layer, group.first, architecture, entering, twin)
+                found = (entering, part)
+                _quantize_input_group(
+                    layer, index, group, architecture, found, recipe, here, clipping, compensation, weights
+                )
+            trained = training is not None and not finished
+            if training is not None and weights:
+                assert beside is not None and twin is not None
+                twin.finish()
                 inputs.hidden = before
-                training.train(index, inputs, weights)
+                names = {layer.get_submodule(item.path): item for item in architecture.projections_of(index)}
+                named = {architecture.projection_name(index, names[key]): value for key, value in weights.items()}
+                training.train(index, inputs, beside.inputs, named)
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
             if half is None:
@@ -139,19 +158,6 @@ def calibrate_and_round(
         _quantize_group([([head], importance.get(architecture.head))], architecture.head, entering, final, recipe)
         if store is not None:
             store.save(architecture.head, head.state_dict())
-
-
-def _float_weights(layer: nn.Module, index: int, architecture: Architecture) -> dict[str, Tensor]:
-    """What is going to be rounded, by full name."""
-    linears = {
-        architecture.projection_name(index, projection): layer.get_submodule(projection.path)
-        for projection in architecture.projections_of(index)
-    }
-    return {
-        name: linear.float_weight()
-        for name, linear in linears.items()
-        if isinstance(linear, SimulatedLinear) and linear.scheme is not None
-    }
 
 
 def _is_finished(part: nn.Module, name: str) -> bool:
@@ -178,6 +184,8 @@ def _quantize_input_group(
     recipe: QuantizeOptions,
     importance: Mapping[str, Tensor],
     clipping: Mapping[str, Tensor] | None,
+    compensation: Compensation | None,
+    kept: dict[nn.Module, Tensor] | None,
 ) -> None:
     """`_quantize_group` of a layer's group; and keys and values, once they are final.
 
@@ -190,12 +198,14 @@ def _quantize_input_group(
         recipe: ranges and rounding.
         importance: of tokens, by name of a group's first layer, or of an expert's first in it.
         clipping: learned, by layer name.
+        compensation: of what earlier layers lost.
+        kept: takes what was rounded, (N, K), by layer.
     """
     inputs, part = entering
     names = architecture.group_names(index, group)
     log_clip = torch.cat([clipping[name] for name in names]) if clipping and names[0] in clipping else None
     parts = weighted_parts(layer, index, group, architecture, importance)
-    _quantize_group(parts, names[0], inputs, part, recipe, log_clip)
+    _quantize_group(parts, names[0], inputs, part, recipe, log_clip, compensation, kept)
     if any(projection.role is Role.VALUE for projection in group.members):
         set_kv_ranges(layer.get_submodule(architecture.attention), inputs, layer, recipe)
 
@@ -252,6 +262,8 @@ def _quantize_group(
     layer: nn.Module,
     recipe: QuantizeOptions,
     log_clip: Tensor | None = None,
+    compensation: Compensation | None = None,
+    kept: dict[nn.Module, Tensor] | None = None,
 ) -> None:
     """Fixes the input range and rounds the weights.
 
@@ -262,6 +274,8 @@ def _quantize_group(
         layer: that layer.
         recipe: how.
         log_clip: (sum of N, 1 or groups), learned clipping of the weights.
+        compensation: of what earlier layers lost.
+        kept: takes what was rounded, (N, K), by layer.
     """
     linears = [linear for members, _ in parts for linear in members]
     scheme = linears[0].scheme
@@ -277,9 +291,13 @@ def _quantize_group(
             linear.set_input_quantizer(scale, zero_point)
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
+    if compensation is not None:
+        compensation.apply(parts, seen, recipe.rounding.damping)
     hessians = hessians_of(parts, seen, recipe)
     del seen  # as large as a Hessian
     for linear, codes, scale, multiplier in round_parts(parts, hessians, recipe, log_clip):
+        if kept is not None:
+            kept[linear] = linear.float_weight()
         linear.set_weight_codes(codes, scale, multiplier)
 
 
@@ -338,33 +356,6 @@ def _at_once(linears: list[SimulatedLinear]) -> list[list[SimulatedLinear]]:
     return parts
 
 
-def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
-    """The Hessian of a layer's error: mean of x x^T, (K, K), over the inputs of all processes.
-
-    Summed up in place, and only on one side of the diagonal.
-
-    Args:
-        seen: (sequences * tokens, K) inputs.
-        importance: (sequences, tokens or more) weights; of more tokens than were seen, the last ones count.
-    """
-    tokens, width = seen.shape
-    roots = None
-    if importance is not None:
-        roots = importance[:, -(tokens // importance.shape[0]) :].reshape(-1, 1).sqrt()
-    total = torch.zeros(width, width, dtype=seen.dtype, device=seen.device)
-    for first in range(0, tokens, _TOKENS):
-        part = seen[first : first + _TOKENS]
-        if roots is not None:
-            part = part * roots[first : first + _TOKENS]
-        for start in range(0, width, _COLUMNS):
-            end = min(start + _COLUMNS, width)
-            total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])
-    parallel.summed(total)
-    for start in range(0, width, _COLUMNS):
-        total[start : start + _COLUMNS, :start] = total[:start, start : start + _COLUMNS].T
-    return total.div_(sum(parallel.sizes(tokens)))
-
-
 def rounded_weights(
     linears: list[SimulatedLinear],
     scheme: WeightScheme,
@@ -406,23 +397,6 @@ def rounded_weights(
     codes = ROUNDERS[recipe.rounding.method](rows, scales, bits, hessian, recipe.rounding, multipliers)
     joined = None if multipliers is None else parallel.joined(multipliers)
     return parallel.joined(codes), parallel.joined(scales), joined
-
-
-def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
-    """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
-    sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
-    shape = (sum(sizes), linear.in_features)
-    seen = empty(shape, inputs.device)
-    parts = iter(torch.split(seen, sizes))
-
-    def observe(x: Tensor) -> None:
-        next(parts).copy_(x[:, inputs.first :].flatten(0, -2))
-        raise Stop
-
-    linear.observer = observe
-    inputs.run_until_stopped(layer)
-    linear.observer = None
-    return seen
 
 
 def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, recipe: QuantizeOptions) -> None:

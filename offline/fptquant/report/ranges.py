@@ -100,7 +100,7 @@ class FloatPasses:
     def __init__(self, job: Job, model: PreTrainedModel) -> None:
         """Takes a transformed model, and opens the original."""
         architecture = job.source.architecture
-        self._constants = SinkRecorder(model, architecture, job.first_tokens)
+        self._constants = SinkRecorder(model, architecture, job.windows)
         self._after = RangeObserver(job, model)
         original = load_model(job.source, residency="streamed")
         self._before, self._original = RangeObserver(job, original), architecture.layer_modules(original)

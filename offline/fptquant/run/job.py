@@ -66,9 +66,9 @@ class Job:
         return self.source.architecture.shape(self.source.config).layers
 
     @property
-    def first_tokens(self) -> Tensor:
-        """Tokens that a text may start with, (sequences,)."""
-        return self.windows[:, 1]
+    def follows_original(self) -> bool:
+        """Whether the model without quantization goes along while this one is rounded."""
+        return self.recipe.codes.steps > 0 or self.recipe.rounding.compensates
 
     def signature(self) -> dict[str, str]:
         """What a resumed run has to agree on."""

@@ -65,7 +65,9 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
         rehearse:                3 P
         calibrate and round:     hidden states + the larger of
                                  2 P + inputs (T, K) + 2 (K, K) in float64 + 3 M, and 2.5 E for the head;
-                                 where codes are trained: hidden states twice, 6 P + activations of a layer
+                                 with the original model beside it: hidden states twice, 2 P, and
+                                 where earlier errors are compensated: inputs (T, K) again, (K, K) in float64 once more,
+                                 6 M; where codes are trained: 6 P + activations of a layer
         write, read back:        2 E + half a weight file
         teacher:                 hidden states + 2 P + 1.5 E
         transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 times the rows of E that a step sees
@@ -126,11 +128,14 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
         for name in ("load for the budget", "fit every site", "measure sites", "spend the budget"):
             found[name] = Need(model + hidden + max(layer + hessians, head), source)
     rounding = layer + hessians
+    if job.follows_original:
+        hidden, rounding = 2 * hidden, rounding + pair
+    if recipe.rounding.compensates:
+        rounding += hessians // _HESSIANS + _FLOAT32 * 6 * sizes.matrix + in_memory(_FLOAT32 * tokens * sizes.widest)
     if recipe.codes.steps:  # a float weight, its position, gradient and two moments beside the codes
-        hidden *= 2
-        rounding = max(rounding, 3 * pair + trained(recipe.calibration.length, 1))
+        rounding = max(rounding, 4 * pair + trained(recipe.calibration.length, 1))
     rounding = model + hidden + max(rounding, head)
-    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive + bool(recipe.codes.steps)))
+    found["calibrate and round"] = Need(rounding, source * (1 + observed + 2 * adaptive + job.follows_original))
     if recipe.scales.steps:
         found["train scales and ranges"] = Need(end_to_end, 2 * state * recipe.scales.steps * streamed)
     written = _FLOAT32 * 2 * sizes.ends + (_weight_file(job) // 2 if on_cpu else 0)
@@ -173,6 +178,6 @@ def scratch_bytes(job: Job) -> int:
     """Expected size of the files of hidden states, at most."""
     shape = job.source.architecture.shape(job.source.config)
     kept = shape.layers + 1 if job.recipe.rounding.hessian == "output" else 1
-    kept += 2 * bool(job.recipe.codes.steps)
+    kept += 2 * job.follows_original
     sizes = (job.windows.numel() * width * _FLOAT32 for width in (kept * shape.hidden, Sizes.of(job).widest))
     return sum(size for size in sizes if size > scratch_limit(job.room))

@@ -43,7 +43,9 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
         merging:                         6 P H, in float64
         calibrate and round:             merging + 3 passes + Hessians 2 T K + factors K^2 for each input of K channels
         transforms on weights, a step:   merging and its gradient, 18 P H, of the layers that it sees
-        codes:                           merging, a pass, and 6 P t for a step of every layer
+        the original model beside it:    merging and a pass
+        compensation:                    3 passes + Hessians again + three solutions of 2 K^2 N in float64
+        codes:                           6 P t for a step of every layer
         a step of what else trains:      6 P t; the weights have no gradient, quantizers and transforms cost as much
 
     It is rough: what else the machine does, caches and the disk are not in it.
@@ -62,11 +64,10 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
 
     step = passes(3, recipe.training.length, head=True)
     half = 0.5 if recipe.training.compute_dtype == "bfloat16" else 1.0
-    codes = 0.0
-    if recipe.codes.steps:
-        codes = (
-            merge + passes(1, tokens) + passes(3, recipe.codes.steps * recipe.codes.batch * recipe.calibration.length)
-        )
+    beside = merge + passes(1, tokens) if job.follows_original else 0.0
+    if recipe.rounding.compensates:  # what is lost of each token, and the moments of that with the inputs
+        beside += passes(3, tokens) + hessian + 6 * _DOUBLE * active * inputs / rate
+    codes = passes(3, recipe.codes.steps * recipe.codes.batch * recipe.calibration.length)
     disk = (job.source.weights.size + 3 * job.output_bytes) / _DISK
     sites = 2 * shape.layers * (4 if recipe.budget and recipe.budget.weights else 2)
     budget = 0 if recipe.budget is None else recipe.budget.windows * recipe.budget.length
@@ -82,7 +83,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
         "fit every site": passes(3, tokens) + rounding,
         "measure sites": passes(sites, budget, head=True),
         "spend the budget": passes(sites / 2, budget, head=True),
-        "calibrate and round": merge + passes(3, tokens) + rounding + codes,
+        "calibrate and round": merge + passes(3, tokens) + rounding + beside + codes,
         "train scales and ranges": recipe.scales.steps * recipe.scales.batch * step * half,
         "write": disk,
         "read back": disk,

@@ -20,7 +20,7 @@ from fptquant.loading import load_model
 from fptquant.progress import Stages
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.run.job import Job
-from fptquant.run.models import folded, folded_and_transformed, transformed
+from fptquant.run.models import folded, folded_and_transformed
 from fptquant.run.state import RunState
 from fptquant.train.block_wise import train_block_wise
 from fptquant.train.codes import CodeTraining
@@ -130,7 +130,7 @@ def train_transforms(
         return {}
     with stages.stage("first ranges", "lower calibration.length and pass --fresh"):
         calibrated = folded_and_transformed(job)
-        constants = SinkRecorder(calibrated, architecture, job.first_tokens)
+        constants = SinkRecorder(calibrated, architecture, job.windows)
         ride_along(architecture.layer_modules(calibrated), constants.layer)
         nearest = recipe.changed(rounding=RoundingOptions(method="nearest").model_dump())
         windows = job.windows[:FIRST_SEQUENCES]
@@ -196,8 +196,7 @@ def code_training(job: Job, model: PreTrainedModel, stages: Stages, metrics: Met
         metrics(CODES, step, values)
         stages.note(f"loss {values['loss']:.4f}")
 
-    original, architecture = transformed(job, "streamed"), job.source.architecture
-    return CodeTraining(model, original, architecture, options, job.windows, job.recipe.seed, record)
+    return CodeTraining(model, job.source.architecture, options, len(job.windows), job.recipe.seed, record)
 
 
 def train_scales(

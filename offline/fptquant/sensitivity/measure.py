@@ -16,12 +16,12 @@ from fptquant.calibration.halves import SecondHalf
 from fptquant.calibration.layerwise import (
     Weighted,
     hessians_of,
-    observe_inputs,
     round_parts,
     routed_importance,
     set_kv_ranges,
     weighted_parts,
 )
+from fptquant.calibration.moments import observe_inputs
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits

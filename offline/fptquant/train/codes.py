@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
-from fptquant.layers.inputs import LayerInputs, first_inputs
-from fptquant.layers.residency import entered
+from fptquant.layers.inputs import LayerInputs
 from fptquant.train.end_to_end import batch
 from fptquant.train.fake_quant import Estimator
 from fptquant.train.optimization import Optimization
@@ -56,43 +55,34 @@ class CodeTraining:
     def __init__(
         self,
         model: PreTrainedModel,
-        original: PreTrainedModel,
         architecture: Architecture,
         options: CodeOptions,
-        windows: Tensor,
+        sequences: int,
         seed: int,
         record: Record | None = None,
     ) -> None:
-        """Takes the models and the text.
+        """Takes the model.
 
         Args:
             model: the simulation that is being rounded.
-            original: the same with merged weights, nothing quantized.
-            architecture: their family.
+            architecture: its family.
             options: settings.
-            windows: (sequences, length) of the calibration, of all processes.
+            sequences: of the calibration, of all processes.
             seed: order of the sequences.
             record: takes each step's number, over all layers, and its metrics.
         """
         self._model, self._architecture = model, architecture
         self._options, self._seed, self._record = options, seed, record
-        self._originals = architecture.layer_modules(original)
-        here = parallel.part(windows)
-        self._sequences = len(windows)
-        self._here = parallel.part(torch.arange(len(windows))).tolist()
-        self._expected = first_inputs(original, architecture, here)
+        self._sequences = sequences
+        self._here = parallel.part(torch.arange(sequences)).tolist()
 
-    def expect(self, index: int) -> None:
-        """Finds what layer `index` should put out; of each layer, in order."""
-        with entered(self._originals[index]) as layer:
-            self._expected.advance(layer)
-
-    def train(self, index: int, inputs: LayerInputs, weights: Mapping[str, Tensor]) -> None:
+    def train(self, index: int, inputs: LayerInputs, expected: LayerInputs, weights: Mapping[str, Tensor]) -> None:
         """Trains a layer in place.
 
         Args:
             index: of the layer, entered and rounded.
             inputs: what it reads.
+            expected: whose hidden states are what it should put out.
             weights: what was rounded, (N, K) by full name.
 
         Raises:
@@ -104,7 +94,7 @@ class CodeTraining:
             if any(rate and named for rate, named in groups.values()):
                 optimization = Optimization(groups, self._options.steps, warmup=self._options.warmup, clip=None)
                 try:
-                    self._run(index, inputs, optimization)
+                    self._run(index, inputs, expected, optimization)
                 except FPTQuantError as error:
                     raise FPTQuantError(f"{self._architecture.layer_name(index)}: {error}") from None
         student.finish()
@@ -118,7 +108,7 @@ class CodeTraining:
             "code": (options.code_rate, {k: p for k, p in weights.items() if k.endswith(".position")}),
         }
 
-    def _run(self, index: int, inputs: LayerInputs, optimization: Optimization) -> None:
+    def _run(self, index: int, inputs: LayerInputs, expected: LayerInputs, optimization: Optimization) -> None:
         options = self._options
         layer = self._architecture.layer_modules(self._model)[index]
         while optimization.step < options.steps:
@@ -127,7 +117,7 @@ class CodeTraining:
                 if sequence not in self._here:
                     continue
                 number = sequence - self._here[0]
-                (goal,), first = self._expected.sequence(number).hidden, inputs.first
+                (goal,), first = expected.sequence(number).hidden, inputs.first
                 (found,) = inputs.sequence(number).run(layer)
                 loss = relative_error(found[:, first:], goal.to(found.device)[:, first:]) / options.batch
                 if not bool(torch.isfinite(loss)):

@@ -186,10 +186,10 @@ def test_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
     job = make_job("gqa", tmp_path, **FIELDS)
     model = transformed(job)
     original = transformed(job)
-    training = CodeTraining(model, original, LLAMA, CodeOptions(steps=2), job.windows, 0)
+    training = CodeTraining(model, LLAMA, CodeOptions(steps=2), len(job.windows), 0)
     original.get_submodule("model.layers.1.mlp.down_proj").weight.data[3, 3] = torch.nan
     with pytest.raises(FPTQuantError, match=r"model.layers.1: step 0: the loss is not finite; lower the learn"):
-        list(calibrate_and_round(model, LLAMA, job.recipe, job.windows, training=training))
+        list(calibrate_and_round(model, LLAMA, job.recipe, job.windows, original=original, training=training))
 
 
 def test_nothing_to_learn_is_refused() -> None:

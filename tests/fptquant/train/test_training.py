@@ -68,7 +68,7 @@ def make_job(kind: str, path: Path, sizes: dict[str, Any] | None = None, /, **fi
 def quantized(job: Job) -> Any:
     """The job's simulation, in memory; its second layer is steady."""
     simulation = transformed(job)
-    record_sink(simulation, LLAMA, job.first_tokens)
+    record_sink(simulation, LLAMA, job.windows)
     if sink_token(simulation) is not None:
         simulation.get_submodule("model.layers.1.self_attn").sink_steady.fill_(1)
     for _ in calibrate_and_round(simulation, LLAMA, job.recipe, job.windows):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fptquant.quantize.rounding.gptq import round_gptq
@@ -25,7 +25,23 @@ class RoundingOptions(BaseModel):
     )
     damping: float = Field(0.01, gt=0, description="share of the mean diagonal added to the Hessian")
     block: int = Field(128, ge=1, description="columns updated lazily together")
+    propagation: Literal["none", "compensated"] = Field(
+        "none",
+        description="compensated: weights first make up for what earlier layers lost, as far as two halves of the "
+        "text agree (QEP, GPTAQ)",
+    )
     passes: int = Field(8, ge=1, description="quantease: visits to each column, fewer once nothing changes")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether weights make up for errors of earlier layers."""
+        return self.propagation == "compensated"
+
+    @model_validator(mode="after")
+    def _has_inputs(self) -> Self:
+        if self.compensates and self.method == "nearest":
+            raise ValueError("propagation: compensated looks at inputs as gptq and quantease do: choose one as method")
+        return self
 
 
 class Rounder(Protocol):

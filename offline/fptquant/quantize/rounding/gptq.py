@@ -11,6 +11,8 @@ from fptquant.format import per_column
 
 _IN_CACHE = 1 << 18  # entries of a block of columns
 _COPIED = 1 << 20  # entries of a Hessian copied at once
+_ATTEMPTS = 8  # to find a factor, each with ten times the damping
+_NO_FACTOR = "the Hessian of the calibration inputs has no Cholesky factor even when damped heavily"
 
 
 @torch.no_grad()
@@ -95,14 +97,29 @@ def _unit_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     step = max(1, _COPIED // size)
     factor = torch.empty(size, size, dtype=torch.float64, device=hessian.device).T  # as LAPACK wants it
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-    for attempt in range(8):
+    for attempt in range(_ATTEMPTS):
         for rows, part in zip(torch.split(factor.T, step), torch.split(order, step), strict=True):
             rows.copy_(hessian.index_select(0, part).index_select(1, order))
         _damp(factor, damping * 10.0**attempt)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place
         if not failed:
             return factor.div_(factor.diagonal().clone()).float()
-    raise ArithmeticError("the Hessian of the calibration inputs has no Cholesky factor even when damped heavily")
+    raise ArithmeticError(_NO_FACTOR)
+
+
+def factored(hessian: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of the damped Hessian, (K, K) float64; see `_unit_factor`.
+
+    Raises:
+        ArithmeticError: there is none.
+    """
+    for attempt in range(_ATTEMPTS):
+        factor = damped(hessian, damping * 10.0**attempt)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if not failed:
+            return factor
+    raise ArithmeticError(_NO_FACTOR)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""What a linear layer reads, and the second moments of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fptquant import parallel
+from fptquant.layers.inputs import LayerInputs, Stop
+from fptquant.layers.scratch import empty
+from fptquant.simulate import SimulatedLinear
+
+_TOKENS = 4096  # handled at once, where a copy is needed
+_COLUMNS = 512  # of a Hessian computed in one product
+
+
+def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
+    """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
+    sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
+    shape = (sum(sizes), linear.in_features)
+    seen = empty(shape, inputs.device)
+    parts = iter(torch.split(seen, sizes))
+
+    def observe(x: Tensor) -> None:
+        next(parts).copy_(x[:, inputs.first :].flatten(0, -2))
+        raise Stop
+
+    linear.observer = observe
+    inputs.run_until_stopped(layer)
+    linear.observer = None
+    return seen
+
+
+def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The Hessian of a layer's error: mean of x x^T, (K, K), over the inputs of all processes.
+
+    Args:
+        seen: (sequences * tokens, K) inputs.
+        importance: (sequences, tokens or more) weights; of more tokens than were seen, the last ones count.
+    """
+    return summed_squares(seen, token_importance(seen, importance)).div_(sum(parallel.sizes(len(seen))))
+
+
+def token_importance(seen: Tensor, importance: Tensor | None) -> Tensor | None:
+    """(sequences * tokens,) weights of the tokens of `seen`; arguments are those of `second_moment`."""
+    if importance is None:
+        return None
+    return importance[:, -(len(seen) // importance.shape[0]) :].reshape(-1)
+
+
+def summed_squares(seen: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Sum of x x^T, (K, K), over the inputs of all processes.
+
+    Summed up in place, and only on one side of the diagonal.
+
+    Args:
+        seen: (tokens, K) inputs.
+        importance: (tokens,) weights.
+    """
+    tokens, width = seen.shape
+    roots = None if importance is None else importance.sqrt()[:, None]
+    total = torch.zeros(width, width, dtype=seen.dtype, device=seen.device)
+    for first in range(0, tokens, _TOKENS):
+        part = seen[first : first + _TOKENS]
+        if roots is not None:
+            part = part * roots[first : first + _TOKENS]
+        for start in range(0, width, _COLUMNS):
+            end = min(start + _COLUMNS, width)
+            total[:end, start:end].addmm_(part[:, :end].T, part[:, start:end])
+    parallel.summed(total)
+    for start in range(0, width, _COLUMNS):
+        total[start : start + _COLUMNS, :start] = total[:start, start : start + _COLUMNS].T
+    return total

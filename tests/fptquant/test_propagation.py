@@ -1,0 +1,116 @@
+"""Weights that make up for what earlier layers lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fptquant.calibration import propagation
+from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.calibration.propagation import Deviation, compensated
+from fptquant.errors import FPTQuantError
+from fptquant.layers.constants import record_sink
+from fptquant.layers.inputs import first_inputs, through_layers
+from fptquant.recipe import Recipe
+from fptquant.run.models import transformed
+from fptquant.transforms import FPTQUANT
+from tests.fptquant.test_families import make_job, possible
+
+HIDDEN, OUT, TOKENS = 24, 10, 400
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+WEIGHT, SEEN = random(OUT, HIDDEN), random(TOKENS, HIDDEN)
+
+
+def lost(weight: Tensor, seen: Tensor, deviation: Deviation) -> float:
+    """Mean square of what is still missing with other weights."""
+    wanted = nn.functional.linear(seen + deviation.read, WEIGHT)
+    if deviation.residual is not None:
+        wanted = wanted + deviation.residual
+    return float((nn.functional.linear(seen, weight) - wanted).square().mean())
+
+
+def test_a_linear_error_is_made_up_for() -> None:
+    error = 0.1 * random(HIDDEN, HIDDEN + 1)[:, :HIDDEN]
+    added = 0.1 * random(OUT, HIDDEN)
+    deviation = Deviation(SEEN @ error.T, SEEN @ added.T)
+    found = compensated(WEIGHT, SEEN, deviation, 1e-6, TOKENS // 2)
+    torch.testing.assert_close(found, WEIGHT + WEIGHT @ error + added, atol=1e-4, rtol=0)
+    without = compensated(WEIGHT, SEEN, Deviation(deviation.read), 1e-6, TOKENS // 2)
+    torch.testing.assert_close(without, WEIGHT + WEIGHT @ error, atol=1e-4, rtol=0)
+
+
+def test_noise_is_left_alone() -> None:
+    """A least-squares fit takes up noise: of new tokens, more is lost than before."""
+    few = slice(0, 80)
+    noise = 0.3 * random(TOKENS, HIDDEN + 7)[:, :HIDDEN]
+    fitted, new = Deviation(noise[few]), Deviation(noise[80:])
+    found = compensated(WEIGHT, SEEN[few], fitted, 1e-6, 40)
+    hessian, cross = SEEN[few].T @ SEEN[few], (fitted.read @ WEIGHT.T).T @ SEEN[few]
+    plain = WEIGHT + torch.linalg.solve(hessian, cross.T).T
+    before = lost(WEIGHT, SEEN[80:], new)
+    assert lost(found, SEEN[80:], new) < 1.03 * before < 1.1 * before < lost(plain, SEEN[80:], new)
+
+
+def test_tokens_count_as_often_as_they_weigh() -> None:
+    deviation = Deviation(0.2 * random(TOKENS, HIDDEN + 2)[:, :HIDDEN] + 0.3 * SEEN)
+    weights = torch.ones(TOKENS)
+    weights[::5] = 2.0
+    twice = torch.arange(TOKENS).repeat_interleave(weights.long())
+    middle = int((twice < TOKENS // 2).sum())
+    found = compensated(WEIGHT, SEEN, deviation, 0.01, TOKENS // 2, weights)
+    expected = compensated(WEIGHT, SEEN[twice], Deviation(deviation.read[twice]), 0.01, middle)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, TOKENS // 2), atol=1e-3)
+
+
+@pytest.mark.parametrize("middle", [0, TOKENS])
+def test_one_sequence_is_nothing_to_try_it_on(middle: int) -> None:
+    deviation = Deviation(0.3 * SEEN)
+    assert compensated(WEIGHT, SEEN, deviation, 0.01, middle) is WEIGHT
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2_moe"])
+def test_less_is_lost_behind_all_layers(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the calibration text, of every kind of layer; what was changed is what is rounded."""
+    changes: list[float] = []
+    plain = propagation.compensated
+
+    def watched(weight: Tensor, *arguments: Any) -> Tensor:
+        found = plain(weight, *arguments)
+        changes.append(float((found - weight).norm() / weight.norm()))
+        return found
+
+    monkeypatch.setattr(propagation, "compensated", watched)
+    errors = []
+    for how in ("none", "compensated"):
+        rounding = {"method": "gptq", "propagation": how}
+        calibration = {"sequences": 12, "length": 64}
+        fields = {"transforms": possible(variant, FPTQUANT), "rounding": rounding, "calibration": calibration}
+        job = make_job(variant, tmp_path / how, precision="w4a8kv8", **fields)
+        model, original = transformed(job), transformed(job)
+        family = job.source.architecture
+        record_sink(model, family, job.windows)
+        list(calibrate_and_round(model, family, job.recipe, job.windows, original=original))
+        states = []
+        for each in (original, model):
+            inputs = first_inputs(each, family, job.windows)
+            list(through_layers(each, family, inputs))
+            states.append(torch.cat(inputs.hidden)[:, 1:])
+        errors.append(float((states[1] - states[0]).norm() / states[0].norm()))
+    assert errors[1] < 0.99 * errors[0]
+    assert changes
+    assert max(changes) > 0.001
+
+
+def test_nearest_rounding_has_no_inputs_to_look_at() -> None:
+    with pytest.raises(FPTQuantError, match="choose one as method"):
+        Recipe.parse({"rounding": {"method": "nearest", "propagation": "compensated"}})
