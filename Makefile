@@ -12,11 +12,11 @@ STAMP := $(VENV)/.setup-done
 
 CODE        := offline vllm_fptquant scripts benchmarks tests
 SHELL_FILES := scripts/install.sh .ci/run
-YAML_FILES  := docker/compose.yaml benchmarks/quick.yaml $(wildcard offline/fptquant/recipes/*.yaml)
+YAML_FILES  := mkdocs.yml docker/compose.yaml benchmarks/quick.yaml $(wildcard offline/fptquant/recipes/*.yaml)
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test newest image-check release-check bench results lint typecheck format clean
+.PHONY: help setup demo test newest image-check release-check bench results docs lint typecheck format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -48,6 +48,9 @@ bench: $(STAMP)  ## measure speed and memory against unquantized serving
 results: $(STAMP)  ## measure all methods and recipes against each other (hours, resumable)
 	$(BIN)/python benchmarks/results.py
 
+docs: $(STAMP)  ## build the pages of docs/ into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(STAMP)  ## ruff, shellcheck, yamllint, hadolint
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -63,5 +66,5 @@ format: $(STAMP)  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format $(CODE)
 
 clean:  ## remove what the targets above built, .venv included
-	rm -rf $(VENV) .venv-newest .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

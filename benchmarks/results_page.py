@@ -27,18 +27,22 @@ INTRODUCTION = """# Results
 
     make results
 
-SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serves equals the simulation, see
-accuracy.md). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
+Methods, recipes and parts of them against each other, in one pipeline. Other windows are other numbers: compare
+perplexities within this page only.
+
+SmolLM2-135M-Instruct (a dequantized GGUF), simulated in float32 (what vLLM serves equals the simulation:
+[verify](verify.md)). {windows} windows of 512 tokens, no special tokens; calibration and training on the shipped text
 only. Ranges are static and per tensor except where a row says dynamic; embedding in float32, head at 7-bit weights
 and 8-bit activations. "Left out" and "choices" train a third of the steps of `fptquant`, except where a row names
 another recipe. Rows calibrate on the same 16 sequences, but those "as shipped" on 64, `fptquant-best` on 128. KL: of
 the original's next-token distribution from the model's, nats per token. Agreement: share of tokens with the same
 most likely successor. Several seeds: each figure. Time and peak memory of `fptquant quantize` are as they came: two
-virtual cores of several machines, mostly beside other jobs, some with AVX-512 (log.md), a run that was stopped and
-continued from its continuation on; they tell minutes from hours, and methods apart only where the difference is large.
+virtual cores of several machines, mostly beside other jobs, some with AVX-512 ([log](log.md)), a run that was stopped
+and continued from its continuation on; they tell minutes from hours, and methods apart only where they differ much.
 `fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet. The
 rows of `fptquant` recipes are from before T_k started from keys (`T_k: {start: keys}`) and before stage 1 saw layers in
-turns, and were not measured again; those of "families" are from behind both.
+turns, and were not measured again; those of "families" are from behind both. Rows that are named after papers are our
+implementations of what those papers describe ([recipes](recipes.md)), not their authors' programs.
 """
 
 

@@ -17,12 +17,12 @@ class ClassifierMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """In floating point, and not silently random: checkpoints in this format are of language models."""
 
     def create_weights(self, layer: Module, *sizes: Any, **attributes: Any) -> None:
-        """As `UnquantizedLinearMethod.create_weights`."""
+        """Creates the weight as vLLM does, filled with NaN, so that one that was never loaded is noticed."""
         super().create_weights(layer, *sizes, **attributes)
         layer.get_parameter("weight").data.fill_(float("nan"))
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """As `UnquantizedLinearMethod.process_weights_after_loading`.
+        """Prepares the weight as vLLM does, once it is sure that it was loaded.
 
         Raises:
             FPTQuantError: nothing was loaded.

@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def torch_device() -> str:
-    """Where vLLM puts tensors."""
+    """Returns torch's name of the kind of device on which vLLM computes."""
     kind: str = current_platform.device_type
     return kind
 

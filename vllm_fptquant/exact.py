@@ -46,7 +46,7 @@ class ExactAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """As `CPUAttentionBackendImpl.forward`."""
+        """Computes attention in float64, sequence by sequence, and rounds once; arguments are the CPU backend's."""
         if attn_metadata is None:  # warming up
             return output
         starts = attn_metadata.query_start_loc.tolist()

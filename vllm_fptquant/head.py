@@ -26,7 +26,7 @@ class FPTQuantHeadMethod(FPTQuantLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """As `FPTQuantLinearMethod.create_weights`."""
+        """Creates the head's parameters as those of a linear layer, loaded by rows of the vocabulary."""
         rows = extra_weight_attrs.pop("weight_loader").__func__
 
         def load(layer: ParallelLMHead, param: Any, loaded: Tensor) -> None:

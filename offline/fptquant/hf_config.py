@@ -27,7 +27,7 @@ class QuantizedConfig:
 
     @classmethod
     def get_config_dict(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As the family's class; the config.json of a local directory is compared with its weights' binding.
+        """Reads config.json as the family's class does; a local directory's is compared with its weights' binding.
 
         Raises:
             FPTQuantError: names the field that was changed; or a weight file is truncated.
@@ -42,7 +42,7 @@ class QuantizedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the family's class.
+        """Builds the configuration as the family's class does, and says in one line what is wrong with it.
 
         Raises:
             FPTQuantError: a field is of a wrong type, or fields contradict each other; in one line.

@@ -39,7 +39,7 @@ class FPTQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.checkpoint = CheckpointConfig.parse({"quant_method": QUANT_METHOD, **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """The format's own fields."""
+        """Returns what config.json has as `quantization_config`."""
         return self.checkpoint.to_dict()
 
 

@@ -68,7 +68,7 @@ class Stages:
             self.advance(total)
 
     def begin(self, name: str) -> None:
-        """A stage starts."""
+        """Is told that a stage of this name starts."""
 
     def advance(self, total: int) -> None:
         """One of `total` steps of the current stage is done."""
@@ -80,4 +80,4 @@ class Stages:
         """Something to show beside the progress of the current stage."""
 
     def end(self, name: str) -> None:
-        """A stage is over."""
+        """Is told that a stage of this name is over."""

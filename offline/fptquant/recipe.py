@@ -76,7 +76,7 @@ class TrainingData(BaseModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of `compute_dtype`."""
+        """Returns torch's type for `compute_dtype`."""
         return torch.bfloat16 if self.compute_dtype == "bfloat16" else torch.float32
 
 
@@ -269,7 +269,7 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
 
 
 def _named(item: Any) -> Iterable[tuple[Any, Any]]:
-    """`T_k`, or `T_k: {...}`."""
+    """Names and options in one item of a list of transforms: `T_k`, or `T_k: {...}`."""
     return item.items() if isinstance(item, dict) else [(str(item), True)]
 
 

@@ -15,7 +15,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML's plain types; a key that is given twice is an error, where PyYAML takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.SafeLoader`."""
+        """Builds a mapping, and refuses a key that is given twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

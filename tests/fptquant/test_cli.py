@@ -845,25 +845,6 @@ def test_defaults_are_in_the_help() -> None:
             assert option.required or flag or said or option.name == "help", (name, option.name)
 
 
-def test_commands_in_the_docs() -> None:
-    """Commands and options that the documentation names exist; what comes behind `#` is no command."""
-    root = Path(__file__).parents[2]
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    known = {
-        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()
-    }
-    seen = set()
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        for name, rest in re.findall(
-            r"(?:^\s*|`|\$ |-m )fptquant (\w[\w-]*)([^`\n#]*)", page.read_text(), re.MULTILINE
-        ):
-            if name in known:
-                seen.add(name)
-                options = {word.partition("=")[0] for word in rest.split() if re.fullmatch(r"-\w|--[a-z][\w=-]*", word)}
-                assert name == "serve" or options <= known[name], (page.name, name, options - known[name])
-    assert seen >= known.keys() - {"sensitivity"}
-
-
 def test_colours() -> None:
     command = [sys.executable, "-m", "fptquant", "recipes", "fptquan"]
     for no_color in ({}, {"NO_COLOR": "1"}):

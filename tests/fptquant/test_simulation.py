@@ -50,7 +50,7 @@ def test_online_transforms_preserve_the_function(
 
 
 def threaded_llama(model: LlamaForCausalLM, tokens: Tensor, quantized: bool) -> Tensor:
-    """Llama in float64 with a residual stream that every norm rescales (method.md, end of section 7).
+    """Llama in float64 with a residual stream that every norm rescales (method.md 7, form A).
 
     `x` is the scaled stream, `S` the running scale per token; eps is scaled by S^2, biases of o_proj and down_proj
     by S. Norms have no gain. Reads the weights of a simulation with S_n on, quantized or not.

@@ -95,7 +95,7 @@ def random_transforms(names: list[str], model: LlamaForCausalLM, seed: int = 0) 
     return transforms
 
 
-# -- function preserved: T1 and T2 of method.md --
+# -- function preserved: T1 and T2 of method.md 7 --
 
 
 @pytest.mark.parametrize("kind", MODELS)

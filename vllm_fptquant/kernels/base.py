@@ -105,7 +105,7 @@ def run_outputs(
 
 
 def holds_zero_point(activations: ActivationScheme) -> bool:
-    """See `LinearWeights.codes_hold_zero_point`."""
+    """Whether int8 codes of these activations are `q`, because `q - z` needs more than a byte: asymmetric 8 bits."""
     return activations.bits == 8 and not activations.symmetric
 
 
@@ -186,7 +186,7 @@ class GpuKernel(torch.nn.Module, Kernel):
 
     @classmethod
     def can_implement(cls, spec: LinearSpec) -> str | None:
-        """See `Kernel.can_implement`."""
+        """Says why it can't compute a layer on this GPU: device, type, missing operators, or its own `refusal`."""
         if spec.device != "cuda" or spec.capability is None:
             return f"runs on NVIDIA GPUs, not on '{spec.device}'"
         if spec.dtype not in (torch.float16, torch.bfloat16):

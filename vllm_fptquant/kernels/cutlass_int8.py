@@ -43,7 +43,7 @@ class CutlassInt8Kernel(GpuKernel):
             self.register_buffer("correction", correction, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
-        """See `GpuKernel.forward`."""
+        """Multiplies int8 codes (M, K) by the weight in a CUTLASS operator, scaled and rounded to 16 bits."""
         operands = {
             "a": codes,
             "b": self.weight.t(),

@@ -190,7 +190,7 @@ class ExpertKernel(Marlin):
     operators = ("gptq_marlin_repack", "_moe_C::moe_align_block_size", "_moe_C::moe_wna16_marlin_gemm")
 
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
-        """See `GpuKernel`; a zero point becomes columns of the weights.
+        """Packs one expert's weights; a zero point of 8 bits becomes further columns of them.
 
         Raises:
             FPTQuantError: see `zero_point_columns`, `Marlin`.
@@ -203,7 +203,7 @@ class ExpertKernel(Marlin):
         self.register_buffer("constant", constant, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
-        """See `GpuKernel.forward`: all rows go through this expert."""
+        """Multiplies all rows of `codes` (M, K) by this expert's weight alone."""
         routed = sort_rows(torch.zeros((len(codes), 1), dtype=torch.int32, device=codes.device), 1)
         return self.multiply(codes, row_scale, self.weight[None], self.weight_scale[None], routed, 1)
 

@@ -57,7 +57,7 @@ class FbgemmKernel(CpuKernel):
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
     def matmul(self, codes: Tensor) -> Tensor:
-        """See `CpuKernel.matmul`."""
+        """Multiplies codes (M, K) in FBGEMM: exact integer sums, scaled to float32 (M, N)."""
         output: Tensor = MULTIPLY(codes, 1.0, self.zero_point, self.packed)
         return output
 

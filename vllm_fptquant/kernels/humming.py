@@ -87,7 +87,7 @@ class Humming(GpuKernel):
         self.register_buffer("channel_scale", weights.weight_scale * 2.0**exponent, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
-        """See `GpuKernel.forward`."""
+        """Takes Humming's integer sums of codes (M, K) in float16, and scales them in float32 to (M, N)."""
         assert row_scale is not None  # its activations are quantized
         sums = torch.ops.fptquant.humming(
             self.packed(codes), self.weight, self.unit, self.shift, self.config, self.out_features

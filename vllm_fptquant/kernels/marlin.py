@@ -46,7 +46,7 @@ class Marlin(GpuKernel):
         self.register_buffer("weight_scale", permuted, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
-        """See `GpuKernel.forward`."""
+        """Multiplies codes or 16-bit inputs (M, K) by the packed weight in vLLM's Marlin operator; (M, N)."""
         output: Tensor = torch.ops.vllm.marlin_gemm(
             a=codes if self.padded_k == codes.shape[-1] else pad(codes, (0, self.padded_k - codes.shape[-1])),
             b_q_weight=self.weight,
@@ -107,7 +107,7 @@ class MarlinKernel(Marlin):
 
 
 def turing_refusal(spec: LinearSpec, capability: int) -> str | None:
-    """Turing has no bfloat16."""
+    """Says why a GPU is too old, or needs float16, since Turing has no bfloat16; None where it can."""
     if capability < 75:
         return "needs compute capability 7.5"
     if capability < 80 and spec.dtype != torch.float16:

@@ -19,7 +19,7 @@ class ReferenceKernel(CpuKernel):
 
     @classmethod
     def can_implement(cls, spec: LinearSpec) -> str | None:
-        """Everything, on CPUs."""
+        """Refuses other devices than CPUs; there it computes every layer."""
         if spec.device != "cpu":
             return f"runs on CPUs, not on '{spec.device}'"
         return None
@@ -36,5 +36,5 @@ class ReferenceKernel(CpuKernel):
         self.codes = weights.codes.to(dtype)
 
     def matmul(self, codes: Tensor) -> Tensor:
-        """See `CpuKernel.matmul`."""
+        """Multiplies codes (M, K) by the format's own arithmetic; float32 (M, N)."""
         return quantized_linear(codes.to(self.codes.dtype), self.codes, self.output_scale)

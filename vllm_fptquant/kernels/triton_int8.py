@@ -30,7 +30,7 @@ class TritonInt8Kernel(GpuKernel):
         self.register_buffer("weight_scale", weights.weight_scale, persistent=False)
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
-        """See `GpuKernel.forward`."""
+        """Multiplies int8 codes (M, K) by the weight, scaled and rounded to 16 bits, in vLLM's Triton kernel."""
         output: Tensor = torch.ops.fptquant.triton_int8(codes, self.weight, row_scale, self.weight_scale, self.dtype)
         return output
 

@@ -27,7 +27,7 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
     """Attention whose output projection is scaled; its queries and keys are normed where the family's are."""
 
     def __init__(self, **arguments: Any) -> None:
-        """Takes `LlamaAttention`'s arguments."""
+        """Makes vLLM's Llama attention, and adds what the family has: norms over heads, factors, bounds of scores."""
         super().__init__(**arguments)
         self.o_proj.skip_bias_add = True
         config = arguments["config"]
@@ -61,7 +61,7 @@ class DecoderAttention(LlamaAttention):  # type: ignore[misc]
     def forward(
         self, positions: Tensor, hidden_states: Tensor, scale: Tensor | None, sink: SinkMasks | None = None
     ) -> Tensor:
-        """As `LlamaAttention.forward`.
+        """Computes the attention's output (T, hidden), over the constants of the first token where there are any.
 
         Args:
             positions: (T,).

@@ -79,7 +79,7 @@ class DecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, sink: SinkMasks | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `LlamaDecoderLayer.forward`, with where the first token is."""
+        """Takes hidden states and residual (T, hidden) through attention and MLP, each scaled by S where S_n is on."""
         if not self.residual_scaled:
             before_attention, before_mlp = (self.get_submodule(name) for name in self.norms_before)
             if residual is None:
@@ -142,7 +142,7 @@ class DecoderModel(LlamaModel):  # type: ignore[misc]
             self.make_empty_intermediate_tensors = make_empty
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """As `LlamaModel.embed_input_ids`, times sqrt(hidden) where the family's is."""
+        """Embeds ids (T,), times sqrt(hidden) in families that scale their embedding."""
         embedded: Tensor = super().embed_input_ids(input_ids)
         return embedded * self.fptquant_embedding_scale if self.scales_embedding else embedded
 
@@ -153,7 +153,7 @@ class DecoderModel(LlamaModel):  # type: ignore[misc]
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
     ) -> Any:
-        """As `LlamaModel.forward`."""
+        """Runs the layers of this rank, and puts the constant final hidden state where the first token is known."""
         sink = self._first_tokens(input_ids, positions, intermediate_tensors)
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, sink=sink)
         if isinstance(output, IntermediateTensors):
@@ -215,7 +215,7 @@ class FPTQuantForCausalLM(ReloadGuard, LlamaForCausalLM):  # type: ignore[misc]
         return DecoderModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As `LlamaForCausalLM.load_weights`; into a running model, any part of a checkpoint in vLLM's reload.
+        """Loads a checkpoint, into a running model any part of one, and returns the names of what was loaded.
 
         Raises:
             FPTQuantError: a tensor is missing, altered, of another checkpoint, or not finite; a norm before a scaled

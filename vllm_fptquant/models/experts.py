@@ -88,7 +88,7 @@ class DecoderExperts(Module):
             self.register_buffer("fptquant_handle", _registered(self), persistent=False)
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """As `DecoderMLP.forward`.
+        """Routes each token to its experts and adds up what they put out, the shared one's included.
 
         Args:
             x: (T, hidden); with S, still to be multiplied by it.
@@ -111,7 +111,7 @@ class DecoderExperts(Module):
         return result
 
     def together(self, x: Tensor, scale: Tensor | None, weights: Tensor, chosen: Tensor) -> Tensor:
-        """As `mixed`, on GPUs; with S, `x` is still to be multiplied by it.
+        """Computes what `mixed` does, on GPUs, all experts in one launch; with S, `x` is still to be multiplied by it.
 
         What experts put out is rounded to 16 bits before it is weighted, and added up by rank, not by number.
         """

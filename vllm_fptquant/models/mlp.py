@@ -34,7 +34,7 @@ class DecoderMLP(LlamaMLP):  # type: ignore[misc]
         mlp.activate, mlp.act_fn = ACTIVATIONS[getattr(config, family.activation_name)]()
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """As `LlamaMLP.forward`, with S (T, 1) or None; with S, `x` is still to be multiplied by it."""
+        """Computes the MLP of `x` (T, hidden); with S (T, 1), `x` is still to be multiplied by it."""
         gate_up, _ = project(self.gate_up_proj, x, scale)
         x = self.activated(gate_up)
         return scaled_projection(self.down_proj, x, scale)

@@ -94,7 +94,7 @@ class _Recorder:
 
     @contextmanager
     def of_head(self, head: nn.Module) -> Iterator[None]:
-        """Watches the head."""
+        """Records the squared gradients at the head's output for as long as the context lasts."""
         with self._watching():
             self._watch(self._architecture.head, [head], None)
             yield

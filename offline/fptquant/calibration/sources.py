@@ -110,7 +110,7 @@ def _dataset_rows(options: CalibrationOptions, path: str, kind: str | None, seed
 
 
 def _load(options: CalibrationOptions, path: str, kind: str | None) -> Any:
-    """A `datasets.Dataset`."""
+    """Opens a file, a saved data set or one of the hub as a `datasets.Dataset`."""
     import datasets
 
     arguments: dict[str, Any] = {"path": path, "name": options.config}

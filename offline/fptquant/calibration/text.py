@@ -109,7 +109,7 @@ def _draw(
     *,
     at_most: bool,
 ) -> _Draw:
-    """See `calibration_windows`."""
+    """Reads a source up to what is needed and draws where its windows start; arguments as `calibration_windows`."""
     prefix = leading_tokens(tokenizer) if options.special_tokens else []
     if sink is not None and prefix[:1] != [sink]:
         prefix = [sink]

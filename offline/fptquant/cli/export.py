@@ -12,9 +12,10 @@ import typer
 from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Checkpoint, Device, require_checkpoint
-from fptquant.console import RichStages, err, facts, info, megabytes, out
+from fptquant.console import RichStages, err, facts, info, out
 from fptquant.errors import FPTQuantError
 from fptquant.run.publication import Publication
+from fptquant.units import megabytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,7 +34,7 @@ class DynamicLinear(SimulatedLinear):
     """A layer with a range of its own for each token of its input."""
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `SimulatedLinear`; scales are (..., 1)."""
+        """Quantizes each token at a range of its own: codes of the shape of `x`, and scales (..., 1)."""
         assert self.scheme is not None
         scheme = self.scheme.activations
         scale, zero_point = token_range(x.float(), scheme.bits, scheme.symmetric)
@@ -50,11 +50,11 @@ class DynamicKV(KVQuantizer):
         self.sides = quantizer.sides
 
     def scale(self, attention: nn.Module, key: str) -> Tensor:
-        """One."""
+        """Returns ones, as `codes` are multiplied by their scales already."""
         return torch.ones(1, 1, 1, device=attention.get_buffer(f"{key}_scale").device)
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
-        """Fake-quantized `states`."""
+        """Quantizes and dequantizes `states`, each token and head at a range of its own."""
         if key not in self.sides:
             return states
         scale, zero_point = token_range(states, self.scheme.bits, self.scheme.symmetric)

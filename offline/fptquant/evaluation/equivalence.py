@@ -33,7 +33,7 @@ EXACT_TOLERANCE = 1e-3  # of log probabilities; one integer code that differs sh
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
+    """What a comparison measured, the limit it is held to, and whether it is within."""
 
     name: str
     measured: str

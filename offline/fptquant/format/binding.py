@@ -59,7 +59,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """`checksum` of each tensor."""
+    """Computes the `checksum` of each tensor, by its name."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 

@@ -93,7 +93,7 @@ class WeightScheme(Strict):
 
     @property
     def label(self) -> str:
-        """`w4`, or `w4g64`."""
+        """Names the scheme for users to read: `w4`, or `w4g64` with groups."""
         return f"w{self.bits}" + ("" if self.group_size is None else f"g{self.group_size}")
 
     def row_bytes(self, in_features: int) -> int:
@@ -191,7 +191,7 @@ class Override(Strict):
 
 
 class CheckpointConfig(Strict):
-    """The whole `quantization_config`."""
+    """The `quantization_config` of config.json: what is quantized how, and what runs online."""
 
     quant_method: Literal["fptquant"] = "fptquant"
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION

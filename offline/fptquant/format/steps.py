@@ -108,7 +108,7 @@ class Hadamard(InputStep):
     homogeneous = True
 
     def bind(self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool) -> Callable[[Tensor], Tensor]:
-        """See `InputStep`."""
+        """Makes the product with the two Kronecker factors, in float64 if `exact`, of what `InputStep.bind` takes."""
         left, right = hadamard_factors(self.block, torch.float64 if exact else torch.float32)
         return partial(block_hadamard, left=left.to(device), right=right.to(device))
 
@@ -195,7 +195,7 @@ class OutputStep(Step, ABC):
     def bind(
         self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `InputStep.bind`.
+        """Makes its reference computation, differentiable, of what `InputStep.bind` takes.
 
         Returns:
             Function of y (..., N) and x (..., K), the input behind all input steps, that gives (..., N).
@@ -204,7 +204,7 @@ class OutputStep(Step, ABC):
 
 @dataclass(frozen=True)
 class Undo(Step):
-    """y / S."""
+    """Divides every row of the product by its S, which undoes RowScale."""
 
     @staticmethod
     def apply(y: Tensor, scale: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Arrangement:
         return self.product, *(() if self.quantize is None else (self.quantize,)), *self.inputs, *self.outputs
 
     def tensors(self, in_features: int, out_features: int) -> dict[str, StepTensor]:
-        """See `Step.tensors`; of all steps, by name."""
+        """Collects what the checkpoint holds of all steps (`Step.tensors`), by the tensor's name."""
         return {tensor.name: tensor for step in self.steps for tensor in step.tensors(in_features, out_features)}
 
     def shared_tensors(self, in_features: int, out_features: int) -> tuple[str, ...]:

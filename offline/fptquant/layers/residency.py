@@ -103,7 +103,7 @@ def refill(module: nn.Module, fill: Fill) -> None:
 
 
 def fill_of(module: nn.Module) -> Fill:
-    """What fills a part."""
+    """Returns the function that fills a part when it is entered."""
     part = _part(module)
     assert part is not None, "no part"
     return part.fill

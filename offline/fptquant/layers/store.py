@@ -23,7 +23,7 @@ class LayerStore(Protocol):
         """Tensors and facts, None when there are none."""
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps `tensors`."""
+        """Keeps the tensors of a finished part, by the part's name."""
 
 
 @contextmanager

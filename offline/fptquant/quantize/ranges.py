@@ -62,7 +62,7 @@ def search_range(values: Tensor, bits: int, symmetric: bool, options: RangeOptio
 
 @torch.no_grad()
 def search_input_range(values: Tensor, bits: int, symmetric: bool, options: InputRangeOptions) -> tuple[Tensor, Tensor]:
-    """As `search_range`, of (tokens, K) without the few tokens that hold the largest absolute values.
+    """Searches the range of inputs (tokens, K), leaving out the few tokens that hold the largest absolute values.
 
     In some texts a token other than the first has a massive activation. A few in 30,000 are enough for squared errors
     to widen the range until the codes of all others are the same.
@@ -125,7 +125,7 @@ class _Observed:
         return sum(run.size for run in self.runs)
 
     def all(self) -> Tensor:
-        """All of them, (n,)."""
+        """Joins the values of all processes in their order, (n,)."""
         sizes = [[run.size for run in self.runs if run.process == process] for process in range(parallel.ranks()[1])]
         found = torch.split(parallel.joined(self._own()), [sum(part) for part in sizes])
         parts = [iter(torch.split(values, part)) for values, part in zip(found, sizes, strict=True)]
@@ -177,7 +177,7 @@ def _beyond(values: Tensor, threshold: Tensor, largest: bool) -> Tensor:
 
 
 def _search(values: _Observed, bits: int, symmetric: bool, options: RangeOptions) -> tuple[Tensor, Tensor]:
-    """`search_range` by whichever method."""
+    """Finds scale and zero point of observed values by the method that the options name."""
     low, high = values.low.clamp(max=0.0), values.high.clamp(min=0.0)
     if options.method == "percentile":
         count = len(values)

@@ -42,7 +42,7 @@ scores are bounded (Gemma 2), transformers' `sdpa` leaves the bound out; here it
 A first token can be constant where every layer attends to it for as long as a sequence goes on: not where
 `sliding_window` is smaller than `max_position_embeddings`, nor where RoPE scales keys (yarn, longrope with a factor).
 
-To add a family see [CONTRIBUTING](../CONTRIBUTING.md).
+To add a family see `CONTRIBUTING.md`.
 """
 
 

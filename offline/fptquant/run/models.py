@@ -37,12 +37,12 @@ def transformed(job: Job, residency: Residency | None = None) -> PreTrainedModel
 
 
 def folded_and_transformed(job: Job) -> PreTrainedModel:
-    """As `transformed`, with weights that are those of `folded`, merged: what a student's weights are. Streamed."""
+    """Builds `transformed` in two steps, folding and then merging, as a student's weights are made; streamed."""
     return _merged(job, "streamed", [nothing(job), job.transforms], simulated=True)
 
 
 def nothing(job: Job) -> TransformSet:
-    """No transforms."""
+    """Returns a set of no transforms, with which merging only folds the norms."""
     return TransformSet({}, job.source.architecture.shape(job.source.config), 0)
 
 

@@ -42,7 +42,7 @@ class Sizes:
 
     @classmethod
     def of(cls, job: Job) -> Sizes:
-        """Of a job's model."""
+        """Counts the weights of a job's model."""
         shape = job.source.architecture.shape(job.source.config)
         sizes = [rows * columns for rows, columns in linear_sizes(job.source).values()]
         experts = shape.expert_width * shape.hidden * 2 * shape.experts
@@ -100,7 +100,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     adaptive = recipe.rounding.hessian == "output"
 
     def trained(length: int, layers: int) -> int:
-        """Activations that autograd keeps."""
+        """Counts the bytes of activations that autograd keeps of so many layers and tokens."""
         return _FLOAT32 * length * (12 * shape.hidden + 6 * shape.active_width + shape.heads * length) * layers
 
     length, kept = recipe.training.length, 1 if streamed else shape.layers

@@ -17,7 +17,7 @@ class ShardWriter:
     """Collects tensors, and writes a file whenever the next one would make it too large."""
 
     def __init__(self, directory: Path) -> None:
-        """Writes into `directory`."""
+        """Starts without a file; tensors are collected until a file of `directory` is full."""
         self._directory = directory
         self._pending: dict[str, Tensor] = {}
         self._size = self._total = 0

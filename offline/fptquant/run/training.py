@@ -56,7 +56,7 @@ class MetricsFile:
                 file.write_bytes(whole + end)
 
     def __call__(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Appends one line."""
+        """Appends the values of a step of a stage as a line of JSON; of several processes, only the first does."""
         if not parallel.is_main():
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class MetricsFile:
             stream.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All steps, each once."""
+        """Reads all steps, each once: one that was repeated after an interruption counts as it was last."""
         if not self.file.is_file():
             return []
         found: dict[tuple[str, int], dict[str, Any]] = {}

@@ -41,7 +41,7 @@ WIDE_WEIGHTS = WeightScheme(bits=7)
 
 @dataclass(frozen=True)
 class Effect:
-    """What quantizing something does."""
+    """What quantizing a site does to the model's predictions."""
 
     kl: float  # mean KL divergence from the unquantized model's predictions, in nats per token
     perplexity: float

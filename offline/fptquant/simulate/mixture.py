@@ -42,7 +42,7 @@ class SparseMLP(nn.Module):
         return found
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `fptquant.format.routing.route`; `x` (tokens, hidden)."""
+        """Weights and numbers (tokens, count) of the experts that each row of `x` (tokens, hidden) goes through."""
         return route(self._read(self.gate, x), self.count, self.renormalize)
 
     def shared_weight(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class GatedMLP(nn.Module):
     """An MLP without biases; an expert is one."""
 
     def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, act_fn: nn.Module) -> None:
-        """Takes its projections."""
+        """Takes the three projections and the activation behind the gate."""
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
 

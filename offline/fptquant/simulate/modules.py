@@ -154,7 +154,7 @@ class SimulatedDecoderLayer(SimulatedModule):
     residual_eps: float | None = None  # of S_n, None without
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """As the family's; the other arguments are the attention's."""
+        """Takes the residual (batch, tokens, hidden) through attention and MLP; other arguments go to the attention."""
         return self.behind_attention(self.attended(hidden_states, **kwargs))
 
     def attended(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:

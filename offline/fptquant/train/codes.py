@@ -29,7 +29,7 @@ Record = Callable[[int, dict[str, float]], None]
 
 
 class CodeOptions(BaseModel):
-    """Settings of training codes."""
+    """Settings of the stage that trains codes, scales and ranges of each rounded layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -79,7 +79,7 @@ class StaticQuantizer(nn.Module):
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized `x`."""
+        """Quantizes and dequantizes `x` at the present scale and zero point, with gradients for both."""
         scale = self.log_scale.exp()
         zero_point = torch.zeros_like(scale)
         if self.zero_point is not None:

@@ -26,7 +26,7 @@ ROWS = 1 << 12  # of the embedding and of the head that a step sees
 
 
 class LocalOptions(BaseModel):
-    """Settings of stage 1."""
+    """Settings of stage 1, which trains transforms on the weights alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -56,7 +56,7 @@ class Optimization:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by name."""
+        """Returns all parameters that are trained, by group and name."""
         return {f"{group}/{name}": p for group, (_, named) in self.groups.items() for name, p in named.items()}
 
     def rate(self) -> float:
@@ -101,7 +101,7 @@ class Optimization:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continues from `state`."""
+        """Puts parameters, moments and step back to what `state` returned."""
         self.step = int(tensors["step"])
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])

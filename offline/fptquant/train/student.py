@@ -129,11 +129,11 @@ class TrainedKV(KVQuantizer):
             self.quantizers[key] = StaticQuantizer(scale, zero_point, self.scheme.bits, estimator)
 
     def scale(self, attention: nn.Module, key: str) -> Tensor:
-        """One."""
+        """Returns ones, as `codes` are multiplied by their scales already."""
         return torch.ones(1, 1, 1, device=self.quantizers[key].get_parameter("log_scale").device)
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
-        """Fake-quantized `states`."""
+        """Quantizes and dequantizes `states` with gradients for scale and zero point."""
         values: Tensor = self.quantizers[key](states)
         return values
 

@@ -67,7 +67,7 @@ class IntegerWeight(StudentWeight):
         self.log_scale = nn.Parameter(linear.weight_scale.log())
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `StudentWeight`; W is not formed."""
+        """Multiplies by the integers first and by the scales of channels afterwards, so that W is never formed."""
         product: Tensor = _IntegerProduct.apply(x.to(self.compute_dtype), self.codes)  # type: ignore[no-untyped-call]
         return product.to(x.dtype) * self.log_scale.exp().flatten(), self.bias
 
@@ -107,7 +107,7 @@ class FreeWeight(StudentWeight):
         return torch.round(self.position.detach()).clamp(self.low, self.high) * self._columns
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `StudentWeight`."""
+        """Multiplies by rounded positions, through which gradients pass straight, and by the scales of channels."""
         codes = straight_through_round(self.position.clamp(self.low, self.high)) * self._columns
         return self._times(x, codes) * self.log_scale.exp().flatten(), self.bias
 
@@ -146,13 +146,13 @@ class TransformedWeight(FloatWeight):
         return self.transforms[0].inputs(self.place, x, transposed=True)
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `StudentWeight`."""
+        """Applies the transforms to the product with the frozen weight, and to the bias."""
         transforms = self.transforms[0]
         y = transforms.outputs(self.place, self._times(x, self.weight))
         return y, None if self.bias is None else transforms.outputs(self.place, self.bias)
 
     def exact(self, x: Tensor) -> Tensor:
-        """See `FloatWeight`."""
+        """Computes the merged layer's output by transforms around the frozen weight."""
         y, bias = self.product(self.restored(x))
         return y if bias is None else y + bias
 
@@ -185,7 +185,7 @@ class MergedWeight(FloatWeight):
         return merged
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `StudentWeight`."""
+        """Multiplies by the merged weight, rounded to nearest at its trained clipping."""
         weight, bias = self.merged()
         scale = channel_scale(weight, self.log_clip, self.bits)[..., None]
         bounds = code_bounds(torch.zeros((), device=weight.device), self.bits)
@@ -193,5 +193,5 @@ class MergedWeight(FloatWeight):
         return self._times(x, fake_quantize(groups, scale, *bounds, self.estimator).flatten(1)), bias
 
     def exact(self, x: Tensor) -> Tensor:
-        """See `FloatWeight`."""
+        """Multiplies by the merged weight, not quantized."""
         return nn.functional.linear(x, *self.merged())

@@ -62,14 +62,14 @@ class TransformSet(nn.Module):
                 self.transforms[name] = transform.form(shape)(shape, options[name], generator)
 
     def inputs(self, place: Place, values: Tensor, *, transposed: bool = False) -> Tensor:
-        """See `Transform.inputs`; all transforms together."""
+        """Applies each transform's `inputs` in turn, last to first if `transposed`: `values` (..., in) C or C^T."""
         transforms = list(self)
         for transform in reversed(transforms) if transposed else transforms:
             values = transform.inputs(place, values, transposed=transposed)
         return values
 
     def outputs(self, place: Place, values: Tensor) -> Tensor:
-        """See `Transform.outputs`; all transforms together."""
+        """Applies each transform's `outputs` in turn: L `values`, for each vector of (..., out)."""
         for transform in self:
             values = transform.outputs(place, values)
         return values
@@ -81,16 +81,16 @@ class TransformSet(nn.Module):
         return weight, bias
 
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
-        """See `Transform.gain`; all transforms together."""
+        """Multiplies the gains (hidden,) that transforms want of the norm in front of `place`; None for one."""
         return _product([transform.gain(place, dtype) for transform in self])
 
     def head_gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
-        """See `Transform.head_gain`; all transforms together."""
+        """Multiplies the factors (head_dim,) that transforms want of the norm over heads at `place`; None for one."""
         return _product([transform.head_gain(place, dtype) for transform in self])
 
     @contextmanager
     def reused(self, dtype: torch.dtype) -> Iterator[None]:
-        """See `Transform.reused`."""
+        """Lets each transform compute what doesn't depend on the layer once within the context (`Transform.reused`)."""
         with ExitStack() as stack:
             for transform in self:
                 stack.enter_context(transform.reused(dtype))

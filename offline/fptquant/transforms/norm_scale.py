@@ -48,12 +48,12 @@ class NormScale(Transform):
         return values * self.log_scale[place.layer, _NORMS[place.role]].to(values.dtype).exp()
 
     def gain(self, place: Place, dtype: torch.dtype) -> Tensor | None:
-        """1 / s."""
+        """Returns 1 / s, by which the norm's gain is multiplied."""
         return torch.exp(-self.log_scale[place.layer, _NORMS[place.role]].to(dtype))
 
     @property
     def start_is_measured(self) -> bool:
-        """Where alpha says how."""
+        """Whether the start is taken from activations, which is so where `alpha` is given."""
         return self.options.alpha is not None
 
     def seen_in_weights(self) -> dict[str, nn.Parameter]:

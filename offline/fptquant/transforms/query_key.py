@@ -19,7 +19,7 @@ _MAX_CONDITION = 100.0  # of a matrix in a layer without RoPE
 
 
 class QueryKeyOptions(TransformOptions):
-    """What T_k may do."""
+    """What T_k may train, and where its scales start."""
 
     only: Literal["scale"] | None = Field(None, description="scale: the angles stay zero")
     start: Literal["identity", "keys"] = Field(
@@ -45,7 +45,7 @@ class KeyScale(Transform):
 
     @property
     def start_is_measured(self) -> bool:
-        """Where the options say so."""
+        """Whether scales start from keys on the calibration text, which is so with `start: keys`."""
         return self.options.start == "keys"
 
     def seen_in_weights(self) -> dict[str, nn.Parameter]:

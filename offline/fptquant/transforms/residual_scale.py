@@ -22,5 +22,5 @@ class ResidualScale(Transform):
         return "blocks end in norms, to which S makes no difference" if architecture.post_norms else None
 
     def online(self) -> dict[str, Any]:
-        """On."""
+        """Switches the residual scale on in the checkpoint's record of transforms."""
         return {"residual_scale": True}

@@ -149,7 +149,7 @@ class Architecture:
         return tuple(projection for group in self.groups for projection in group.members)
 
     def shape(self, config: PretrainedConfig) -> Shape:
-        """Sizes from a configuration."""
+        """Reads the sizes that transforms need from a configuration."""
         heads, mixture = config.num_attention_heads, self.mixture
         experts = mixture and {
             "experts": getattr(config, mixture.experts),
