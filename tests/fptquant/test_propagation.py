@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fptquant.calibration import propagation
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.propagation import Deviation, compensated, halves
-from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.recipe import Recipe
@@ -113,6 +112,8 @@ def test_less_is_lost_behind_all_layers(variant: str, tmp_path: Path, monkeypatc
     assert max(changes) > 0.001
 
 
-def test_nearest_rounding_has_no_inputs_to_look_at() -> None:
-    with pytest.raises(FPTQuantError, match="choose one as method"):
-        Recipe.parse({"rounding": {"method": "nearest", "propagation": "compensated"}})
+def test_rounding_to_nearest_looks_at_no_inputs() -> None:
+    """As `--rounding nearest` makes it of a recipe that compensates."""
+    recipe = Recipe.load("fptquant-light")
+    assert recipe.rounding.compensates
+    assert not recipe.changed(rounding={"method": "nearest"}).rounding.compensates

@@ -1,6 +1,7 @@
 """Recipes: what is shipped, what is refused and how it is said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +26,8 @@ def test_the_default_recipe_has_everything() -> None:
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
     assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
-    untrained = {"description": "", "name": "fptquant", "local": {"steps": 0}, "transforms": list(FPTQUANT)}
+    untrained: dict[str, Any] = {"description": "", "name": "fptquant", "local": {"steps": 0}}
+    untrained |= {"transforms": list(FPTQUANT), "rounding": {"propagation": "none"}}
     assert light.changed(**untrained) == Recipe()  # a recipe without fields trains and measures nothing
     assert list(recipe.transforms) == list(FPTQUANT) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fptquant.quantize.rounding.gptq import round_gptq
@@ -34,14 +34,8 @@ class RoundingOptions(BaseModel):
 
     @property
     def compensates(self) -> bool:
-        """Whether weights make up for errors of earlier layers."""
-        return self.propagation == "compensated"
-
-    @model_validator(mode="after")
-    def _has_inputs(self) -> Self:
-        if self.compensates and self.method == "nearest":
-            raise ValueError("propagation: compensated looks at inputs as gptq and quantease do: choose one as method")
-        return self
+        """Whether weights make up for errors of earlier layers; not where they are rounded without a look at inputs."""
+        return self.propagation == "compensated" and self.method != "nearest"
 
 
 class Rounder(Protocol):
