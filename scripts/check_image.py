@@ -20,9 +20,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from dockerfile import Image, image, read
 
@@ -50,10 +51,13 @@ def main() -> None:
     """Makes the root file system and everything in it; the first thing that goes wrong ends it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="work here, and keep what was built (default: a temporary one)")
-    parser.add_argument("--inside", choices=INSIDE, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.inside == "build":
+        build(options.folder)
+        return
     if options.inside:
-        INSIDE[options.inside](options.folder)
+        CONTAINERS[options.inside](options.folder, image(read(DOCKERFILE)))
         return
     if os.geteuid() or not shutil.which("debootstrap"):
         sys.exit("check_image.py: needs root and debootstrap (`apt-get install debootstrap`)")
@@ -68,7 +72,8 @@ def main() -> None:
             enter("build", folder, network=True)
             (folder / "built").touch()
         make_model(folder)
-        enter("use", folder, network=False)
+        for container in CONTAINERS:
+            enter(container, folder, network=False)
     print(f"passed after {time.monotonic() - started:.0f} s")
 
 
@@ -77,7 +82,7 @@ def step(text: str) -> None:
     print(f"==> {text}", flush=True)
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     """Ends the check."""
     sys.exit(f"check_image.py: failed: {text}")
 
@@ -137,12 +142,6 @@ def bind(source: Path, target: Path, *, writable: bool = False) -> None:
     subprocess.run(["mount", "--bind", source, target], check=True)
     if not writable:
         subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
-
-
-def unbind(target: Path) -> None:
-    """Takes away what `bind` shows."""
-    subprocess.run(["mount", "--make-private", target], check=True)
-    subprocess.run(["umount", target], check=True)
 
 
 def within(root: Path, state: Image, command: list[str], extra: Mapping[str, str], *, user: str = "") -> list[str]:
@@ -218,75 +217,63 @@ def copy(arguments: str, root: Path, workdir: str) -> None:
             shutil.copy(source, place)
 
 
-def use(folder: Path) -> None:
-    """Quantizes, serves, and tries checkpoints that can't be served."""
-    root, state = folder / "root", image(read(DOCKERFILE))
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+def container(folder: Path) -> Path:
+    """A root file system that starts as the image's; what is written to it is gone behind the phase."""
+    written, root = folder / "written", folder / "container"
+    shutil.rmtree(written, ignore_errors=True)
+    for name in (written / "files", written / "work", root):
+        name.mkdir(parents=True, exist_ok=True)
+    layers = f"lowerdir={folder / 'root'},upperdir={written / 'files'},workdir={written / 'work'}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, root], check=True)
+    root.chmod(0o755)
     mount_system(root)
-    if state.user in ("", "root", "0"):
-        fail("the image's user is root")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    return root
+
+
+def quantize(folder: Path, state: Image) -> None:
+    """What `docker run --user NUMBER IMAGE quantize` does."""
     step(f"quantize, as user {OTHER_USER}")
+    root = container(folder)
     bind(folder / "source", root / "source")
     bind(folder / "out", root / "out", writable=True)
-    arguments = [
-        "quantize",
-        "/source",
-        "-o",
-        "/out/tiny",
-        "--recipe",
-        "fptquant-light",
-        "--sequences",
-        "4",
-        "--quality",
-        "1",
-    ]
-    command = within(root, state, [*state.entrypoint, *arguments], {"HF_HUB_OFFLINE": "1"}, user=OTHER_USER)
-    if subprocess.run(command).returncode:
+    quick = ("--recipe", "fptquant-light", "--sequences", "4", "--quality", "1")
+    arguments = [*state.entrypoint, "quantize", "/source", "-o", "/out/tiny", *quick]
+    if subprocess.run(within(root, state, arguments, {"HF_HUB_OFFLINE": "1"}, user=OTHER_USER)).returncode:
         fail("quantize")
-    serve(root, state, folder)
-    for name, damage in DAMAGES.items():
-        refuse(root, state, folder, name, damage)
 
 
-@contextmanager
-def served(root: Path, state: Image, checkpoint: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The container that `docker compose --profile cpu up` would start.
-
-    Yields:
-        Its first process.
-    """
+def start_server(root: Path, state: Image, checkpoint: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The first process of the container that `docker compose --profile cpu up` would start."""
     bind(checkpoint, root / "model")
     extra = {"HF_HUB_OFFLINE": "1", "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = within(root, state, [*state.entrypoint, *state.command], extra)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        unbind(root / "model")
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
 
-def serve(root: Path, state: Image, folder: Path) -> None:
+def serve(folder: Path, state: Image) -> None:
     """Starts the server, waits for the image's health check, asks for a completion, and stops it as Docker would."""
     step(f"serve, as user {state.user}")
-    log, started = folder / "serve.log", time.monotonic()
-    with served(root, state, folder / "out" / "tiny", log) as process:
-        check = within(root, state, state.healthcheck, {})
-        while subprocess.run(check, capture_output=True).returncode:
-            if process.poll() is not None or time.monotonic() - started > START_SECONDS:
-                fail(f"the server is not healthy (status {process.poll()}):\n{tail(log)}")
-            time.sleep(1)
-        print(f"healthy after {time.monotonic() - started:.0f} s")
-        owner = Path(f"/proc/{process.pid}").stat().st_uid
-        if str(owner) != state.user:
-            fail(f"the server runs as user {owner}")
-        print(f"without the key: status {ask(key='')[0]}; with it:", *ask(key=KEY))
-        if ask(key="")[0] != 401 or ask(key=KEY)[0] != 200:
-            fail("the key does not decide who is answered")
-        process.send_signal(signal.SIGINT)
-        print(f"stopped with status {process.wait(60)}")
+    if state.user in ("", "root", "0"):
+        fail("the image's user is root")
+    root, log, begin = container(folder), folder / "serve.log", time.monotonic()
+    process = start_server(root, state, folder / "out" / "tiny", log)
+    check = within(root, state, state.healthcheck, {})
+    while subprocess.run(check, capture_output=True).returncode:
+        if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+            fail(f"the server is not healthy (status {process.poll()}):\n{tail(log)}")
+        time.sleep(1)
+    print(f"healthy after {time.monotonic() - begin:.0f} s")
+    owner = (root / "proc" / str(process.pid)).stat().st_uid
+    if str(owner) != state.user:
+        fail(f"the server runs as user {owner}")
+    refused, (status, text) = ask(key="")[0], ask(key=KEY)
+    print(f"without the key: status {refused}; with it: {status} {text!r}")
+    if (refused, status) != (401, 200):
+        fail("the key does not decide who is answered")
+    process.send_signal(signal.SIGINT)
+    print(f"stopped with status {process.wait(60)}")
 
 
 def ask(key: str) -> tuple[int, str]:
@@ -296,27 +283,33 @@ def ask(key: str) -> tuple[int, str]:
     request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
-            return reply.status, repr(json.load(reply)["choices"][0]["text"])
+            return reply.status, json.load(reply)["choices"][0]["text"]
     except urllib.error.HTTPError as error:
         return error.code, ""
 
 
-def refuse(root: Path, state: Image, folder: Path, name: str, damage: str) -> None:
-    """A checkpoint that can't be served ends the container with an error."""
-    step(f"serve a checkpoint with {name}")
-    bad, log, started = folder / "bad", folder / "bad.log", time.monotonic()
+def refuse(folder: Path, state: Image, *, damaged: str) -> None:
+    """A checkpoint that can't be served ends the container with an error.
+
+    Args:
+        folder: of the check.
+        state: of the image.
+        damaged: the file of which half is missing.
+    """
+    step(f"serve a checkpoint with half of its {damaged}")
+    bad, log, begin = folder / "bad", folder / "bad.log", time.monotonic()
     shutil.rmtree(bad, ignore_errors=True)
     shutil.copytree(folder / "out" / "tiny", bad)
-    file = bad / damage
+    file = bad / damaged
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with served(root, state, bad, log) as process:
-        try:
-            status = process.wait(START_SECONDS)
-        except subprocess.TimeoutExpired:
-            fail(f"the server is still trying:\n{tail(log)}")
+    process = start_server(container(folder), state, bad, log)
+    try:
+        status = process.wait(START_SECONDS)
+    except subprocess.TimeoutExpired:
+        fail(f"the server is still trying:\n{tail(log)}")
     if not status:
         fail(f"no error:\n{tail(log)}")
-    print(f"ended after {time.monotonic() - started:.0f} s with status {status}: {reason(log)}")
+    print(f"ended after {time.monotonic() - begin:.0f} s with status {status}: {reason(log)}")
 
 
 def tail(log: Path) -> str:
@@ -330,8 +323,12 @@ def reason(log: Path) -> str:
     return lines[-1].strip() if lines else tail(log)
 
 
-INSIDE = {"build": build, "use": use}
-DAMAGES = {"half of its weights": "model.safetensors", "half of its config.json": "config.json"}
+CONTAINERS: dict[str, Callable[[Path, Image], None]] = {
+    "quantize": quantize,
+    "serve": serve,
+    "damaged weights": partial(refuse, damaged="model.safetensors"),
+    "damaged config": partial(refuse, damaged="config.json"),
+}
 
 if __name__ == "__main__":
     main()

@@ -34,6 +34,9 @@ def serve(
 
     if not vllm_installed():
         raise FPTQuantError("vLLM is not installed, so nothing can be served here: run scripts/install.sh")
+    from fptquant.weight_files import WeightFiles
+
+    WeightFiles.of(checkpoint.expanduser())  # damaged ones are said here; vLLM takes a minute, and a hundred lines
     line = serve_command(str(checkpoint), *context.args)
     (out if show else info).print(f"$ {shlex.join(line)}", markup=False, highlight=False, soft_wrap=True)
     if show:
