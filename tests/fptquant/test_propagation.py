@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fptquant import parallel
 from fptquant.calibration import propagation
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.calibration.propagation import Deviation, compensated, halves
@@ -117,3 +118,15 @@ def test_rounding_to_nearest_looks_at_no_inputs() -> None:
     recipe = Recipe.load("fptquant-light")
     assert recipe.rounding.compensates
     assert not recipe.changed(rounding={"method": "nearest"}).rounding.compensates
+
+
+def test_halves_are_the_same_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five sequences of two tokens, alone and as three and two."""
+    whole = halves(10, 5)
+    joined: list[list[int]] = [[], []]
+    for rank, (sequences, offset) in enumerate(((3, 0), (2, 6))):
+        monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(parallel, "sizes", lambda size: [3, 2])
+        for number, part in enumerate(halves(2 * sequences, sequences)):
+            joined[number] += [offset + token for rows in part for token in range(10)[rows]]
+    assert joined == [[token for rows in part for token in range(10)[rows]] for part in whole]
