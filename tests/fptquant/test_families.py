@@ -572,7 +572,9 @@ def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) ->
         folded(job), family, job.transforms, simulation, estimator="ste", float_weights=False
     ).model
     expected, found = simulation(TOKENS).logits, student(TOKENS).logits
-    assert (found - expected).norm() < 0.1 * expected.norm()  # float32 merging turns a few codes
+    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # float32 merging turns a few codes; where they turn the router, a token goes through another expert
+    assert apart.quantile(0.75 if family.mixture else 1.0) < 0.1
     found.square().sum().backward()
     for name, parameter in job.transforms.named_parameters():
         gradient = parameter.grad

