@@ -129,7 +129,6 @@ def calibrate_and_round(
                 _quantize_input_group(
                     layer, index, group, architecture, found, recipe, here, clipping, compensation, weights
                 )
-            trained = training is not None and not finished
             if training is not None and weights:
                 assert beside is not None and twin is not None
                 twin.finish()
@@ -142,7 +141,7 @@ def calibrate_and_round(
             if half is None:
                 ahead.append(layer)
             elif index + 1 < len(layers) or isinstance(head, SimulatedLinear):
-                if trained:
+                if weights:  # it was trained on what enters it
                     inputs.advance(layer)
                 else:
                     half.finish()

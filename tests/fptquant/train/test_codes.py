@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fptquant import pipeline
 from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.errors import FPTQuantError
 from fptquant.format import unpack_codes
-from fptquant.layers.inputs import first_inputs
+from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.loading import load_model, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job
@@ -180,6 +182,24 @@ def test_a_layer_in_floating_point_is_not_trained(tmp_path: Path) -> None:
     fields = {**FIELDS, "transforms": ["T_r"], "ignore": ["re:.*layers.0.*"]}
     pipeline.quantize(make_job("gqa", tmp_path, **{**fields, "precision": "w4a16"}), tmp_path / "out")
     assert [len(losses) for losses in losses_of(tmp_path / "out").values()] == [0, 30]
+
+
+def test_what_comes_behind_a_layer_in_floating_point(tmp_path: Path) -> None:
+    """Nothing of it is rounded, so nothing is trained; the next layer reads what it puts out all the same."""
+    fields = {**FIELDS, "transforms": ["T_r"], "ignore": ["re:.*layers.0.*"], "precision": "w4a16"}
+    job = make_job("gqa", tmp_path, **fields)
+    entering: dict[int, Tensor] = {}
+
+    class Watched:
+        def train(self, index: int, inputs: LayerInputs, expected: LayerInputs, weights: Mapping[str, Tensor]) -> None:
+            entering[index] = torch.cat(inputs.hidden)
+
+    model, original = transformed(job), transformed(job)
+    list(calibrate_and_round(model, LLAMA, job.recipe, job.windows, original=original, training=Watched()))
+    inputs = first_inputs(original, LLAMA, job.windows)
+    inputs.advance(LLAMA.layer_modules(original)[0])
+    assert list(entering) == [1]
+    torch.testing.assert_close(entering[1], torch.cat(inputs.hidden))
 
 
 def test_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
