@@ -37,6 +37,17 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     return data
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file anew; a reader finds the old content or the new.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
 def first_line(error: BaseException) -> str:
     """Of an error's text; its kind where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -18,7 +18,7 @@ from fptquant import parallel
 from fptquant.layers.inputs import LayerInputs
 from fptquant.simulate.mixture import SparseMLP
 from fptquant.simulate.modules import SimulatedDecoderLayer
-from fptquant.wiring import SHARED, Architecture
+from fptquant.wiring import SHARED, Architecture, Projection
 
 FLOOR = 0.1  # what a token counts to an expert that it does not go through; a token on average counts one
 
@@ -32,6 +32,34 @@ class _Part(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         return self.compute(hidden_states, **kwargs)
+
+
+class LayerParts:
+    """What enters a layer's parts on the way to each of its projections, which come in order."""
+
+    def __init__(self, layer: nn.Module, architecture: Architecture, inputs: LayerInputs) -> None:
+        """Args: the layer is of a simulation, and entered; the inputs are its own."""
+        self.layer, self._architecture, self._inputs = layer, architecture, inputs
+        self.half: SecondHalf | None = None  # from the first projection of the MLP on
+        self._finished = False
+
+    def on_the_way_to(self, projection: Projection) -> tuple[LayerInputs, nn.Module]:
+        """What enters, and what it goes through: the layer, its MLP or an expert."""
+        if not projection.path.startswith(f"{self._architecture.mlp}."):
+            return self._inputs, self.layer
+        if self.half is None:
+            self.half = SecondHalf(self.layer, self._architecture, self._inputs)
+        return self.half.of(projection.expert)
+
+    def finish(self) -> None:
+        """Takes the inputs to the end of the layer, once."""
+        if self._finished:
+            return
+        self._finished = True
+        if self.half is None:
+            self._inputs.advance(self.layer)
+        else:
+            self.half.finish()
 
 
 class SecondHalf:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.halves import SecondHalf
+from fptquant.calibration.halves import LayerParts, SecondHalf
 from fptquant.calibration.moments import observe_inputs, second_moment
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.calibration.propagation import Compensation, Unquantized
@@ -113,21 +113,17 @@ def calibrate_and_round(
                 catch_up()
             before = list(inputs.hidden) if training is not None else []
             weights: dict[nn.Module, Tensor] | None = None if training is None else {}
-            half: SecondHalf | None = None
+            parts = LayerParts(layer, architecture, inputs)
             here = importance
             for group in () if finished else architecture.groups_of(index):
-                entering, part = inputs, layer
-                if group.first.path.startswith(f"{architecture.mlp}."):
-                    if half is None:
-                        half = SecondHalf(layer, architecture, inputs)
-                        here = importance | routed_importance(half, index, architecture, recipe)
-                    entering, part = half.of(group.first.expert)
+                entering = parts.on_the_way_to(group.first)
+                if parts.half is not None and here is importance:
+                    here = importance | routed_importance(parts.half, index, architecture, recipe)
                 compensation = None
                 if twin is not None and recipe.rounding.compensates:
-                    compensation = Compensation(layer, group.first, architecture, entering, twin)
-                found = (entering, part)
+                    compensation = Compensation(layer, group.first, architecture, entering[0], twin)
                 _quantize_input_group(
-                    layer, index, group, architecture, found, recipe, here, clipping, compensation, weights
+                    layer, index, group, architecture, entering, recipe, here, clipping, compensation, weights
                 )
             if training is not None and weights:
                 assert beside is not None and twin is not None
@@ -138,13 +134,13 @@ def calibrate_and_round(
                 training.train(index, inputs, beside.inputs, named)
             if store is not None and not finished:
                 store.save(name, layer.state_dict())
-            if half is None:
+            if parts.half is None:
                 ahead.append(layer)
             elif index + 1 < len(layers) or isinstance(head, SimulatedLinear):
                 if weights:  # it was trained on what enters it
                     inputs.advance(layer)
                 else:
-                    half.finish()
+                    parts.finish()
         yield index
     if not isinstance(head, SimulatedLinear):
         return
@@ -153,8 +149,8 @@ def calibrate_and_round(
             return
         catch_up()
         final = nn.Sequential(model.get_submodule(architecture.final_norm), head)
-        entering = replace(inputs, arguments={final: {}}, masks=None)  # a constant first token does not count
-        _quantize_group([([head], importance.get(architecture.head))], architecture.head, entering, final, recipe)
+        behind = replace(inputs, arguments={final: {}}, masks=None)  # a constant first token does not count
+        _quantize_group([([head], importance.get(architecture.head))], architecture.head, behind, final, recipe)
         if store is not None:
             store.save(architecture.head, head.state_dict())
 

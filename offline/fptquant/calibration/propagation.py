@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.halves import SecondHalf
+from fptquant.calibration.halves import LayerParts
 from fptquant.calibration.moments import observe_inputs, summed_squares, token_importance
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.layers.residency import entered
+from fptquant.layers.scratch import empty
 from fptquant.quantize.rounding.gptq import factored
 from fptquant.simulate import SimulatedLinear
 from fptquant.simulate.modules import SimulatedDecoderLayer
@@ -46,40 +47,12 @@ class Unquantized:
         self.inputs = first_inputs(model, architecture, windows, kept=2)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[UnquantizedLayer]:
+    def layer(self, index: int) -> Iterator[LayerParts]:
         """Layer `index`, which `inputs` have gone through once the context is left."""
         with entered(self._layers[index]) as layer:
-            here = UnquantizedLayer(layer, self._architecture, self.inputs)
+            here = LayerParts(layer, self._architecture, self.inputs)
             yield here
             here.finish()
-
-
-class UnquantizedLayer:
-    """One layer, and what enters its parts."""
-
-    def __init__(self, layer: nn.Module, architecture: Architecture, inputs: LayerInputs) -> None:
-        """Args: the layer is entered."""
-        self.module, self._architecture, self._inputs = layer, architecture, inputs
-        self._half: SecondHalf | None = None
-        self._finished = False
-
-    def part(self, projection: Projection) -> tuple[LayerInputs, nn.Module]:
-        """What enters, and what it goes through, on the way to a projection: the layer, its MLP or an expert."""
-        if not projection.path.startswith(f"{self._architecture.mlp}."):
-            return self._inputs, self.module
-        if self._half is None:
-            self._half = SecondHalf(self.module, self._architecture, self._inputs)
-        return self._half.of(projection.expert)
-
-    def finish(self) -> None:
-        """Takes the inputs through the rest of the layer, once."""
-        if self._finished:
-            return
-        self._finished = True
-        if self._half is None:
-            self._inputs.advance(self.module)
-        else:
-            self._half.finish()
 
 
 @dataclass(frozen=True)
@@ -98,7 +71,7 @@ class Compensation:
     projection: Projection
     architecture: Architecture
     inputs: LayerInputs
-    twin: UnquantizedLayer
+    twin: LayerParts
 
     @torch.no_grad()
     def apply(self, parts: Iterable[tuple[list[SimulatedLinear], Tensor | None]], seen: Tensor, damping: float) -> None:
@@ -119,25 +92,28 @@ class Compensation:
                 linear.weight = nn.Parameter(weight.to(linear.float_weight().dtype), requires_grad=False)
 
     def _deviation(self, seen: Tensor) -> Deviation:
-        inputs, part = self.twin.part(self.projection)
-        linear = self.twin.module.get_submodule(self.projection.path)
+        inputs, part = self.twin.on_the_way_to(self.projection)
+        linear = self.twin.layer.get_submodule(self.projection.path)
         assert isinstance(linear, SimulatedLinear) and isinstance(self.layer, SimulatedDecoderLayer)
-        read, units = observe_inputs(linear, inputs, part), torch.ones((), device=seen.device)
-        here, there = self._residual(self.inputs), self._residual(inputs)
-        if linear.arrangement.undone:
-            scale, original = self.layer.scale_of(here), self.layer.scale_of(there)
-            assert scale is not None and original is not None
-            units = scale
-            read *= scale / original
+        read, residual = observe_inputs(linear, inputs, part), None
+        alone = self.projection.expert is None and self.architecture.post_norms is None
+        if alone and self.projection.role in (Role.OUTPUT, Role.DOWN):
+            residual = empty((len(read), linear.out_features), inputs.device)
+        if residual is not None or linear.arrangement.undone:
+            start = 0
+            for here, there in zip(_counted(self.inputs), _counted(inputs), strict=True):
+                rows = slice(start, start + len(here))
+                start = rows.stop
+                if residual is not None:
+                    residual[rows] = there - here
+                if linear.arrangement.undone:
+                    scale, original = self.layer.scale_of(here), self.layer.scale_of(there)
+                    assert scale is not None and original is not None
+                    read[rows] *= scale / original
+                    if residual is not None:
+                        residual[rows] *= scale
         read -= seen
-        adds = self.projection.role in (Role.OUTPUT, Role.DOWN) and self.projection.expert is None
-        if not adds or self.architecture.post_norms is not None:
-            return Deviation(read)
-        return Deviation(read, (there - here) * units)
-
-    def _residual(self, inputs: LayerInputs) -> Tensor:
-        """(tokens that count, hidden)."""
-        return torch.cat([hidden[:, inputs.first :].flatten(0, 1).to(inputs.device) for hidden in inputs.hidden])
+        return Deviation(read, residual)
 
 
 @dataclass(frozen=True)
@@ -151,6 +127,12 @@ class Deviation:
 
     read: Tensor
     residual: Tensor | None = None
+
+
+def _counted(inputs: LayerInputs) -> Iterator[Tensor]:
+    """The residual of the tokens that count, (tokens, hidden), batch by batch."""
+    for hidden in inputs.hidden:
+        yield hidden[:, inputs.first :].flatten(0, 1).to(inputs.device)
 
 
 def halves(tokens: int, sequences: int) -> tuple[list[slice], list[slice]]:
@@ -187,18 +169,18 @@ def compensated(
         importance: (tokens,) how much each token counts; None for all alike.
     """
     moments = [_moments(weight, seen, deviation, importance, part) for part in parts]
-    (first, first_found), (second, second_found) = moments
     if not all(bool(hessian.diagonal().any()) for hessian, _ in moments):
         return weight  # nothing to try it on
     agreement, size = 0.0, 0.0
-    for fitted, (hessian, found) in (((first, first_found), moments[1]), ((second, second_found), moments[0])):
+    for fitted, (hessian, found) in zip(moments, reversed(moments), strict=True):
         change = _solve(*fitted, damping)
         agreement += float((change * found).sum())
         size += float(((change @ hessian) * change).sum())
     share = min(1.0, max(0.0, agreement / size)) if size > 0 else 0.0
     if share == 0:
         return weight
-    return weight + share * _solve(first.add_(second), first_found.add_(second_found), damping)
+    hessian, found = (one.add_(other) for one, other in zip(*moments, strict=True))
+    return weight + share * _solve(hessian, found, damping)
 
 
 def _moments(

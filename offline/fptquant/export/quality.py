@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,11 @@ from fptquant.export.plan import Plan
 from fptquant.export.simulation import stock_simulation
 from fptquant.format import CheckpointConfig
 from fptquant.format.schema import EXTRAS
-from fptquant.layers.inputs import window_logits
 from fptquant.loading import Source, load_model, open_source
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
-from fptquant.report.compare import compare_logits, held_back
+from fptquant.report.compare import compare_logits, held_back, logits_side_by_side
+from fptquant.report.quality import quality_line
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,8 @@ class ExportQuality:
 
     def line(self) -> str:
         """To be read."""
-        return (
-            f"quality: perplexity {self.checkpoint:.2f} -> {self.export:.2f}, KL divergence {self.kl:.4f} nats, "
-            f"top-1 agreement {100 * self.agreement:.1f} % (checkpoint and export, {self.windows} windows of "
-            f"{self.length} tokens)"
-        )
+        on = f"checkpoint and export, {self.windows} windows of {self.length} tokens"
+        return quality_line(self.checkpoint, self.export, self.kl, self.agreement, on)
 
 
 def left_over(source: Source, windows: int) -> Tensor:
@@ -71,14 +67,8 @@ def measure_export(source: Source, directory: Path, plan: Plan, windows: Tensor,
     """
     track = partial(stages.track, total=2 * source.architecture.shape(source.config).layers)
     exported = open_source(directory, device=source.device)
-
-    def logits() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        ours = load_model(source, residency="streamed")
-        stock = stock_simulation(exported, plan, residency="streamed")
-        before = window_logits(ours, source.architecture, windows, track)
-        after = window_logits(stock, exported.architecture, windows, track)
-        for window, one, other in zip(windows, before, after, strict=True):
-            yield window, one[0, :-1], other[0, :-1]
-
-    perplexity, found = compare_logits(logits())
+    ours = load_model(source, residency="streamed")
+    stock = stock_simulation(exported, plan, residency="streamed")
+    models = ((ours, source.architecture), (stock, exported.architecture))
+    perplexity, found = compare_logits(logits_side_by_side(models, windows, track))
     return ExportQuality(len(windows), windows.shape[1], perplexity, found.perplexity, found.kl, found.agreement)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fptquant.calibration.text import windows_left_over
 from fptquant.errors import FPTQuantError
 from fptquant.files import portable
 from fptquant.format.schema import Sink
-from fptquant.layers.inputs import window_logits
+from fptquant.layers.inputs import Track, window_logits
 from fptquant.loading import Source, load_model, open_source
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.report.quality import Quality
 from fptquant.run.job import Job
+from fptquant.wiring import Architecture
 
 STAGE = "measure quality"
 _LARGEST = 700.0  # mean loss whose exponential is still a number
@@ -88,13 +90,8 @@ def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Qua
     original = load_model(job.source, residency="streamed")
     written = open_source(checkpoint, device=job.device)
     quantized = load_model(written, residency="streamed", recorded=False)
-    logits = zip(
-        windows,
-        window_logits(original, job.source.architecture, windows, track),
-        window_logits(quantized, written.architecture, windows, track),
-        strict=True,
-    )
-    perplexity, found = compare_logits((window, one[0, :-1], other[0, :-1]) for window, one, other in logits)
+    models = ((original, job.source.architecture), (quantized, written.architecture))
+    perplexity, found = compare_logits(logits_side_by_side(models, windows, track))
     return Quality(
         windows=len(windows),
         length=windows.shape[1],
@@ -103,6 +100,21 @@ def _compare(job: Job, checkpoint: Path, windows: Tensor, stages: Stages) -> Qua
         kl=found.kl,
         agreement=found.agreement,
     )
+
+
+def logits_side_by_side(
+    models: Iterable[tuple[PreTrainedModel, Architecture]], windows: Tensor, track: Track
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What `compare_logits` takes, of two models that go through their layers together.
+
+    Args:
+        models: the original and the other, with their families.
+        windows: (windows, length) tokens.
+        track: see `window_logits`.
+    """
+    logits = [window_logits(model, architecture, windows, track) for model, architecture in models]
+    for window, one, other in zip(windows, *logits, strict=True):
+        yield window, one[0, :-1], other[0, :-1]
 
 
 def compare_logits(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, Comparison]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from markupsafe import Markup
 
 import fptquant
 from fptquant.errors import FPTQuantError
-from fptquant.files import first_line
+from fptquant.files import first_line, replace_text
 from fptquant.report.charts import Line, heat_map, line_chart
 from fptquant.report.inspection import inspect
 from fptquant.report.ranges import relative
@@ -71,12 +70,10 @@ def write(page: str, file: Path) -> None:
     """Writes a page; a reader finds the old one or the new.
 
     Raises:
-        FPTQuantError: there is something else than a report of ours, or the file can't be written.
+        FPTQuantError: the file can't be written.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, file)
+        replace_text(file, page)
     except OSError as error:
         raise FPTQuantError(f"'{file}' can't be written to: {first_line(error)}") from None
 

@@ -18,8 +18,13 @@ class Quality:
 
     def line(self) -> str:
         """To be read."""
-        return (
-            f"quality: perplexity {self.original:.2f} -> {self.quantized:.2f}, KL divergence {self.kl:.4f} nats, "
-            f"top-1 agreement {100 * self.agreement:.1f} % ({self.windows} windows of {self.length} tokens of "
-            "calibration text that nothing was fitted to)"
-        )
+        on = f"{self.windows} windows of {self.length} tokens of calibration text that nothing was fitted to"
+        return quality_line(self.original, self.quantized, self.kl, self.agreement, on)
+
+
+def quality_line(before: float, after: float, kl: float, agreement: float, on: str) -> str:
+    """Two perplexities, KL divergence in nats per token, share of equal most likely tokens, and what was measured."""
+    return (
+        f"quality: perplexity {before:.2f} -> {after:.2f}, KL divergence {kl:.4f} nats, "
+        f"top-1 agreement {100 * agreement:.1f} % ({on})"
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant import parallel
-from fptquant.calibration.halves import SecondHalf
+from fptquant.calibration.halves import LayerParts
 from fptquant.calibration.layerwise import (
     Weighted,
     hessians_of,
@@ -112,19 +112,14 @@ class Probe:
                     set_kv_ranges(attention, inputs, layer, self.job.recipe)
                     quantizer = _quantizer(attention)
                     quantizer.ready, quantizer.sides = False, set()
-                half: SecondHalf | None = None
-                importance = self._importance
+                parts, importance = LayerParts(layer, architecture, inputs), self._importance
                 for group in architecture.groups_of(index):
-                    entering, part = inputs, layer
-                    if group.first.path.startswith(f"{architecture.mlp}."):
-                        if half is None:
-                            half = SecondHalf(layer, architecture, inputs)
-                            importance = importance | routed_importance(half, index, architecture, self.job.recipe)
-                        entering, part = half.of(group.first.expert)
-                    parts = weighted_parts(layer, index, group, architecture, importance)
-                    self._fit_group(index, group, wanted, parts, (entering, part))
-                assert half is not None
-                half.finish()
+                    entering = parts.on_the_way_to(group.first)
+                    if parts.half is not None and importance is self._importance:
+                        importance = importance | routed_importance(parts.half, index, architecture, self.job.recipe)
+                    weighted = weighted_parts(layer, index, group, architecture, importance)
+                    self._fit_group(index, group, wanted, weighted, entering)
+                parts.finish()
             yield index
         self._record_reference()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fptquant.errors import FPTQuantError
-from fptquant.files import read_json, require_writable
+from fptquant.files import read_json, replace_text, require_writable
 from fptquant.sensitivity.measure import Effect, Probe
 from fptquant.sensitivity.sites import KINDS, Site
 
@@ -93,11 +92,8 @@ class Results:
 
     def write(self) -> None:
         """Writes the file, where there is one."""
-        if self.file is None:
-            return
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.file)
+        if self.file is not None:
+            replace_text(self.file, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: settings, the unquantized model, and rows with the worst first."""
