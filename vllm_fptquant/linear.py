@@ -191,6 +191,8 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for tensor in step.tensors(layer.input_size_per_partition, rows[index]):
                 data = layer.get_parameter(tensor.name).data
                 found[tensor.name] = (data if tensor.outputs is None else data.split(rows, tensor.outputs))[index]
+                if tensor.once and layer.input_size_per_partition < self.in_features and layer.tp_rank > 0:
+                    found[tensor.name] = torch.zeros_like(found[tensor.name])
         return found
 
     def _prepare(self, layer: LinearBase, weights: LinearWeights) -> None:

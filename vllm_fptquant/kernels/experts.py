@@ -23,6 +23,7 @@ from vllm.scalar_type import ScalarType
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import quantize
+from fptquant.format.steps import Shift
 from vllm_fptquant.kernels.base import LinearSpec, LinearWeights, holds_zero_point
 from vllm_fptquant.kernels.gpu import GpuLinear
 from vllm_fptquant.kernels.library import register
@@ -282,7 +283,7 @@ class ExpertStack(torch.nn.Module):
                 f"{name}: on GPUs all experts of a layer have to be quantized, and alike: take them out of `ignore` "
                 "and `overrides`, or serve on CPUs"
             )
-        for step in first.outputs:
+        for step in (*first.outputs, *(step for step in first.inputs if isinstance(step, Shift))):
             raise FPTQuantError(f"{name}: can't compute the step {step} of experts on GPUs: serve on CPUs")
         self.name, self.count, self.one_input = name, len(layers), one_input
         self.quantized, self.scaled, self.undone = first.quantize is not None, first.scaled, first.undone

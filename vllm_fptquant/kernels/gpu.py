@@ -11,7 +11,7 @@ from vllm import envs
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import hadamard_factors, quantize
-from fptquant.format.steps import Arrangement, Hadamard, InputStep
+from fptquant.format.steps import Arrangement, Hadamard, Offset, OutputStep, Shift
 from vllm_fptquant.kernels.base import GpuKernel, LinearWeights, run_outputs
 from vllm_fptquant.kernels.library import register
 
@@ -34,7 +34,8 @@ class GpuLinear(torch.nn.Module):
     """All that one layer does to its input: its steps, in an order that suits 16-bit inputs and outputs.
 
     By the rule of rows (`fptquant.format.steps`) S comes behind the input steps, which so get 16-bit numbers, and Undo
-    is part of the kernel's row scale, before output steps: the product alone can be too large for 16 bits.
+    is part of the kernel's row scale, before output steps: the product alone can be too large for 16 bits. Shift, which
+    the rule is not true of, comes behind S, and Offset is divided by it.
 
     Every value of the checkpoint is a buffer: a graph from vLLM's compile cache meets those of the model that runs.
     """
@@ -43,6 +44,8 @@ class GpuLinear(torch.nn.Module):
     low: Tensor
     high: Tensor
     zero_point: Tensor
+    shift: Tensor
+    offset: Tensor
 
     def __init__(
         self, kernel: GpuKernel, weights: LinearWeights, steps: Arrangement, *, fast_hadamard: bool = False
@@ -60,7 +63,8 @@ class GpuLinear(torch.nn.Module):
         """
         super().__init__()
         for step in steps.online:
-            if not step.homogeneous or (isinstance(step, InputStep) and not isinstance(step, Hadamard)):
+            known = isinstance(step, Hadamard | Shift | Offset) or (step.homogeneous and isinstance(step, OutputStep))
+            if not known:
                 raise FPTQuantError(f"{weights.name}: can't compute the step {step} on GPUs: serve on CPUs")
         self.kernel = kernel
         device = weights.codes.device
@@ -70,6 +74,12 @@ class GpuLinear(torch.nn.Module):
             if isinstance(step, Hadamard)
         )
         self.outputs, self.undone, self.rows = steps.outputs, steps.undone, weights.rows
+        self.shifted = steps.shifted
+        if self.shifted:  # of the whole layer, at once
+            offset = torch.cat([part["output_offset"] for part in weights.online])
+            self.register_buffer("shift", weights.online[0]["input_shift"], persistent=False)
+            self.register_buffer("offset", offset, persistent=False)
+            self.outputs = tuple(step for step in steps.outputs if not isinstance(step, Offset))
         self.online = [list(tensors) for tensors in weights.online]  # names; the tensors are buffers
         for part, tensors in enumerate(weights.online):
             for name, tensor in tensors.items():
@@ -93,6 +103,9 @@ class GpuLinear(torch.nn.Module):
             rows = rotation(rows)
         scaled = rows if scale is None else rows * scale  # float32
         output = self.kernel(self.codes(scaled), self.row_scale(len(rows), scale if self.undone else None))
+        if self.shifted:
+            offset = self.offset if scale is None or not self.undone else self.offset / scale
+            output = (output + offset).to(output.dtype)
         if self.outputs:
             output = self._behind(output, rows if self.undone else scaled).to(output.dtype)
         if bias is not None:
@@ -104,6 +117,8 @@ class GpuLinear(torch.nn.Module):
         """What the kernel multiplies, for `x` (M, K): int8 (M, K), or 16-bit numbers where it is not quantized."""
         if not self.quantized:
             return x.to(self.kernel.dtype)
+        if self.shifted:
+            x = x - self.shift
         codes = quantize(x, self.input_scale, self.low, self.high)
         if self.adds_zero_point:
             codes = codes + self.zero_point

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fptquant.format import quantize_per_tensor
-from fptquant.format.steps import Arrangement
+from fptquant.format.steps import Arrangement, Offset
 from vllm_fptquant.kernels.base import CpuKernel, LinearWeights, run_outputs
 from vllm_fptquant.kernels.library import register
 
@@ -31,6 +31,9 @@ class PreparedLinear:
         self.kernel = kernel
         device, tensors = weights.codes.device, weights.online
         self.inputs = tuple(step.bind(tensors[0], device, exact) for step in steps.inputs)
+        self.offset: Tensor | None = None
+        if steps.outputs == (Offset(),):  # of all that is fused, at once
+            self.offset = torch.cat([part["output_offset"] for part in tensors])
         self.outputs = [[step.bind(part, device, exact) for step in steps.outputs] for part in tensors]
         self.rows, self.plain = weights.rows, not steps.outputs
         self.undone = steps.undone
@@ -50,8 +53,10 @@ class PreparedLinear:
         """
         if x.dim() > 2:
             return self(x.flatten(0, -2), bias, scale).view(*x.shape[:-1], -1)
-        if self.plain:
+        if self.plain or self.offset is not None:
             output = self.kernel.matmul(self.codes(x, scale))
+            if self.offset is not None:
+                output += self.offset
         else:
             online = self._online(x, scale)
             output = run_outputs(self.outputs, self.rows, self.kernel.matmul(self._quantized(online)), online)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import LayerParts, SecondHalf
-from fptquant.calibration.moments import observe_inputs, second_moment
+from fptquant.calibration.moments import mean, observe_inputs, second_moment
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.calibration.propagation import Compensation, Unquantized
 from fptquant.errors import FPTQuantError
@@ -279,6 +279,11 @@ def _quantize_group(
     seen = observe_inputs(linears[0], inputs, layer)  # (tokens, in)
     if bool((~torch.stack(torch.aminmax(seen)).isfinite()).any()):  # NaN is both
         raise FPTQuantError(f"{name}: its input is not finite on the calibration text; is the source model damaged?")
+    shift = mean(seen) if scheme.activations.shift else None
+    if shift is not None:
+        seen -= shift.float()
+        for linear in linears:
+            linear.set_shift(shift)
     if scheme.activations.bits < 16:
         options = recipe.activation_range
         scale, zero_point = search_input_range(seen, scheme.activations.bits, scheme.activations.symmetric, options)
@@ -286,14 +291,18 @@ def _quantize_group(
             linear.set_input_quantizer(scale, zero_point)
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
+    goals = {} if shift is None else {linear: linear.float_weight().double() @ shift for linear in linears}
     if compensation is not None:
-        compensation.apply(parts, seen, recipe.rounding.damping)
+        goals |= compensation.apply(parts, seen, recipe.rounding.damping, centered=shift is not None)
+    left = None if shift is None else mean(seen)
     hessians = hessians_of(parts, seen, recipe)
     del seen  # as large as a Hessian
     for linear, codes, scale, multiplier in round_parts(parts, hessians, recipe, log_clip):
         if kept is not None:
             kept[linear] = linear.float_weight()
         linear.set_weight_codes(codes, scale, multiplier)
+        if left is not None:
+            linear.set_offset(goals[linear] - (codes.double() @ left) * scale.double().flatten())
 
 
 def hessians_of(parts: list[Weighted], seen: Tensor, recipe: QuantizeOptions) -> Iterator[Tensor | None]:

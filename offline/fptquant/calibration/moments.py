@@ -33,6 +33,14 @@ def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Modul
     return seen
 
 
+def mean(values: Tensor) -> Tensor:
+    """Mean over the tokens of all processes, float64 (K,), of `values` (tokens, K)."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for part in torch.split(values, _TOKENS):
+        total += part.double().sum(0)
+    return parallel.summed(total) / sum(parallel.sizes(len(values)))
+
+
 def second_moment(seen: Tensor, importance: Tensor | None = None) -> Tensor:
     """The Hessian of a layer's error: mean of x x^T, (K, K), over the inputs of all processes.
 

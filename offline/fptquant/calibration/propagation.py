@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import LayerParts
-from fptquant.calibration.moments import observe_inputs, summed_squares, token_importance
+from fptquant.calibration.moments import mean, observe_inputs, summed_squares, token_importance
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import empty
@@ -74,15 +74,32 @@ class Compensation:
     twin: LayerParts
 
     @torch.no_grad()
-    def apply(self, parts: Iterable[tuple[list[SimulatedLinear], Tensor | None]], seen: Tensor, damping: float) -> None:
+    def apply(
+        self,
+        parts: Iterable[tuple[list[SimulatedLinear], Tensor | None]],
+        seen: Tensor,
+        damping: float,
+        *,
+        centered: bool = False,
+    ) -> dict[SimulatedLinear, Tensor]:
         """Gives the layers of a group the weights W'.
 
         Args:
             parts: the layers that share a Hessian, and how much tokens count to them (`moments.second_moment`).
             seen: (sequences * tokens, K), what they read, quantized.
             damping: see `compensated`.
+            centered: the mean of x was taken off `seen`, and d is to be predicted up to its own mean.
+
+        Returns:
+            Where `centered`, the mean of what each layer should put out, (N,) float64: E[W x + e].
         """
         deviation = self._deviation(seen)
+        goals = {}
+        if centered:
+            linears = [linear for some, _ in parts for linear in some]
+            goals = dict(
+                zip(linears, deviation.center(seen, [linear.float_weight() for linear in linears]), strict=True)
+            )
         sequences = sum(len(hidden) for hidden in self.inputs.hidden)
         for linears, importance in parts:
             weights = [linear.float_weight().float() for linear in linears]
@@ -90,6 +107,7 @@ class Compensation:
             changed = compensated(torch.cat(weights), seen, deviation, damping, halves(len(seen), sequences), counts)
             for linear, weight in zip(linears, torch.split(changed, [len(weight) for weight in weights]), strict=True):
                 linear.weight = nn.Parameter(weight.to(linear.float_weight().dtype), requires_grad=False)
+        return goals
 
     def _deviation(self, seen: Tensor) -> Deviation:
         inputs, part = self.twin.on_the_way_to(self.projection)
@@ -127,6 +145,24 @@ class Deviation:
 
     read: Tensor
     residual: Tensor | None = None
+
+    def center(self, seen: Tensor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Takes the means off, in place.
+
+        Args:
+            seen: (tokens, K), x^.
+            weights: of the layers, (N, K).
+
+        Yields:
+            For each layer the mean of what it should put out, W x + e, (N,) float64.
+        """
+        off = mean(self.read)
+        self.read -= off.float()
+        entering, added = off + mean(seen), 0.0 if self.residual is None else mean(self.residual)
+        if self.residual is not None:
+            self.residual -= added.float()
+        for weight in weights:
+            yield weight.double() @ entering + added
 
 
 def _counted(inputs: LayerInputs) -> Iterator[Tensor]:

@@ -103,12 +103,30 @@ class WeightScheme(Strict):
 
 
 class ActivationScheme(Strict):
-    """Static activations, one scale per tensor. 16 bits means "not quantized"."""
+    """Static activations, one scale per tensor. 16 bits means "not quantized".
+
+    With `shift`, a constant of each channel is taken off before (`fptquant.format.steps.Shift`).
+    """
 
     bits: Literal[4, 8, 16] = 8
     symmetric: bool = True
     strategy: Literal["tensor"] = "tensor"
     dynamic: Literal[False] = False
+    shift: bool = False
+
+    @model_validator(mode="after")
+    def _something_to_shift(self) -> ActivationScheme:
+        if self.shift and self.bits == 16:
+            raise ValueError("shift is of quantized activations, not of 16 bits")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `shift` out where there is none: readers that don't know it refuse it by name."""
+        content: dict[str, Any] = serialize(self)
+        if not self.shift:
+            content.pop("shift", None)
+        return content
 
 
 class KVCacheScheme(Strict):

@@ -44,6 +44,7 @@ class StepTensor:
         outputs: dimension that runs over output features, None if there is none.
         inputs: dimension that runs over input features, None if there is none.
         packed: input features in one element of that dimension.
+        once: of ranks that have parts of the input, and add up what they compute, one has it and the others zeros.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StepTensor:
     outputs: int | None = None
     inputs: int | None = None
     packed: int = 1
+    once: bool = False
 
 
 class Step:
@@ -120,6 +122,20 @@ class Hadamard(InputStep):
             f"splits the Hadamard blocks of {self.block}: use a size that divides {in_features * parts // self.block}, "
             f"or quantize the model again with T_d (at o_proj T_h): {{max_tensor_parallel: {parts}}} in the recipe"
         )
+
+
+@dataclass(frozen=True)
+class Shift(InputStep):
+    """x - c: the mean of each input channel is not quantized, `Offset` brings back what it gives."""
+
+    def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
+        """C."""
+        return (StepTensor("input_shift", (in_features,), torch.float32, inputs=0),)
+
+    def bind(self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool) -> Callable[[Tensor], Tensor]:
+        """Makes the difference, of what `InputStep.bind` takes."""
+        shift = tensors["input_shift"].to(device)
+        return lambda x: x.float() - shift
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,22 @@ class OutputStep(Step, ABC):
 
 
 @dataclass(frozen=True)
+class Offset(OutputStep):
+    """y + o: what the input's shift gives, and the mean of what rounding and the layers before are off by."""
+
+    def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
+        """O."""
+        return (StepTensor("output_offset", (out_features,), torch.float32, outputs=0, once=True),)
+
+    def bind(
+        self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Makes the sum, of what `OutputStep.bind` takes."""
+        offset = tensors["output_offset"].to(device)
+        return lambda y, x: y + offset
+
+
+@dataclass(frozen=True)
 class Undo(Step):
     """Divides every row of the product by its S, which undoes RowScale."""
 
@@ -252,6 +284,11 @@ class Arrangement:
         return tuple(tensor.name for step in steps for tensor in step.tensors(in_features, out_features))
 
     @property
+    def shifted(self) -> bool:
+        """Whether a constant is taken off the input, and what it gives is added to the product."""
+        return any(isinstance(step, Shift) for step in self.inputs)
+
+    @property
     def online(self) -> tuple[InputStep | OutputStep, ...]:
         """Steps that do more than scale rows, quantize and multiply."""
         return self.inputs + self.outputs
@@ -297,13 +334,17 @@ def linear_steps(scheme: LinearScheme | None, online: Iterable[Step] = ()) -> tu
     around = tuple(online)
     before = [step for step in around if isinstance(step, RowScale | InputStep)]
     behind = [step for step in reversed(around) if not isinstance(step, RowScale | InputStep)]
-    quantize = () if scheme is None or scheme.activations.bits == 16 else (Quantize(scheme.activations),)
-    return (*before, *quantize, Product(scheme), *behind, Bias())
+    if scheme is None or scheme.activations.bits == 16:
+        return (*before, Product(scheme), *behind, Bias())
+    quantize, product = Quantize(scheme.activations), Product(scheme)
+    if scheme.activations.shift:
+        return (*before, Shift(), quantize, product, Offset(), *behind, Bias())
+    return (*before, quantize, product, *behind, Bias())
 
 
 def in_floating_point(steps: Iterable[Step]) -> tuple[Step, ...]:
     """The list with nothing quantized."""
-    kept = (step for step in steps if not isinstance(step, Quantize))
+    kept = (step for step in steps if not isinstance(step, Shift | Quantize | Offset))
     return tuple(Product(None) if isinstance(step, Product) else step for step in kept)
 
 

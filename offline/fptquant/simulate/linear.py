@@ -66,6 +66,8 @@ class SimulatedLinear(FixedBuffers):
         self.weight_shape: Tensor
         self.input_scale: Tensor
         self.input_zero_point: Tensor
+        self.input_shift: Tensor  # where there is one
+        self.output_offset: Tensor
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, steps: Iterable[Step]) -> SimulatedLinear:
@@ -94,6 +96,14 @@ class SimulatedLinear(FixedBuffers):
         if not self.scheme.activations.symmetric:
             self.input_zero_point = zero_point.to(torch.int32).reshape(()).clone()
         self._set_bounds()
+
+    def set_shift(self, shift: Tensor) -> None:
+        """Fixes what is taken off the input, (K,), before it is quantized."""
+        self.input_shift = shift.float().clone()
+
+    def set_offset(self, offset: Tensor) -> None:
+        """Fixes what is added to the product, (N,)."""
+        self.output_offset = offset.float().clone()
 
     def set_weight_codes(self, codes: Tensor, scale: Tensor, multiplier: Tensor | None = None) -> None:
         """Replaces the float weight by integers.

@@ -42,6 +42,8 @@ from fptquant.train.student_weights import (
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, InputGroup, Place, Role
 
+Shifting = Callable[[], Tensor]  # gives what is taken off an input, (K,), at the transforms as they are
+
 
 @dataclass
 class SinkInput:
@@ -65,16 +67,22 @@ class SinkInput:
 class GroupInput:
     """What the layers of a group read: their one input, quantized once for all of them."""
 
-    def __init__(self, readers: int, quantizer: StaticQuantizer | None) -> None:
-        """Args: readers is how many layers the group has."""
-        self.readers, self.quantizer = readers, quantizer
+    def __init__(self, readers: int, quantizer: StaticQuantizer | None, shift: Shifting | None = None) -> None:
+        """Takes what the group's layers share.
+
+        Args:
+            readers: how many layers the group has.
+            quantizer: of the input.
+            shift: taken off the input before it is quantized, and added again behind; None for nothing.
+        """
+        self.readers, self.quantizer, self.shift = readers, quantizer, shift
         self._seen: tuple[Tensor, Tensor] | None = None
         self._left = 0
 
     def __call__(self, x: Tensor, weight: StudentWeight) -> Tensor:
         """Args: x (..., K) is the same tensor for all readers, weight any of theirs. Returns: (..., K)."""
         if self._seen is None or self._seen[0] is not x:
-            result = weight.restored(x if self.quantizer is None else self.quantizer(x))
+            result = weight.restored(self._quantized(x))
             self._seen, self._left = (x, result), self.readers
         result = self._seen[1]
         self._left -= 1
@@ -82,11 +90,23 @@ class GroupInput:
             self._seen = None
         return result
 
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.quantizer is None:
+            return x
+        if self.shift is None:
+            quantized: Tensor = self.quantizer(x)
+            return quantized
+        shift = self.shift()
+        shifted: Tensor = self.quantizer(x - shift) + shift
+        return shifted
 
-def group_inputs(group: InputGroup, quantizer: StaticQuantizer | None) -> dict[int | None, GroupInput]:
+
+def group_inputs(
+    group: InputGroup, quantizer: StaticQuantizer | None, shift: Shifting | None = None
+) -> dict[int | None, GroupInput]:
     """What the layers of a group read: by expert, for each sees other tokens, with one quantizer for all."""
     readers = Counter(projection.expert for projection in group.members)
-    return {expert: GroupInput(count, quantizer) for expert, count in readers.items()}
+    return {expert: GroupInput(count, quantizer, shift) for expert, count in readers.items()}
 
 
 class TrainedLinear(nn.Module):
@@ -321,7 +341,9 @@ def transform_student(
             for members in architecture.groups_of(index):
                 first = quantized.get_submodule(members.first.path)
                 assert isinstance(first, SimulatedLinear)
-                inputs = group_inputs(members, _input_quantizer(first, estimator))
+                inputs = group_inputs(
+                    members, _input_quantizer(first, estimator), _shifting(first, members, transforms)
+                )
                 for projection in (*members.members, *members.readers):
                     path, role = projection.path, projection.role
                     linear, example = layer.get_submodule(path), quantized.get_submodule(path)
@@ -351,6 +373,17 @@ def transform_student(
             extend(layer, partial(_fill_floats, twin=twin))
     model.config._attn_implementation = calibrated.config._attn_implementation
     return student
+
+
+def _shifting(first: SimulatedLinear, group: InputGroup, transforms: TransformSet) -> Shifting | None:
+    """What is taken off a group's input: turned with T_r where it reads the normed residual, and else as calibrated."""
+    if not first.arrangement.shifted:
+        return None
+    shift = first.input_shift
+    if group.first.role in (Role.OUTPUT, Role.DOWN) or len(first.arrangement.inputs) > 1:
+        return lambda: shift
+    before = transforms.inputs(EMBEDDING, shift, transposed=True)
+    return lambda: transforms.inputs(EMBEDDING, before)
 
 
 def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int) -> dict[int, Tensor]:
