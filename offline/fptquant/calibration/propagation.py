@@ -97,9 +97,8 @@ class Compensation:
         goals = {}
         if centered:
             linears = [linear for some, _ in parts for linear in some]
-            goals = dict(
-                zip(linears, deviation.center(seen, [linear.float_weight() for linear in linears]), strict=True)
-            )
+            means = deviation.centered(seen, [linear.float_weight() for linear in linears])
+            goals = dict(zip(linears, means, strict=True))
         sequences = sum(len(hidden) for hidden in self.inputs.hidden)
         for linears, importance in parts:
             weights = [linear.float_weight().float() for linear in linears]
@@ -146,23 +145,24 @@ class Deviation:
     read: Tensor
     residual: Tensor | None = None
 
-    def center(self, seen: Tensor, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    def centered(self, seen: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
         """Takes the means off, in place.
 
         Args:
             seen: (tokens, K), x^.
             weights: of the layers, (N, K).
 
-        Yields:
+        Returns:
             For each layer the mean of what it should put out, W x + e, (N,) float64.
         """
         off = mean(self.read)
-        self.read -= off.float()
-        entering, added = off + mean(seen), 0.0 if self.residual is None else mean(self.residual)
+        self.read.sub_(off.float())
+        goals = [weight.double() @ (off + mean(seen)) for weight in weights]
         if self.residual is not None:
-            self.residual -= added.float()
-        for weight in weights:
-            yield weight.double() @ entering + added
+            added = mean(self.residual)
+            self.residual.sub_(added.float())
+            goals = [goal + added for goal in goals]
+        return goals
 
 
 def _counted(inputs: LayerInputs) -> Iterator[Tensor]:

@@ -129,7 +129,7 @@ class Shift(InputStep):
     """x - c: the mean of each input channel is not quantized, `Offset` brings back what it gives."""
 
     def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
-        """C."""
+        """Its only tensor is c."""
         return (StepTensor("input_shift", (in_features,), torch.float32, inputs=0),)
 
     def bind(self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool) -> Callable[[Tensor], Tensor]:
@@ -223,7 +223,7 @@ class Offset(OutputStep):
     """y + o: what the input's shift gives, and the mean of what rounding and the layers before are off by."""
 
     def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
-        """O."""
+        """Its only tensor is o."""
         return (StepTensor("output_offset", (out_features,), torch.float32, outputs=0, once=True),)
 
     def bind(
