@@ -1,4 +1,4 @@
-"""Steps that the package doesn't have, as a later format may bring them: a shift of the input, a low-rank branch."""
+"""Steps that the package doesn't have, as a later format may bring them, such as a low-rank branch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fptquant.format.steps import InputStep, OutputStep, Step, StepTensor
-
-
-@dataclass(frozen=True)
-class Shift(InputStep):
-    """x - c."""
-
-    def tensors(self, in_features: int, out_features: int) -> tuple[StepTensor, ...]:
-        return (StepTensor("input_shift", (in_features,), torch.float32, inputs=0),)
-
-    def bind(self, tensors: Mapping[str, Tensor], device: torch.device, exact: bool) -> Callable[[Tensor], Tensor]:
-        shift = tensors["input_shift"]
-        return lambda x: x.float() - shift
+from fptquant.format.steps import OutputStep, Step, StepTensor
 
 
 @dataclass(frozen=True)

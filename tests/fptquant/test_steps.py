@@ -11,9 +11,11 @@ from fptquant.format.arithmetic import block_hadamard, hadamard_factors
 from fptquant.format.steps import (
     Bias,
     Hadamard,
+    Offset,
     Product,
     Quantize,
     RowScale,
+    Shift,
     Step,
     Undo,
     arrange,
@@ -21,7 +23,7 @@ from fptquant.format.steps import (
     linear_steps,
 )
 from fptquant.simulate import SimulatedLinear
-from tests.steps import Branch, Mystery, Shift
+from tests.steps import Branch, Mystery
 
 BOTH = {"transforms": {"down_hadamard": {"block": 16}, "residual_scale": True}}
 SCHEME = CheckpointConfig().scheme_for("x")
@@ -49,10 +51,27 @@ def test_nothing_is_quantized_at_16_bits_or_in_floating_point() -> None:
 
 
 def test_steps_nest_from_the_outside_in() -> None:
-    steps = linear_steps(SCHEME, (RowScale(), Undo(), Hadamard(8), Shift(), Branch()))
-    assert steps == (RowScale(), Hadamard(8), Shift(), QUANTIZE, PRODUCT, Branch(), Undo(), Bias())
+    steps = linear_steps(SCHEME, (RowScale(), Undo(), Hadamard(8), Branch()))
+    assert steps == (RowScale(), Hadamard(8), QUANTIZE, PRODUCT, Branch(), Undo(), Bias())
     arrangement = arrange(steps)
-    assert arrangement.scaled and arrangement.undone and arrangement.online == (Hadamard(8), Shift(), Branch())
+    assert arrangement.scaled and arrangement.undone and arrangement.online == (Hadamard(8), Branch())
+    assert not arrangement.shifted
+
+
+def test_a_shift_is_next_to_what_is_quantized() -> None:
+    config = CheckpointConfig.model_validate({"activations": {"shift": True}, "ignore": ["a"]})
+    scheme = config.scheme_for("x")
+    steps = linear_steps(scheme, (RowScale(), Undo(), Hadamard(8), Branch()))
+    product = (Shift(), Quantize(config.activations), Product(scheme), Offset())
+    assert steps == (RowScale(), Hadamard(8), *product, Branch(), Undo(), Bias())
+    assert arrange(steps).shifted and in_floating_point(config.steps_for("x")) == (Product(None), Bias())
+    assert config.steps_for("a") == (Product(None), Bias())
+    found = arrange(config.steps_for("x")).tensors(64, 6)
+    assert found["input_shift"].shape == (64,) and found["output_offset"].shape == (6,)
+    assert CheckpointConfig.parse(config.to_dict()) == config
+    assert "shift" not in CheckpointConfig().to_dict()["activations"]  # of which earlier versions know nothing
+    with pytest.raises(FPTQuantError, match="shift is of quantized activations"):
+        CheckpointConfig.parse({"activations": {"bits": 16, "shift": True}})
 
 
 @pytest.mark.parametrize("bits", [4, 7, 8])

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig, LinearScheme, block_hadamard, hadamard_factors, steps
-from fptquant.format.steps import Bias, Hadamard, RowScale, Step, Undo, arrange, linear_steps
+from fptquant.format.steps import Bias, Hadamard, Offset, RowScale, Shift, Step, Undo, linear_steps
 from fptquant.simulate import SimulatedLinear
 from fptquant.train.fake_quant import StaticQuantizer
 from fptquant.train.student import GroupInput, TrainedLinear
 from fptquant.train.student_weights import IntegerWeight
-from tests.steps import Branch, Mystery, Shift
+from tests.steps import Branch, Mystery
 from tests.vllm_fptquant.layers import (
     COLUMNS,
     HIDDEN,
@@ -39,11 +39,12 @@ from vllm_fptquant.models.projections import scaled_projection
 
 K, N = 64, 48
 SCALE: tuple[Step, ...] = (RowScale(), Undo())
+SHIFT: tuple[Step, ...] = (Shift(), Offset())
 ACTIVATIONS: list[dict[str, Any]] = [{"bits": 16}, {"bits": 8}, {"bits": 4, "symmetric": False}]
 # Whatever a list may be made of, from the outside in.
 ONLINE = [
     tuple(itertools.chain(*chosen))
-    for chosen in itertools.product([(), SCALE], [(), (Hadamard(16),)], [(), (Shift(),)], [(), (Branch(),)])
+    for chosen in itertools.product([(), SCALE], [(), (Hadamard(16),)], [(), (Branch(),)], [(), SHIFT])
 ]
 
 
@@ -114,7 +115,7 @@ def test_every_list_is_computed_alike(
 
 @pytest.mark.parametrize("online", ONLINE, ids=lambda online: " ".join(type(step).__name__ for step in online))
 def test_the_list_around_a_float_layer(online: tuple[Step, ...]) -> None:
-    """What the student of transforms is built on: the same steps and tensors, nothing quantized."""
+    """What the student of transforms is built on: the same steps and tensors, nothing quantized, nothing shifted."""
     linear, other = simulated(scheme_of(bits=8), online), nn.Linear(K, N)
     around = linear.around(other)
     assert around.scheme is None
@@ -122,8 +123,6 @@ def test_the_list_around_a_float_layer(online: tuple[Step, ...]) -> None:
     states = x if S is None else x * S
     if Hadamard(16) in online:
         states = block_hadamard(states, *hadamard_factors(16))
-    if Shift() in online:
-        states = states - linear.get_buffer("input_shift")
     y = states @ other.weight.T
     if Branch() in online:
         y = y + states @ linear.get_buffer("branch_in").T @ linear.get_buffer("branch_out").T
@@ -132,9 +131,7 @@ def test_the_list_around_a_float_layer(online: tuple[Step, ...]) -> None:
 
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("activations", [{"bits": 8}, {"bits": 8, "symmetric": False}], ids=str)
-@pytest.mark.parametrize(
-    "online", [online for online in ONLINE if Shift() not in online], ids=lambda online: " ".join(map(str, online))
-)
+@pytest.mark.parametrize("online", ONLINE, ids=lambda online: " ".join(map(str, online)))
 def test_gpus_by_the_rule_of_rows(online: tuple[Step, ...], activations: dict[str, Any]) -> None:
     """S behind the input steps and before output steps, within rounding to 16 bits."""
     linear = simulated(scheme_of(**activations), online)
@@ -157,9 +154,6 @@ def test_each_executor_refuses_what_it_does_not_know() -> None:
         SimulatedLinear(K, N, False, listed)  # of simulator and student
     with pytest.raises(FPTQuantError, match=r"^a / b: can't compute the step Mystery\(\)"):
         FPTQuantLinearMethod(listed, ("a", "b"))
-    weights = weights_of(simulated(scheme, (Shift(),)))
-    with pytest.raises(FPTQuantError, match=r"layer: can't compute the step Shift\(\) on GPUs: serve on CPUs"):
-        GpuLinear(CutlassInt8Kernel(weights, torch.bfloat16), weights, arrange(linear_steps(scheme, (Shift(),))))
 
 
 @pytest.fixture
@@ -173,11 +167,12 @@ def with_row(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def tensors_of(kind: str, config: Any) -> dict[Any, dict[str, Tensor]]:
-    """As `random_tensors`, with those of a shift (equal in all shards) and of a branch."""
+    """As `random_tensors`, with those of a shift (equal in all shards), what is added behind it, and of a branch."""
     tensors = random_tensors(kind, config)
     shift = torch.randn(COLUMNS[kind]) * 0.1
     for shard, _, rows in SHARDS[kind]:
         tensors[shard]["input_shift"] = shift
+        tensors[shard]["output_offset"] = torch.randn(rows) * 0.1
         tensors[shard]["branch_in"] = torch.randn(3, COLUMNS[kind]) * 0.1
         tensors[shard]["branch_out"] = torch.randn(rows, 3) * 0.1
     return tensors
@@ -187,7 +182,8 @@ def whole(tensors: dict[Any, dict[str, Tensor]], x: Tensor) -> Tensor:
     """What the layer computes, by the definition of its steps."""
     (x,) = {id(shard["input_shift"]): x - shard["input_shift"] for shard in tensors.values()}.values()
     branches = [x @ shard["branch_in"].T @ shard["branch_out"].T for shard in tensors.values()]
-    return expected(tensors, x, 8) + torch.cat(branches, -1)
+    offset = torch.cat([shard["output_offset"] for shard in tensors.values()])
+    return expected(tensors, x, 8) + offset + torch.cat(branches, -1)
 
 
 @pytest.mark.usefixtures("parallel_world")
@@ -196,7 +192,7 @@ class TestLoading:
 
     @pytest.fixture(autouse=True)
     def _rows(self, with_row: Callable[..., None]) -> None:
-        with_row(Shift(), Branch())
+        with_row(Branch(), *SHIFT)
 
     @pytest.mark.parametrize("kind", list(SHARDS))
     def test_whole_layer(self, kind: str) -> None:
@@ -252,16 +248,14 @@ class TestLoading:
 
 @pytest.mark.usefixtures("parallel_world")
 @pytest.mark.parametrize("plain", [True, False], ids=["in the kernel's layer", "around it"])
-def test_scaled_projection_with_a_branch(plain: bool, with_row: Callable[..., None]) -> None:
-    with_row(Branch())
+def test_scaled_projection_with_shift_and_branch(plain: bool, with_row: Callable[..., None]) -> None:
+    with_row(Branch(), *SHIFT)
     config = quant_config(transforms={"residual_scale": True})
     tensors = tensors_of("down", config)
-    tensors[None].pop("input_shift")
     layer = load(build_linear("down", config), tensors)
     layer.fptquant_plain = plain
     x, S = torch.randn(5, COLUMNS["down"]), torch.rand(5, 1) + 0.5
-    zero = {None: {**tensors[None], "input_shift": torch.zeros(COLUMNS["down"])}}
-    torch.testing.assert_close(scaled_projection(layer, x, S), whole(zero, x * S) / S, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled_projection(layer, x, S), whole(tensors, x * S) / S, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("parallel_world")

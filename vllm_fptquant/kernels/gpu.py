@@ -63,8 +63,8 @@ class GpuLinear(torch.nn.Module):
         """
         super().__init__()
         for step in steps.online:
-            known = isinstance(step, Hadamard | Shift | Offset) or (step.homogeneous and isinstance(step, OutputStep))
-            if not known:
+            homogeneous = isinstance(step, OutputStep) and step.homogeneous
+            if not homogeneous and not isinstance(step, Hadamard | Shift | Offset):
                 raise FPTQuantError(f"{weights.name}: can't compute the step {step} on GPUs: serve on CPUs")
         self.kernel = kernel
         device = weights.codes.device
@@ -102,12 +102,14 @@ class GpuLinear(torch.nn.Module):
         for rotation in self.inputs:
             rows = rotation(rows)
         scaled = rows if scale is None else rows * scale  # float32
-        output = self.kernel(self.codes(scaled), self.row_scale(len(rows), scale if self.undone else None))
         if self.shifted:
-            offset = self.offset if scale is None or not self.undone else self.offset / scale
-            output = (output + offset).to(output.dtype)
+            scaled = scaled - self.shift
+        undo = scale if self.undone else None
+        output = self.kernel(self.codes(scaled), self.row_scale(len(rows), undo))
+        if self.shifted:
+            output = (output + (self.offset if undo is None else self.offset / undo)).to(output.dtype)
         if self.outputs:
-            output = self._behind(output, rows if self.undone else scaled).to(output.dtype)
+            output = self._behind(output, scaled if undo is None else scaled / undo).to(output.dtype)
         if bias is not None:
             output = output + bias
         result: Tensor = output.view(*x.shape[:-1], -1)
@@ -117,8 +119,6 @@ class GpuLinear(torch.nn.Module):
         """What the kernel multiplies, for `x` (M, K): int8 (M, K), or 16-bit numbers where it is not quantized."""
         if not self.quantized:
             return x.to(self.kernel.dtype)
-        if self.shifted:
-            x = x - self.shift
         codes = quantize(x, self.input_scale, self.low, self.high)
         if self.adds_zero_point:
             codes = codes + self.zero_point

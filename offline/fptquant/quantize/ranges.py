@@ -37,6 +37,10 @@ class InputRangeOptions(RangeOptions):
     outlier_tokens: float = Field(
         2e-4, ge=0, lt=1, description="share of tokens, the largest, that the range need not hold (method lp)"
     )
+    shift: bool = Field(
+        False,
+        description="take each channel's mean off first, which is added to the product behind; not of experts' inputs",
+    )
 
 
 @torch.no_grad()

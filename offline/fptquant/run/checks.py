@@ -110,6 +110,19 @@ def float_patterns(architecture: Architecture) -> tuple[str, ...]:
     return tuple(rf"re:{layers}\.\d+\.{re.escape(path)}$" for path in paths)
 
 
+def expert_patterns(architecture: Architecture) -> tuple[str, ...]:
+    """Patterns of the linear layers of experts, of a shared one too."""
+    layers = re.escape(architecture.layers)
+    experts = {
+        re.sub(r"\d+", r"\\d+", re.escape(projection.path))
+        for groups in (architecture.mixtures or {}).values()
+        for group in groups
+        for projection in group.members
+        if projection.expert is not None
+    }
+    return tuple(rf"re:{layers}\.\d+\.{path}$" for path in sorted(experts))
+
+
 def float_layers(source: Source) -> list[str]:
     """Full names of the layers that `float_patterns` match."""
     architecture = source.architecture

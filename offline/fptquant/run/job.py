@@ -17,12 +17,13 @@ from fptquant.calibration.text import calibration_windows, fingerprint
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import CheckpointConfig
+from fptquant.format import ActivationScheme, CheckpointConfig, Override
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 from fptquant.run.checks import (
+    expert_patterns,
     float_patterns,
     require_alike_experts,
     require_groups,
@@ -128,6 +129,15 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
     return replace(_job(source, recipe, windows.to(device), training.to(device)), left_out=left_out)
 
 
+def _activations(source: Source, recipe: Recipe) -> tuple[ActivationScheme, tuple[Override, ...]]:
+    """What all inputs are quantized to, with the shift that the recipe asks for; and overrides for experts without."""
+    plain = recipe.precision.activations
+    if plain.bits == 16 or not recipe.activation_range.shift:
+        return plain, ()
+    experts = tuple(Override(modules=pattern, activations=plain) for pattern in expert_patterns(source.architecture))
+    return plain.model_copy(update={"shift": True}), experts
+
+
 def _with_starts(recipe: Recipe) -> Recipe:
     """Without a start that is measured for a KV cache that nothing quantizes."""
     if recipe.precision.kv_cache.bits < 16:
@@ -154,13 +164,14 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     require_range(source.architecture, dtype, "quantize with --dtype bfloat16")
     head_override, head_ignore = head_scheme(source.architecture.head, recipe)
+    activations, without_shift = _activations(source, recipe)
     config = CheckpointConfig(
         weights=recipe.precision.weights,
-        activations=recipe.precision.activations,
+        activations=activations,
         kv_cache=recipe.precision.kv_cache,
         transforms=record,
         sink=constant_token(source, recipe),
-        overrides=(*head_override, *recipe.overrides),
+        overrides=(*head_override, *without_shift, *recipe.overrides),
         ignore=(*recipe.ignore, *head_ignore, *float_patterns(source.architecture)),
         producer={
             "package": f"vllm-fptquant {fptquant.__version__}",

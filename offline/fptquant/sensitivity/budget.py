@@ -16,7 +16,7 @@ from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.sizes import linear_sizes
-from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe
+from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe, widened
 from fptquant.sensitivity.sites import INPUTS, WEIGHTS, Site, sites_of
 from fptquant.wiring import SHARED
 
@@ -218,7 +218,9 @@ def _overrides(job: Job, budget: BudgetOptions, choices: Iterable[Choice]) -> It
     for choice in choices:
         for name in dict.fromkeys(_patterns(job, choice.site)):
             if choice.site.is_input:
-                yield Override(modules=name, activations=WIDE_INPUT)
+                scheme = choice.site.scheme(job)
+                assert scheme is not None
+                yield Override(modules=name, activations=widened(scheme.activations))
             else:
                 yield Override(modules=name, weights=WeightScheme(bits=budget.weight_bits))
 

@@ -21,7 +21,7 @@ from fptquant.calibration.layerwise import (
     set_kv_ranges,
     weighted_parts,
 )
-from fptquant.calibration.moments import observe_inputs
+from fptquant.calibration.moments import mean, observe_inputs
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits
@@ -36,6 +36,13 @@ from fptquant.simulate.sink import put_output
 from fptquant.wiring import InputGroup
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
+
+
+def widened(scheme: ActivationScheme) -> ActivationScheme:
+    """What inputs of more bits are quantized to, in the place of `scheme`."""
+    return WIDE_INPUT.model_copy(update={"shift": scheme.shift})
+
+
 WIDE_WEIGHTS = WeightScheme(bits=7)
 
 
@@ -68,7 +75,7 @@ class Probe:
     """A transformed model in which single sites are quantized for the time of a measurement.
 
     Ranges and weights are fitted to the model in floating point. A site is applied at the precision of the job's
-    recipe ("narrow") or at `WIDE_INPUT` and `wide_weights`.
+    recipe ("narrow") or as `widened` says and `wide_weights`.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class Probe:
         self._ranges: dict[tuple[Site, bool], list[_Range]] = {}  # of each of a site's groups
         self._codes: dict[Site, list[_Codes]] = {}  # of each of its linear layers
         self._importance: dict[str, Tensor] = {}  # of tokens, by name of a group's first layer
+        self._means: dict[SimulatedLinear, tuple[Tensor, Tensor]] = {}  # of shifted inputs, (K,), and of W times them
         self._float: dict[Site, list[Tensor]] = {}  # weights that are out while their rounded form is in
 
     @torch.no_grad()
@@ -165,8 +173,13 @@ class Probe:
         scheme = first.scheme
         assert scheme is not None
         seen = observe_inputs(first, *entering)  # (tokens, K)
+        if scheme.activations.shift:
+            center = mean(seen)
+            seen -= center.float()
+            for linear in (linear for linears, _ in parts for linear in linears):
+                self._means[linear] = center, linear.float_weight().double() @ center
         if source in wanted:
-            for wide, kind in ((False, scheme.activations), (True, WIDE_INPUT)):
+            for wide, kind in ((False, scheme.activations), (True, widened(scheme.activations))):
                 scale, zero_point = search_input_range(seen, kind.bits, kind.symmetric, recipe.activation_range)
                 found = _Range(scale, *code_bounds(zero_point, kind.bits))
                 self._ranges.setdefault((source, wide), []).append(found)
@@ -221,10 +234,11 @@ class Probe:
             for group, found in zip(site.groups(self.job), self._ranges[site, wide], strict=True):
                 for linear in self._members(site.layer, group):
                     linear.input_scale, linear.low, linear.high = found.scale, found.low, found.high
+                    self._balance(linear)
         elif site.is_weights:
             linears = self._linears(site)
             self._float[site] = [linear.float_weight() for linear in linears]
-            _set_weights(linears, self._rounded(site, wide))
+            self._set_weights(linears, self._rounded(site, wide))
 
     def _rounded(self, site: Site, wide: bool) -> Iterator[Tensor]:
         """The weights of each of a site's linear layers."""
@@ -243,8 +257,22 @@ class Probe:
         elif site.is_input:
             for linear in self._linears(site):
                 linear.low = linear.high = None
+                self._balance(linear)
         elif site in self._float:
-            _set_weights(self._linears(site), self._float.pop(site))
+            self._set_weights(self._linears(site), self._float.pop(site))
+
+    def _set_weights(self, linears: list[SimulatedLinear], weights: Iterable[Tensor]) -> None:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            self._balance(linear)
+
+    def _balance(self, linear: SimulatedLinear) -> None:
+        """Shifts the input where it is quantized, so that what the layer puts out keeps its mean."""
+        if linear in self._means:
+            center, goal = self._means[linear]
+            shift = center if linear.low is not None else torch.zeros_like(center)
+            linear.set_shift(shift)
+            linear.set_offset(goal - linear.float_weight().double() @ (center - shift))
 
     def _attention(self, site: Site) -> nn.Module:
         return self.layers[site.layer].get_submodule(self.job.source.architecture.attention)
@@ -255,11 +283,6 @@ class Probe:
     def _members(self, index: int, group: InputGroup) -> list[SimulatedLinear]:
         modules = [self.layers[index].get_submodule(projection.path) for projection in group.members]
         return [module for module in modules if isinstance(module, SimulatedLinear)]
-
-
-def _set_weights(linears: list[SimulatedLinear], weights: Iterable[Tensor]) -> None:
-    for linear, weight in zip(linears, weights, strict=True):
-        linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _quantizer(attention: nn.Module) -> KVQuantizer:
