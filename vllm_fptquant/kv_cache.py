@@ -45,6 +45,8 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
     themselves, and the integer cache has to work in all of them.
     """
 
+    fptquant_shifts_keys = False
+
     def forward(
         self,
         query: Tensor,
@@ -66,6 +68,8 @@ class StaticKVAttention(Attention):  # type: ignore[misc]
         """
         # Flat, and keys and values in one go: every operator costs as much as its arithmetic when decoding.
         states = torch.cat((key.flatten(1), value.flatten(1)), -1)  # (T, kv_heads * (head_size + head_size_v))
+        if self.fptquant_shifts_keys:
+            states = states - self.fptquant_kv_shift
         codes = quantize(states, self.fptquant_kv_scale, self.fptquant_kv_low, self.fptquant_kv_high)
         if sink is not None:
             codes = torch.where(sink, self.fptquant_sink_codes, codes)
@@ -113,6 +117,9 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             if not self.scheme.symmetric:
                 missing = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
                 self._add_parameter(layer, name, f"{side}_zero_point", missing, per_head)
+        if self.scheme.shift:
+            missing = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
+            self._add_parameter(layer, name, "k_shift", missing, per_head=True)
         if self.sink:
             for side in ("k", "v"):
                 size = layer.head_size if side == "k" else layer.head_size_v
@@ -179,10 +186,15 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
         for suffix, pair in zip(("scale", "low", "high"), zip(*bounds, strict=True), strict=True):
             flat = [spread(values, layer.num_kv_heads, sizes[side]) for side, values in zip("kv", pair, strict=True)]
             set_buffer(layer, f"fptquant_kv_{suffix}", torch.cat(flat))
+        shift = self._take_shift(layer, name) if self.scheme.shift else None
+        if shift is not None:
+            values = layer.num_kv_heads * layer.head_size_v
+            set_buffer(layer, "fptquant_kv_shift", torch.cat((shift, torch.zeros(values, device=shift.device))))
+            layer.fptquant_shifts_keys = True
         if self.sink:
             flat = [
-                self._take_constant(layer, name, side, spread(scales[side], layer.num_kv_heads, sizes[side]))
-                for side in ("k", "v")
+                self._take_constant(layer, name, side, spread(scale, layer.num_kv_heads, sizes[side]), shift)
+                for side, scale in scales.items()
             ]
             set_buffer(layer, "fptquant_sink_codes", torch.cat(flat))
             steady = layer.get_parameter("sink_steady").data
@@ -196,9 +208,19 @@ class FPTQuantKVCacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
             set_buffer(layer, f"fptquant_{buffer}", flat_scale)
 
     @staticmethod
-    def _take_constant(layer: Attention, name: str, side: str, scale: Tensor) -> Tensor:
+    def _take_shift(layer: Attention, name: str) -> Tensor:
+        """What is taken off keys (kv_heads * head_dim), off the layer."""
+        shift: Tensor = layer.get_parameter("k_shift").data.flatten()
+        if bool((~torch.isfinite(shift)).any()):
+            raise FPTQuantError(f"{name}.k_shift is missing or not finite: quantize the model again")
+        consume(layer, "k_shift", name)
+        return shift
+
+    @staticmethod
+    def _take_constant(layer: Attention, name: str, side: str, scale: Tensor, shift: Tensor | None) -> Tensor:
         """The constant keys or values (kv_heads * head_dim) as the cache holds them, off the layer."""
-        codes: Tensor = layer.get_parameter(f"{side}_sink").data.flatten() / scale
+        constant = layer.get_parameter(f"{side}_sink").data.flatten()
+        codes: Tensor = (constant if shift is None or side == "v" else constant - shift) / scale
         if bool((~torch.isfinite(codes)).any()):
             raise FPTQuantError(
                 f"{name}.{side}_sink is missing, not finite, or too large for its scale: quantize the model again"

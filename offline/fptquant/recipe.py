@@ -15,7 +15,7 @@ from fptquant.errors import FPTQuantError, unknown
 from fptquant.files import portable
 from fptquant.format import ActivationScheme, KVCacheScheme, Override, WeightScheme
 from fptquant.format.schema import ModulePattern
-from fptquant.quantize import InputRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.quantize import InputRangeOptions, KVRangeOptions, WeightRangeOptions
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.recipe_errors import explain
 from fptquant.recipe_files import read_recipe
@@ -124,7 +124,7 @@ class Recipe(BaseModel):
     transforms: dict[str, Any] = Field(default_factory=lambda: dict.fromkeys(FPTQUANT, {}))
     weight_range: WeightRangeOptions = WeightRangeOptions()
     activation_range: InputRangeOptions = InputRangeOptions()
-    kv_range: RangeOptions = RangeOptions()
+    kv_range: KVRangeOptions = KVRangeOptions()
     rounding: RoundingOptions = RoundingOptions()
     calibration: CalibrationOptions = CalibrationOptions()
     local: LocalOptions = Field(LocalOptions(), description="stage 1: transforms trained on the weights alone")

@@ -70,7 +70,7 @@ def test_a_shift_is_next_to_what_is_quantized() -> None:
     assert found["input_shift"].shape == (64,) and found["output_offset"].shape == (6,)
     assert CheckpointConfig.parse(config.to_dict()) == config
     assert "shift" not in CheckpointConfig().to_dict()["activations"]  # of which earlier versions know nothing
-    with pytest.raises(FPTQuantError, match="shift is of quantized activations"):
+    with pytest.raises(FPTQuantError, match="shift is of what is quantized"):
         CheckpointConfig.parse({"activations": {"bits": 16, "shift": True}})
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import LayerParts, SecondHalf
+from fptquant.calibration.key_shift import mean_key
 from fptquant.calibration.moments import mean, observe_inputs, second_moment
 from fptquant.calibration.output_gradients import token_weights
 from fptquant.calibration.propagation import Compensation, Unquantized
@@ -32,6 +33,8 @@ from fptquant.quantize import (
 from fptquant.quantize.options import QuantizeOptions
 from fptquant.quantize.rounding import ROUNDERS
 from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.attention import SHIFT
+from fptquant.simulate.modules import SimulatedAttention
 from fptquant.wiring import Architecture, InputGroup, Projection, Role
 
 Weighted = tuple[list[SimulatedLinear], Tensor | None]  # and how much tokens count, (sequences, tokens); None: alike
@@ -413,7 +416,7 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
     def observe(key: Tensor, value: Tensor) -> None:
         for name, states in (("k", key), ("v", value)):
             counted = states[:, :, inputs.first :]
-            seen[name].append(counted.transpose(0, 1).flatten(1))  # (kv_heads, batch * tokens * head_dim)
+            seen[name].append(counted.transpose(0, 1))  # (kv_heads, batch, tokens, head_dim)
         raise Stop
 
     quantizer.observer = observe
@@ -421,8 +424,16 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
     quantizer.observer = None
     for name in tuple(seen):
         values = torch.cat(seen.pop(name), 1)
+        if name == "k" and quantizer.scheme.shift:
+            assert isinstance(attention, SimulatedAttention)
+            rope = inputs.arguments[layer]["position_embeddings"]
+            shift = mean_key(attention, attention.architecture, rope, values, recipe.kv_range.positions)
+            attention.get_buffer(SHIFT).copy_(shift)
+            values = values - shift[:, None, None]
+        values = values.flatten(1)
         rows = values if quantizer.scheme.strategy == "head" else values[None]
-        found = [search_range(row, quantizer.scheme.bits, quantizer.scheme.symmetric, recipe.kv_range) for row in rows]
-        scales, zero_points = (torch.stack(items) for items in zip(*found, strict=True))
+        bits, symmetric = quantizer.scheme.bits, quantizer.scheme.symmetric
+        ranges = [search_range(row, bits, symmetric, recipe.kv_range) for row in rows]
+        scales, zero_points = (torch.stack(items) for items in zip(*ranges, strict=True))
         quantizer.set_range(attention, name, scales, zero_points)
     quantizer.ready = True

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from fptquant import parallel
+from fptquant.calibration.key_shift import mean_key
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.layers.residency import entered
+from fptquant.quantize import KVRangeOptions
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import KeyScale
@@ -27,7 +29,12 @@ def start_is_measured(transforms: TransformSet) -> bool:
 
 @torch.no_grad()
 def start_from_activations(
-    model: PreTrainedModel, architecture: Architecture, transforms: TransformSet, windows: Tensor, first: int
+    model: PreTrainedModel,
+    architecture: Architecture,
+    transforms: TransformSet,
+    windows: Tensor,
+    first: int,
+    kv_range: KVRangeOptions,
 ) -> None:
     """Gives the transforms of which `start_is_measured` their starting values.
 
@@ -37,6 +44,7 @@ def start_from_activations(
         transforms: at their starting values; those are changed.
         windows: (sequences, length) tokens.
         first: tokens of a sequence before this one do not count.
+        kv_range: says whether keys will lose their mean.
     """
     for transform in transforms:
         if not transform.start_is_measured:
@@ -45,20 +53,40 @@ def start_from_activations(
             _start_norm_scale(transform, model, architecture, transforms, windows, first)
         else:
             assert isinstance(transform, KeyScale)
-            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first)
+            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, kv_range)
 
 
 def _start_key_scale(
-    transform: KeyScale, model: PreTrainedModel, architecture: Architecture, windows: Tensor, first: int
+    transform: KeyScale,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    windows: Tensor,
+    first: int,
+    kv_range: KVRangeOptions,
 ) -> None:
-    """From the largest length of every RoPE pair of keys in a sequence, averaged over the sequences; RoPE keeps it."""
+    """From the lengths of every RoPE pair of keys, which RoPE keeps.
+
+    The largest in a sequence, averaged over the sequences; where keys lose their mean, the root mean square of what is
+    left over all positions.
+    """
     inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
     for index, layer in enumerate(architecture.layer_modules(model)):
         cache = _Keys()
         with entered(layer):
             inputs.cached(cache).advance(layer)
-        largest = torch.cat([transform.pair_norms(keys[:, :, first:]).amax(2) for keys in cache.seen])
-        transform.start(index, parallel.joined(largest).mean(0))  # the same bits, however many processes there are
+        keys = [states[:, :, first:] for states in cache.seen]
+        # the same bits, however many processes there are
+        if kv_range.shift and architecture.caps(model.config)[0] is None:
+            attention, rope = (
+                layer.get_submodule(architecture.attention),
+                inputs.arguments[layer]["position_embeddings"],
+            )
+            center = mean_key(attention, architecture, rope, torch.cat(keys).transpose(0, 1), kv_range.positions)
+            squares = parallel.joined(torch.cat([transform.pair_norms(x).square().mean(2) for x in keys])).mean(0)
+            lengths = (squares - transform.pair_norms(center).square()).clamp_min(0).sqrt()
+        else:
+            lengths = parallel.joined(torch.cat([transform.pair_norms(x).amax(2) for x in keys])).mean(0)
+        transform.start(index, lengths)
 
 
 class _Keys(DynamicCache):  # type: ignore[misc]  # transformers has no types

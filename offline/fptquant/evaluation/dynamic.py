@@ -57,5 +57,6 @@ class DynamicKV(KVQuantizer):
         """Quantizes and dequantizes `states`, each token and head at a range of its own."""
         if key not in self.sides:
             return states
+        states = self.shifted(attention, key, states)
         scale, zero_point = token_range(states, self.scheme.bits, self.scheme.symmetric)
         return quantize(states, scale, *code_bounds(zero_point, self.scheme.bits)) * scale

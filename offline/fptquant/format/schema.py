@@ -102,6 +102,20 @@ class WeightScheme(Strict):
         return 4 * packed_words(in_features, self.bits) + 4 + groups
 
 
+def _require_quantized(scheme: ActivationScheme | KVCacheScheme) -> None:
+    if scheme.shift and scheme.bits == 16:
+        raise ValueError("shift is of what is quantized, not of 16 bits")
+
+
+def _without_shift(
+    scheme: ActivationScheme | KVCacheScheme, serialize: SerializerFunctionWrapHandler
+) -> dict[str, Any]:
+    content: dict[str, Any] = serialize(scheme)
+    if not scheme.shift:
+        content.pop("shift", None)
+    return content
+
+
 class ActivationScheme(Strict):
     """Static activations, one scale per tensor. 16 bits means "not quantized".
 
@@ -116,25 +130,35 @@ class ActivationScheme(Strict):
 
     @model_validator(mode="after")
     def _something_to_shift(self) -> ActivationScheme:
-        if self.shift and self.bits == 16:
-            raise ValueError("shift is of quantized activations, not of 16 bits")
+        _require_quantized(self)
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves `shift` out where there is none: readers that don't know it refuse it by name."""
-        content: dict[str, Any] = serialize(self)
-        if not self.shift:
-            content.pop("shift", None)
-        return content
+        return _without_shift(self, serialize)
 
 
 class KVCacheScheme(Strict):
-    """Static KV cache; keys are quantized after RoPE. 16 bits means "not quantized"."""
+    """Static KV cache; keys are quantized after RoPE. 16 bits means "not quantized".
+
+    With `shift`, a constant of each channel is taken off all keys before, which no score of a softmax depends on.
+    """
 
     bits: Literal[4, 8, 16] = 8
     symmetric: bool = False
     strategy: Literal["tensor", "head"] = "tensor"
+    shift: bool = False
+
+    @model_validator(mode="after")
+    def _something_to_shift(self) -> KVCacheScheme:
+        _require_quantized(self)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `shift` out where there is none, as `ActivationScheme` does."""
+        return _without_shift(self, serialize)
 
 
 def power_of_two(block: int) -> int:

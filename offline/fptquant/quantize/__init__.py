@@ -1,6 +1,13 @@
 """Choosing scales: static ranges of activations and the KV cache, channel scales of weights."""
 
-from fptquant.quantize.ranges import InputRangeOptions, RangeOptions, affine, search_input_range, search_range
+from fptquant.quantize.ranges import (
+    InputRangeOptions,
+    KVRangeOptions,
+    RangeOptions,
+    affine,
+    search_input_range,
+    search_range,
+)
 from fptquant.quantize.weights import (
     WeightRangeOptions,
     as_multiples,
@@ -12,6 +19,7 @@ from fptquant.quantize.weights import (
 
 __all__ = [
     "InputRangeOptions",
+    "KVRangeOptions",
     "RangeOptions",
     "WeightRangeOptions",
     "affine",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fptquant.quantize.ranges import InputRangeOptions, RangeOptions
+from fptquant.quantize.ranges import InputRangeOptions, KVRangeOptions
 from fptquant.quantize.rounding import RoundingOptions
 from fptquant.quantize.weights import WeightRangeOptions
 
@@ -21,7 +21,7 @@ class QuantizeOptions(Protocol):
         """How the range of a layer's input is chosen."""
 
     @property
-    def kv_range(self) -> RangeOptions:
+    def kv_range(self) -> KVRangeOptions:
         """How ranges of keys and values are chosen."""
 
     @property

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from fptquant import parallel
@@ -40,6 +40,15 @@ class InputRangeOptions(RangeOptions):
     shift: bool = Field(
         False,
         description="take each channel's mean off first, which is added to the product behind; not of experts' inputs",
+    )
+
+
+class KVRangeOptions(RangeOptions):
+    """How the ranges of keys and values are chosen."""
+
+    shift: bool = Field(False, description="take each channel's mean off keys first; T_k starts from what is left")
+    positions: PositiveInt | None = Field(
+        None, description="that the mean of keys is taken over, RoPE turns it; null: as many as the model is made for"
     )
 
 

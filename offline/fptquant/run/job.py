@@ -17,7 +17,7 @@ from fptquant.calibration.text import calibration_windows, fingerprint
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json
-from fptquant.format import ActivationScheme, CheckpointConfig, Override
+from fptquant.format import ActivationScheme, CheckpointConfig, KVCacheScheme, Override
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
@@ -138,6 +138,14 @@ def _activations(source: Source, recipe: Recipe) -> tuple[ActivationScheme, tupl
     return plain.model_copy(update={"shift": True}), experts
 
 
+def _kv_cache(source: Source, recipe: Recipe) -> KVCacheScheme:
+    """What keys and values are quantized to, with the shift that the recipe asks for."""
+    plain = recipe.precision.kv_cache
+    if plain.bits == 16 or not recipe.kv_range.shift:
+        return plain
+    return plain.model_copy(update={"shift": source.architecture.caps(source.config)[0] is None})
+
+
 def _with_starts(recipe: Recipe) -> Recipe:
     """Without a start that is measured for a KV cache that nothing quantizes."""
     if recipe.precision.kv_cache.bits < 16:
@@ -168,7 +176,7 @@ def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tens
     config = CheckpointConfig(
         weights=recipe.precision.weights,
         activations=activations,
-        kv_cache=recipe.precision.kv_cache,
+        kv_cache=_kv_cache(source, recipe),
         transforms=record,
         sink=constant_token(source, recipe),
         overrides=(*head_override, *without_shift, *recipe.overrides),

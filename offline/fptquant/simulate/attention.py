@@ -13,10 +13,11 @@ from transformers.masking_utils import sdpa_mask
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import KVCacheScheme, attention, code_bounds, exact_attention, quantize
-from fptquant.format.checks import require_positive, require_zero_point
+from fptquant.format.checks import require_finite, require_positive, require_zero_point
 from fptquant.simulate.sink import KEY, STEADY, VALUE, SinkMasks, replaced
 
 ATTENTION_NAME = "fptquant_sdpa"
+SHIFT = "k_shift"  # name of the tensor in a checkpoint
 
 
 class KVQuantizer:
@@ -38,6 +39,8 @@ class KVQuantizer:
             attention.register_buffer(f"{key}_scale", torch.empty(size, dtype=torch.float32))
             if not scheme.symmetric:
                 attention.register_buffer(f"{key}_zero_point", torch.empty(size, dtype=torch.int32))
+        if scheme.shift:
+            attention.register_buffer(SHIFT, torch.zeros(kv_heads, attention.head_dim, dtype=torch.float32))  # type: ignore[call-overload]
 
     def set_range(self, attention: nn.Module, key: str, scale: Tensor, zero_point: Tensor) -> None:
         """Fixes the range of `key` ("k" or "v"): scale and zero point of shape (1,) or (kv_heads,)."""
@@ -52,7 +55,15 @@ class KVQuantizer:
             if not self.scheme.symmetric:
                 zero_point = attention.get_buffer(f"{key}_zero_point")
                 require_zero_point(f"{name}.{key}_zero_point", zero_point, self.scheme.bits)
+        if self.scheme.shift:
+            require_finite(f"{name}.{SHIFT}", attention.get_buffer(SHIFT))
         self.ready = True
+
+    def shifted(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
+        """`states` (..., kv_heads, tokens, head_dim) without the constant that is taken off keys."""
+        if not self.scheme.shift or key != "k" or key not in self.sides:
+            return states
+        return states - attention.get_buffer(SHIFT)[:, None]
 
     def scale(self, attention: nn.Module, key: str) -> Tensor:
         """What a code of `key` counts, (1 or kv_heads, 1, 1)."""
@@ -68,6 +79,7 @@ class KVQuantizer:
         zero_point = torch.zeros_like(scale)
         if not self.scheme.symmetric:
             zero_point = attention.get_buffer(f"{key}_zero_point").view(-1, 1, 1)
+        states = self.shifted(attention, key, states)
         return quantize(states, scale, *code_bounds(zero_point, self.scheme.bits)).to(states.dtype)
 
 
@@ -153,6 +165,7 @@ class QuantizedAttention(nn.Module):
         if where is None:
             return codes
         constant = self.get_buffer(KEY if side == "k" else VALUE)[:, None]  # (kv_heads, 1, head_dim)
+        constant = self.kv_quantizer.shifted(self, side, constant)
         return replaced(codes, constant / scale, where[:, None, :, None])
 
     def _of_heads(self, scale: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fptquant.layers.residency import (
     small_tensors,
 )
 from fptquant.simulate import KVQuantizer, SimulatedLinear
+from fptquant.simulate.attention import SHIFT
 from fptquant.simulate.install import become_simulation, finish_loading
 from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
 from fptquant.train.fake_quant import Estimator, StaticQuantizer
@@ -139,14 +140,31 @@ class TrainedLinear(nn.Module):
 class TrainedKV(KVQuantizer):
     """Stands in for a `KVQuantizer`: values in place of codes, so that its scales are one."""
 
-    def __init__(self, attention: nn.Module, quantizer: KVQuantizer, estimator: Estimator) -> None:
-        """Takes the ranges of a calibrated quantizer."""
+    def __init__(
+        self, attention: nn.Module, quantizer: KVQuantizer, estimator: Estimator, shift: Shifting | None = None
+    ) -> None:
+        """Takes the ranges of a calibrated quantizer.
+
+        Args:
+            attention: with the ranges.
+            quantizer: calibrated.
+            estimator: see `fake_quantize`.
+            shift: gives what is taken off keys, (kv_heads, head_dim), where it isn't the attention's.
+        """
         self.scheme, self.ready, self.exact, self.observer = quantizer.scheme, True, False, None
         self.quantizers = nn.ModuleDict()
         for key in ("k", "v"):
             zero_point = None if self.scheme.symmetric else attention.get_buffer(f"{key}_zero_point").view(-1, 1, 1)
             scale = attention.get_buffer(f"{key}_scale").view(-1, 1, 1)
             self.quantizers[key] = StaticQuantizer(scale, zero_point, self.scheme.bits, estimator)
+        self.sides = quantizer.sides
+        self._shift = shift
+
+    def shifted(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
+        """As `KVQuantizer.shifted`, with the shift at the transforms as they are."""
+        if self._shift is None or key != "k":
+            return super().shifted(attention, key, states)
+        return states - self._shift()[:, None]
 
     def scale(self, attention: nn.Module, key: str) -> Tensor:
         """Returns ones, as `codes` are multiplied by their scales already."""
@@ -154,7 +172,7 @@ class TrainedKV(KVQuantizer):
 
     def codes(self, attention: nn.Module, key: str, states: Tensor) -> Tensor:
         """Quantizes and dequantizes `states` with gradients for scale and zero point."""
-        values: Tensor = self.quantizers[key](states)
+        values: Tensor = self.quantizers[key](self.shifted(attention, key, states))
         return values
 
 
@@ -368,7 +386,9 @@ def transform_student(
                     online = example.around(linear)
                     online.weight = None  # it's the student's to hold and to let go of
                     layer.set_submodule(path, TrainedLinear(online, weight, group, sink))
-        _replace_cache(student, attention, quantized.get_submodule(architecture.attention), estimator)
+        calibrated_attention = quantized.get_submodule(architecture.attention)
+        shifting = _key_shifting(calibrated_attention, transforms, Place(Role.KEY, index))
+        _replace_cache(student, attention, calibrated_attention, estimator, shifting)
         if twin is not None:
             extend(layer, partial(_fill_floats, twin=twin))
     model.config._attn_implementation = calibrated.config._attn_implementation
@@ -384,6 +404,18 @@ def _shifting(first: SimulatedLinear, group: InputGroup, transforms: TransformSe
         return lambda: shift
     before = transforms.inputs(EMBEDDING, shift, transposed=True)
     return lambda: transforms.inputs(EMBEDDING, before)
+
+
+def _key_shifting(attention: nn.Module, transforms: TransformSet, place: Place) -> Shifting | None:
+    """What is taken off a layer's keys behind RoPE, with which T_k changes places; None without a shift."""
+    quantizer = getattr(attention, "kv_quantizer", None)
+    if not isinstance(quantizer, KVQuantizer) or not quantizer.scheme.shift:
+        return None
+    shift = attention.get_buffer(SHIFT)
+    heads, size = shape = shift.shape
+    one = torch.eye(heads * size, dtype=torch.float64, device=shift.device)
+    before = torch.linalg.solve(transforms.outputs(place, one).mT, shift.flatten().double()).float()
+    return lambda: transforms.outputs(place, before).view(shape)
 
 
 def _sink_inputs(model: PreTrainedModel, architecture: Architecture, token: int) -> dict[int, Tensor]:
@@ -466,9 +498,15 @@ def _replace_layer(
     _replace_cache(student, attention, attention, estimator)
 
 
-def _replace_cache(student: Student, attention: nn.Module, calibrated: nn.Module, estimator: Estimator) -> None:
+def _replace_cache(
+    student: Student,
+    attention: nn.Module,
+    calibrated: nn.Module,
+    estimator: Estimator,
+    shift: Shifting | None = None,
+) -> None:
     quantizer = getattr(calibrated, "kv_quantizer", None)
     if isinstance(quantizer, KVQuantizer):
-        trained = TrainedKV(calibrated, quantizer, estimator)
+        trained = TrainedKV(calibrated, quantizer, estimator, shift)
         student.caches.append((attention, quantizer, trained))
         attention.kv_quantizer = trained  # type: ignore[assignment]
