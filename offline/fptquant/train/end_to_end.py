@@ -42,6 +42,9 @@ class EndToEndOptions(BaseModel):
     scale_rate: float = Field(5e-3, ge=0, description="learning rate of log scales of activations and KV")
     zero_point_rate: float = Field(5e-2, ge=0, description="of zero points, in steps of the quantizer")
     weight_rate: float = Field(2e-3, ge=0, description="of log scales, or log clipping, of weights")
+    offset_rate: float = Field(
+        0.0, ge=0, description="of what is added to the products of shifted inputs, in sizes of products"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
 
@@ -69,6 +72,7 @@ def range_groups(student: Student, options: EndToEndOptions) -> dict[str, tuple[
         "scale": (options.scale_rate, student.range_parameters("log_scale")),
         "zero_point": (options.zero_point_rate, student.range_parameters("zero_point")),
         "weight": (options.weight_rate, student.weight_parameters()),
+        "offset": (options.offset_rate, student.offset_parameters()),
     }
 
 

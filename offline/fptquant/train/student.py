@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -125,16 +126,29 @@ class TrainedLinear(nn.Module):
         self.linear = [linear]
         self.group, self.quantizer = group, group.quantizer
         self.weight, self.sink = weight, sink
+        self.offset: nn.Parameter | None = None  # what the layer's changes by, in `_unit`
+        self.register_buffer("_unit", None, persistent=False)
+        if linear.arrangement.shifted and isinstance(weight, IntegerWeight | FreeWeight):
+            self.offset, self._unit = nn.Parameter(torch.zeros_like(linear.output_offset)), _size_of_outputs(linear)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Args: x (..., K), and S (..., 1) where the layer is scaled. Returns: (..., N)."""
         linear = self.linear[0]
         x = linear.online(x, scale)
         y, bias = self.weight.product(self.group(x, self.weight))
+        if self.offset is not None:
+            y = y + self.offset * self._unit
         if self.sink is not None:
             assert isinstance(self.weight, FloatWeight)
             self.sink.update(linear, self.weight)
         return linear.finished(y, x, scale, bias)
+
+
+def _size_of_outputs(linear: SimulatedLinear) -> Tensor:
+    """About the standard deviation of each output of a rounded layer (N,), if codes spread over their grids."""
+    assert linear.scheme is not None
+    spread: float = (2**linear.scheme.weights.code_bits / 6) * (2**linear.scheme.activations.bits / 6)
+    return linear.weight_scale.flatten() * linear.input_scale * (spread * math.sqrt(linear.in_features))
 
 
 class TrainedKV(KVQuantizer):
@@ -212,6 +226,10 @@ class Student:
             if key != "bias" and name != self.architecture.head  # a scale for each token would be learned by heart
         }
 
+    def offset_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, what is added to the products of shifted inputs."""
+        return {f"{name}.offset": linear.offset for name, linear in self.linears() if linear.offset is not None}
+
     def range_parameters(self, kind: str) -> dict[str, nn.Parameter]:
         """`log_scale` or `zero_point` (the kind) of every activation and KV quantizer by name."""
         found: dict[str, nn.Parameter] = {}
@@ -236,6 +254,8 @@ class Student:
                 linear.set_weight_codes(trained.weight.codes(), scale, trained.weight.multiplier)
             elif isinstance(trained.weight, IntegerWeight):
                 linear.set_weight_scale(round_scale(trained.weight.log_scale.exp()))
+            if trained.offset is not None:
+                linear.set_offset(linear.output_offset + trained.offset * trained._unit)
             self.model.set_submodule(name, linear)
         for attention, original, trained_cache in self.caches:
             for key, quantizer in trained_cache.quantizers.items():
