@@ -25,7 +25,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 def mean_key(
-    attention: nn.Module, architecture: Architecture, rope: tuple[Tensor, Tensor], keys: Tensor, positions: int | None
+    attention: nn.Module, architecture: Architecture, rope: tuple[Tensor, Tensor], keys: Tensor, positions: int
 ) -> Tensor:
     """Mean of the keys behind RoPE over all positions that the model is made for, float32 (kv_heads, head_dim).
 
@@ -34,7 +34,7 @@ def mean_key(
         architecture: its family.
         rope: cosines and sines, each (1, length, rotated), of positions from 0 on.
         keys: (kv_heads, sequences, tokens, head_dim), behind RoPE, of the last positions and of this process.
-        positions: how many there are; None for the model's own number.
+        positions: how many there are.
     """
     config: Any = attention.config
     if not architecture.has_rope(config, attention.layer_idx):  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def mean_key(
     cosines, sines = (x[0].double() for x in rope)
     squares, counted = cosines.square() + sines.square(), slice(-keys.shape[2], None)  # one, but where RoPE scales
     unturned = _mean(_turned(rotary, keys, (cosines / squares)[counted], (-sines / squares)[counted]))
-    turns = mean_turn(cosines, sines, positions or config.max_position_embeddings)
+    turns = mean_turn(cosines, sines, positions)
     return _turned(rotary, unturned[:, None, None], *(factor[None] for factor in turns))[:, 0, 0]
 
 

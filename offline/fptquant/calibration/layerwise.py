@@ -426,8 +426,9 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
         values = torch.cat(seen.pop(name), 1)
         if name == "k" and quantizer.scheme.shift:
             assert isinstance(attention, SimulatedAttention)
+            positions = recipe.kv_range.positions or attention.config.max_position_embeddings
             rope = inputs.arguments[layer]["position_embeddings"]
-            shift = mean_key(attention, attention.architecture, rope, values, recipe.kv_range.positions)
+            shift = mean_key(attention, attention.architecture, rope, values, positions)
             attention.get_buffer(SHIFT).copy_(shift)
             values = values - shift[:, None, None]
         values = values.flatten(1)

@@ -13,7 +13,6 @@ from fptquant import parallel
 from fptquant.calibration.key_shift import mean_key
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.layers.residency import entered
-from fptquant.quantize import KVRangeOptions
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import KeyScale
@@ -34,7 +33,7 @@ def start_from_activations(
     transforms: TransformSet,
     windows: Tensor,
     first: int,
-    kv_range: KVRangeOptions,
+    positions: int | None = None,
 ) -> None:
     """Gives the transforms of which `start_is_measured` their starting values.
 
@@ -44,7 +43,7 @@ def start_from_activations(
         transforms: at their starting values; those are changed.
         windows: (sequences, length) tokens.
         first: tokens of a sequence before this one do not count.
-        kv_range: says whether keys will lose their mean.
+        positions: over which the mean is taken that keys will lose; None where they keep it.
     """
     for transform in transforms:
         if not transform.start_is_measured:
@@ -53,7 +52,7 @@ def start_from_activations(
             _start_norm_scale(transform, model, architecture, transforms, windows, first)
         else:
             assert isinstance(transform, KeyScale)
-            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, kv_range)
+            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, positions)
 
 
 def _start_key_scale(
@@ -62,7 +61,7 @@ def _start_key_scale(
     architecture: Architecture,
     windows: Tensor,
     first: int,
-    kv_range: KVRangeOptions,
+    positions: int | None,
 ) -> None:
     """From the lengths of every RoPE pair of keys, which RoPE keeps.
 
@@ -76,12 +75,12 @@ def _start_key_scale(
             inputs.cached(cache).advance(layer)
         keys = [states[:, :, first:] for states in cache.seen]
         # the same bits, however many processes there are
-        if kv_range.shift and architecture.caps(model.config)[0] is None:
+        if positions is not None:
             attention, rope = (
                 layer.get_submodule(architecture.attention),
                 inputs.arguments[layer]["position_embeddings"],
             )
-            center = mean_key(attention, architecture, rope, torch.cat(keys).transpose(0, 1), kv_range.positions)
+            center = mean_key(attention, architecture, rope, torch.cat(keys).transpose(0, 1), positions)
             squares = parallel.joined(torch.cat([transform.pair_norms(x).square().mean(2) for x in keys])).mean(0)
             lengths = (squares - transform.pair_norms(center).square()).clamp_min(0).sqrt()
         else:

@@ -5,6 +5,7 @@ from fptquant.quantize.ranges import (
     KVRangeOptions,
     RangeOptions,
     affine,
+    is_shifted,
     search_input_range,
     search_range,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "as_multiples",
     "channel_scale",
     "group_scales",
+    "is_shifted",
     "log_clip_of",
     "search_input_range",
     "search_range",

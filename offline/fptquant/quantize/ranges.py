@@ -20,6 +20,14 @@ _SAMPLE = 1 << 15
 _GROUP = 64  # values that are looked at one by one only where their largest or smallest says so
 
 
+Shift = Literal["none", "narrow", "all"]
+
+
+def is_shifted(shift: Shift, bits: int) -> bool:
+    """Whether an option says so of codes of this many bits; 16 are none."""
+    return bits < 16 and (shift == "all" or (shift == "narrow" and bits == 4))
+
+
 class RangeOptions(BaseModel):
     """How the clipping range of a static quantizer is chosen."""
 
@@ -37,16 +45,21 @@ class InputRangeOptions(RangeOptions):
     outlier_tokens: float = Field(
         2e-4, ge=0, lt=1, description="share of tokens, the largest, that the range need not hold (method lp)"
     )
-    shift: bool = Field(
-        False,
-        description="take each channel's mean off first, which is added to the product behind; not of experts' inputs",
+    shift: Shift = Field(
+        "none",
+        description="take each channel's mean off first, which is added to the product behind: none, narrow (4-bit "
+        "codes), all; not of experts' inputs",
     )
 
 
 class KVRangeOptions(RangeOptions):
     """How the ranges of keys and values are chosen."""
 
-    shift: bool = Field(False, description="take each channel's mean off keys first; T_k starts from what is left")
+    shift: Shift = Field(
+        "none",
+        description="take each channel's mean off keys first, and start T_k from what is left: none, narrow (4-bit "
+        "codes), all",
+    )
     positions: PositiveInt | None = Field(
         None, description="that the mean of keys is taken over, RoPE turns it; null: as many as the model is made for"
     )

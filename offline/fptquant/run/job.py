@@ -21,6 +21,7 @@ from fptquant.format import ActivationScheme, CheckpointConfig, KVCacheScheme, O
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
+from fptquant.quantize import is_shifted
 from fptquant.recipe import Recipe
 from fptquant.run.checks import (
     expert_patterns,
@@ -132,7 +133,7 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
 def _activations(source: Source, recipe: Recipe) -> tuple[ActivationScheme, tuple[Override, ...]]:
     """What all inputs are quantized to, with the shift that the recipe asks for; and overrides for experts without."""
     plain = recipe.precision.activations
-    if plain.bits == 16 or not recipe.activation_range.shift:
+    if not is_shifted(recipe.activation_range.shift, plain.bits):
         return plain, ()
     experts = tuple(Override(modules=pattern, activations=plain) for pattern in expert_patterns(source.architecture))
     return plain.model_copy(update={"shift": True}), experts
@@ -140,10 +141,9 @@ def _activations(source: Source, recipe: Recipe) -> tuple[ActivationScheme, tupl
 
 def _kv_cache(source: Source, recipe: Recipe) -> KVCacheScheme:
     """What keys and values are quantized to, with the shift that the recipe asks for."""
-    plain = recipe.precision.kv_cache
-    if plain.bits == 16 or not recipe.kv_range.shift:
-        return plain
-    return plain.model_copy(update={"shift": source.architecture.caps(source.config)[0] is None})
+    plain, cap = recipe.precision.kv_cache, source.architecture.caps(source.config)[0]
+    shift = cap is None and is_shifted(recipe.kv_range.shift, plain.bits)  # a bounded score depends on it
+    return plain.model_copy(update={"shift": True}) if shift else plain
 
 
 def _with_starts(recipe: Recipe) -> Recipe:

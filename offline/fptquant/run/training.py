@@ -172,7 +172,10 @@ def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
     if start_is_measured(job.transforms):
         with stages.stage("measure activations", "lower calibration.length and pass --fresh"):
             first = 0 if job.config.sink is None else 1
-            start_from_activations(model, architecture, job.transforms, job.windows, first, job.recipe.kv_range)
+            positions = None
+            if job.config.kv_cache.shift:
+                positions = job.recipe.kv_range.positions or job.source.config.max_position_embeddings
+            start_from_activations(model, architecture, job.transforms, job.windows, first, positions)
     return model
 
 
