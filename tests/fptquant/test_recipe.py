@@ -27,7 +27,8 @@ def test_the_default_recipe_has_everything() -> None:
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
     assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
     untrained: dict[str, Any] = {"description": "", "name": "fptquant", "local": {"steps": 0}}
-    untrained |= {"transforms": list(FPTQUANT), "rounding": {"propagation": "none"}}
+    plain = {"rounding": {"propagation": "none"}, "activation_range": {"shift": "none"}, "kv_range": {"shift": "none"}}
+    untrained |= {"transforms": list(FPTQUANT), **plain}
     assert light.changed(**untrained) == Recipe()  # a recipe without fields trains and measures nothing
     assert list(recipe.transforms) == list(FPTQUANT) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")
