@@ -25,6 +25,7 @@ from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer, randomized
 
 WINDOW = 12
+SHIFTED: dict[str, Any] = {"activation_range": {"shift": "all"}, "kv_range": {"shift": "all"}}  # of a recipe
 SIZES = {
     "hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,

@@ -43,6 +43,7 @@ from tests.conftest import ROOT, VOCABULARY, edit_json
 from tests.families import (
     BY_FAMILY,
     MULTIMODAL_VARIANTS,
+    SHIFTED,
     VARIANTS,
     WINDOW,
     build,
@@ -562,7 +563,7 @@ def test_a_tensor_under_two_names(variant: str, multimodal: tuple[PreTrainedMode
 @pytest.mark.parametrize("variant", LAST)
 def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) -> None:
     """And each transform's parameters get a gradient, in every layer."""
-    fields = {"precision": "w4a8kv8", "head_bits": 16, "rounding": {"method": "nearest"}}
+    fields = {"precision": "w4a8kv8", "head_bits": 16, "rounding": {"method": "nearest"}, **SHIFTED}
     names = [*FPTQUANT, "T_h"] if family_of(variant).mixture else FPTQUANT
     job = make_job(variant, tmp_path, transforms=possible(variant, names), **fields)
     family, simulation = job.source.architecture, with_constants(job)
@@ -613,7 +614,7 @@ def test_layers_are_replayed(variant: str) -> None:
 @pytest.mark.parametrize("variant", LAST)
 def test_streamed_is_resident(variant: str, tmp_path: Path) -> None:
     """And what is read back is nearer to the original than chance."""
-    fields = {"precision": "w4a8kv8", "transforms": possible(variant, FPTQUANT), "head_bits": 16}
+    fields = {"precision": "w4a8kv8", "transforms": possible(variant, FPTQUANT), "head_bits": 16, **SHIFTED}
     for residency in ("resident", "streamed"):
         job = replace(make_job(variant, tmp_path, **fields), residency=residency)
         pipeline.quantize(job, tmp_path / residency)

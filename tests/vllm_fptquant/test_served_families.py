@@ -17,7 +17,7 @@ from fptquant.loading import load_model, open_source
 from fptquant.run.job import Job
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
-from tests.families import BY_FAMILY, WINDOW, make_job, possible
+from tests.families import BY_FAMILY, SHIFTED, WINDOW, make_job, possible
 
 LENGTH = 60  # of prompts
 RECIPES = {  # their transforms, as far as the family can have them
@@ -37,11 +37,16 @@ CASES += [("llama", "w4a8kv8-g32"), ("qwen3", "w4a8kv8-g32"), ("mixtral", "w4a8k
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "precision"), CASES)
 def test_served_equals_simulated(variant: str, precision: str, tmp_path: Path, one_process: None) -> None:
-    """Prompts are longer than a window, and start with the constant token; prefill and decoding."""
+    """Prompts are longer than a window, and start with the constant token; prefill and decoding.
+
+    At 4 bits inputs and keys are shifted.
+    """
     assert LENGTH > 2 * WINDOW
     transforms = possible(variant, RECIPES[precision])
-    job = make_job(variant, tmp_path, precision=precision, rounding={"method": "nearest"}, transforms=transforms)
-    require_served(job, tmp_path)
+    fields = {"precision": precision, "rounding": {"method": "nearest"}, "transforms": transforms}
+    if precision == "w4a4kv4":
+        fields |= SHIFTED
+    require_served(make_job(variant, tmp_path, **fields), tmp_path)
 
 
 @pytest.mark.vllm
