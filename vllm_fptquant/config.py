@@ -106,10 +106,10 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_cache_scale_mapper() -> WeightsMapper:
-        """VLLM's names for tensors of the KV cache, the constants of a sink among them."""
+        """VLLM's names for tensors of the KV cache, shift of keys and constants of a sink among them."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        constants = {re.compile(r"(?<!\.attn)\.([kv]_sink|sink_steady)$"): r".attn.\1"}
+        constants = {re.compile(r"(?<!\.attn)\.([kv]_sink|k_shift|sink_steady)$"): r".attn.\1"}
         return QuantizationConfig.get_cache_scale_mapper() | WeightsMapper(orig_to_new_regex=constants)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

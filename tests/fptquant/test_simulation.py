@@ -223,11 +223,12 @@ def test_output_keeps_the_dtype_of_the_input_and_scales_stay_float32(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("strategy", ["tensor", "head"])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
 def test_attention_over_codes_equals_attention_over_dequantized_values(
-    kind: str, bits: int, strategy: str, symmetric: bool, make_model: MakeModel
+    kind: str, bits: int, strategy: str, symmetric: bool, shifted: bool, make_model: MakeModel
 ) -> None:
     model = make_model(kind)
-    scheme = {"bits": bits, "strategy": strategy, "symmetric": symmetric}
+    scheme = {"bits": bits, "strategy": strategy, "symmetric": symmetric, "shift": shifted}
     install_simulation(model, LLAMA, CheckpointConfig(kv_cache=scheme))
     attention = model.model.layers[0].self_attn
     heads, kv_heads, d = (
@@ -247,8 +248,18 @@ def test_attention_over_codes_equals_attention_over_dequantized_values(
             (0 if symmetric else 1) * zero_point.double().view(-1, 1, 1),
         )
     attention.kv_quantizer.ready = True
+    shift = torch.randn(kv_heads, d, generator=generator)
+    if shifted:
+        attention.k_shift.copy_(shift)
 
     def dequantize(key: str, x: Tensor) -> Tensor:
+        """With the shift in its place again, which no score may depend on."""
+        if shifted and key == "k":
+            back = shift.double().repeat_interleave(heads // kv_heads, 0)[:, None]
+            return dequantized(key, x - shift[:, None]) + back
+        return dequantized(key, x)
+
+    def dequantized(key: str, x: Tensor) -> Tensor:
         scale, zero_point = ranges[key]
         q = torch.clamp(torch.round(x.double() / scale) + zero_point, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return ((q - zero_point) * scale)[:, torch.arange(heads) // (heads // kv_heads)]

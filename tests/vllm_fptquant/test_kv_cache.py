@@ -58,6 +58,10 @@ def tensors_for(scheme: KVCacheScheme, heads: int = KV_HEADS, seed: int = 0) -> 
     return tensors
 
 
+def shift() -> dict[str, Tensor]:
+    return {"k_shift": torch.randn(KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))}
+
+
 def constants() -> dict[str, Tensor]:
     steady = torch.tensor(1, dtype=torch.int32)
     return {"k_sink": torch.ones(KV_HEADS, HEAD_DIM), "v_sink": torch.ones(KV_HEADS, HEAD_DIM), "sink_steady": steady}
@@ -87,8 +91,11 @@ SCHEMES = [
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.bits}-{s.symmetric}-{s.strategy}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_codes_and_scales(scheme: KVCacheScheme, dtype: torch.dtype, seen: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
+def test_codes_and_scales(scheme: KVCacheScheme, dtype: torch.dtype, shifted: bool, seen: dict[str, Tensor]) -> None:
     tensors = tensors_for(scheme)
+    if shifted:
+        scheme, tensors = scheme.model_copy(update={"shift": True}), tensors | shift()
     attention = Model(scheme).load(tensors)
     torch.manual_seed(1)
     query = torch.randn(5, HEADS * HEAD_DIM).to(dtype)
@@ -101,6 +108,8 @@ def test_codes_and_scales(scheme: KVCacheScheme, dtype: torch.dtype, seen: dict[
         scale = tensors[f"{side}_scale"].view(1, -1, 1)
         zero = tensors.get(f"{side}_zero_point", torch.zeros(1, dtype=torch.int32)).view(1, -1, 1)
         heads = x.float().reshape(5, KV_HEADS, HEAD_DIM)
+        if side == "k":
+            heads = heads - tensors.get("k_shift", torch.zeros(()))
         codes = (torch.round(heads / scale) + zero).clamp(low, high) - zero
         assert seen[name].dtype == dtype
         assert torch.equal(seen[name].float(), codes)  # exact in 16 bits too
@@ -150,8 +159,8 @@ def test_heads_of_every_rank(
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(2, 4), (4, 2)])
 def test_constants_of_every_rank(size: int, kv_heads: int, parallel_world: Callable[[int, int], None]) -> None:
-    scheme = KVCacheScheme(bits=4, symmetric=True, strategy="head")
-    tensors = tensors_for(scheme, kv_heads)
+    scheme = KVCacheScheme(bits=4, symmetric=True, strategy="head", shift=True)
+    tensors = tensors_for(scheme, kv_heads) | {"k_shift": torch.randn(kv_heads, HEAD_DIM)}
     for side in "kv":
         tensors[f"{side}_sink"] = torch.randn(kv_heads, HEAD_DIM)
     tensors["sink_steady"] = torch.tensor(1, dtype=torch.int32)
@@ -160,7 +169,10 @@ def test_constants_of_every_rank(size: int, kv_heads: int, parallel_world: Calla
         parallel_world(rank, size)
         attention = Model(scheme, Sink(token=0), heads=4 * local, kv_heads=local).load(tensors)
         heads = slice(rank * kv_heads // size, rank * kv_heads // size + local)
-        expected = [(tensors[f"{side}_sink"] / tensors[f"{side}_scale"][:, None])[heads].flatten() for side in "kv"]
+        assert torch.equal(attention.fptquant_kv_shift[: local * HEAD_DIM], tensors["k_shift"][heads].flatten())
+        assert not attention.fptquant_kv_shift[local * HEAD_DIM :].any()  # values keep their mean
+        constant = {"k": tensors["k_sink"] - tensors["k_shift"], "v": tensors["v_sink"]}
+        expected = [(constant[side] / tensors[f"{side}_scale"][:, None])[heads].flatten() for side in "kv"]
         assert torch.equal(attention.fptquant_sink_codes, torch.cat(expected))
         assert attention.fptquant_sink_steady.all()
 
@@ -197,6 +209,19 @@ class TestBadCheckpoints:
         scheme = KVCacheScheme(bits=4)
         with pytest.raises(FPTQuantError, match=message):
             Model(scheme, Sink(token=0)).load(tensors_for(scheme) | constants() | {name: value})
+
+    @pytest.mark.parametrize(
+        ("tensors", "message"),
+        [
+            ({}, "k_shift is missing or not finite"),
+            ({"k_shift": torch.full((KV_HEADS, HEAD_DIM), torch.nan)}, "k_shift is missing or not finite"),
+            ({"k_shift": torch.zeros(KV_HEADS, 5)}, r"k_shift has shape \[2, 5\], but \[2, 32\] is needed"),
+        ],
+    )
+    def test_bad_shift(self, tensors: dict[str, Tensor], message: str) -> None:
+        scheme = KVCacheScheme(bits=4, shift=True)
+        with pytest.raises(FPTQuantError, match=message):
+            Model(scheme).load(tensors_for(scheme) | tensors)
 
     @pytest.mark.parametrize("bad", [float("nan"), 0.0, -1.0])
     def test_bad_scale(self, bad: float) -> None:

@@ -30,7 +30,9 @@ from fptquant.run.writer import copy_companions, make_readable
 from fptquant.weight_files import DTYPES, WeightFiles
 
 # What only our cache and our first token have.
-_OWN = ("k_scale", "v_scale", "k_zero_point", "v_zero_point", "k_sink", "v_sink", "sink_steady", "sink_output")
+_OWN = (
+    "k_scale", "v_scale", "k_zero_point", "v_zero_point", "k_shift", "k_sink", "v_sink", "sink_steady", "sink_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,13 @@ def require_fitting(
         name: of the tensor.
         found: dtype and shape in the checkpoint; a type that no tensor of ours has is named.
         expected: dtype and shape in the model; 16-bit and 32-bit floating point may stand for each other, except in
-            scales and constants, which are float32.
+            scales, shifts and constants, which are float32.
 
     Raises:
         FPTQuantError: names the tensor and both.
     """
     (dtype, shape), (wanted, size) = found, expected
-    exact = not wanted.is_floating_point or name.endswith(("_scale", "_sink", "sink_output"))
+    exact = not wanted.is_floating_point or name.endswith(("_scale", "_shift", "_offset", "_sink", "sink_output"))
     if list(shape) != list(size) or (
         dtype != wanted if exact else isinstance(dtype, str) or not dtype.is_floating_point
     ):

@@ -75,7 +75,7 @@ class GroupInput:
         Args:
             readers: how many layers the group has.
             quantizer: of the input.
-            shift: taken off the input before it is quantized, and added again behind; None for nothing.
+            shift: taken off the input before it is quantized; None for nothing.
         """
         self.readers, self.quantizer, self.shift = readers, quantizer, shift
         self._seen: tuple[Tensor, Tensor] | None = None
@@ -95,12 +95,8 @@ class GroupInput:
     def _quantized(self, x: Tensor) -> Tensor:
         if self.quantizer is None:
             return x
-        if self.shift is None:
-            quantized: Tensor = self.quantizer(x)
-            return quantized
-        shift = self.shift()
-        shifted: Tensor = self.quantizer(x - shift) + shift
-        return shifted
+        quantized: Tensor = self.quantizer(x if self.shift is None else x - self.shift())
+        return quantized
 
 
 def group_inputs(
@@ -136,6 +132,9 @@ class TrainedLinear(nn.Module):
         linear = self.linear[0]
         x = linear.online(x, scale)
         y, bias = self.weight.product(self.group(x, self.weight))
+        if self.group.shift is not None:  # what was taken off, through the weight as it is without rounding
+            assert isinstance(self.weight, FloatWeight)
+            y = y + self.weight.exact_product(self.group.shift()[None])[0]
         if self.offset is not None:
             y = y + self.offset * self._unit
         if self.sink is not None:

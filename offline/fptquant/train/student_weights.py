@@ -130,9 +130,14 @@ class FloatWeight(StudentWeight):
         self.transforms = [transforms]  # in a list: its parameters are not this module's
         self.place = place
 
+    def exact_product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """X W^T (..., N) of the merged layer, nothing quantized, for inputs (..., K); and the bias."""
+        raise NotImplementedError
+
     def exact(self, x: Tensor) -> Tensor:
         """Output (..., N) with bias of the merged layer, nothing quantized, for inputs (..., K)."""
-        raise NotImplementedError
+        y, bias = self.exact_product(x)
+        return y if bias is None else y + bias
 
 
 class TransformedWeight(FloatWeight):
@@ -151,10 +156,9 @@ class TransformedWeight(FloatWeight):
         y = transforms.outputs(self.place, self._times(x, self.weight))
         return y, None if self.bias is None else transforms.outputs(self.place, self.bias)
 
-    def exact(self, x: Tensor) -> Tensor:
-        """Computes the merged layer's output by transforms around the frozen weight."""
-        y, bias = self.product(self.restored(x))
-        return y if bias is None else y + bias
+    def exact_product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Computes the merged layer's by transforms around the frozen weight."""
+        return self.product(self.restored(x))
 
 
 class MergedWeight(FloatWeight):
@@ -192,6 +196,7 @@ class MergedWeight(FloatWeight):
         groups = weight.reshape(*scale.shape[:2], -1)
         return self._times(x, fake_quantize(groups, scale, *bounds, self.estimator).flatten(1)), bias
 
-    def exact(self, x: Tensor) -> Tensor:
+    def exact_product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Multiplies by the merged weight, not quantized."""
-        return nn.functional.linear(x, *self.merged())
+        weight, bias = self.merged()
+        return nn.functional.linear(x, weight), bias
