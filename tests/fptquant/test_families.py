@@ -575,7 +575,7 @@ def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) ->
     expected, found = simulation(TOKENS).logits, student(TOKENS).logits
     apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     # float32 merging turns a few codes; where they turn the router, a token goes through another expert
-    assert apart.quantile(0.75 if family.mixture else 1.0) < 0.1
+    assert apart.quantile(0.75 if family.mixture else 1.0) < 0.12
     found.square().sum().backward()
     for name, parameter in job.transforms.named_parameters():
         gradient = parameter.grad
