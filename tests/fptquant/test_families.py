@@ -77,9 +77,8 @@ def test_the_page_is_what_the_code_says() -> None:
     for facts, row in zip((*FUSED.values(), *MULTIMODAL.values()), rows()[len(FAMILIES) :], strict=True):
         assert row[:2] == (facts.model_type, facts.models)
     for family, row in zip(FAMILIES.values(), rows()[: len(FAMILIES)], strict=True):
-        assert ("one scale per RoPE pair" in row[2]) == family.head_norms and ("window" in row[3]) == (
-            "window" in row[4]
-        )
+        assert ("one scale per RoPE pair" in row[2]) == family.head_norms
+        assert ("window" in row[3]) == (family.windows != "none")
 
 
 # -- exactness --
@@ -247,7 +246,7 @@ def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(job.source.path, dtype=torch.float32, **attention)
     model = transformed(job)
     record_sink(model, job.source.architecture, job.windows)
-    assert (job.config.sink is None) == bool(VARIANTS[variant][1].get("sliding_window"))
+    assert job.config.sink is not None
     for first in (0, 7):  # the constant token, and another, for which steady layers' constants don't stand here
         tokens = torch.cat((torch.full((2, 1), first), TOKENS), 1)
         for layer in job.source.architecture.layer_modules(model) if job.config.sink else ():
@@ -255,6 +254,27 @@ def test_transformed_is_the_original(variant: str, tmp_path: Path) -> None:
         expected = original(tokens).logits
         for found in (model, load_model(job.source)):
             assert relative_error(found(tokens).logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("variant", [variant for variant in LAST if VARIANTS[variant][1].get("sliding_window")])
+def test_windows_leave_the_constants(variant: str, tmp_path: Path) -> None:
+    """In one go as in pieces, of which transformers' cache keeps a window; and no row sees them behind all windows."""
+    job = make_job(variant, tmp_path, precision="w4a8kv8", transforms=[])
+    family, model = job.source.architecture, transformed(job)
+    record_sink(model, family, job.windows)
+    tokens = torch.cat((torch.zeros(2, 1, dtype=torch.int64), TOKENS), 1)
+    whole, found, cache = model(tokens, use_cache=False).logits, [], None
+    for piece in torch.split(tokens, (WINDOW + 3, 1, 10, 1, 2 * WINDOW - 14), 1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    assert relative_error(torch.cat(found, 1), whole) < 1e-5
+    for layer in family.layer_modules(model):
+        layer.get_submodule(family.attention).get_buffer("v_sink").add_(1)
+    changed = (model(tokens, use_cache=False).logits - whole).abs().amax(-1) > 1e-5 * whole.abs().max()
+    windows = [family.window(job.source.config, layer) for layer in range(job.layers)]
+    last = sum(window - 1 for window in windows if window) if None not in windows else tokens.shape[1]
+    assert bool(changed[:, 1 : last + 1].all()) and not bool(changed[:, last + 1 :].any())
 
 
 # -- tied heads --

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import Gemma3TextConfig, MistralConfig
+from transformers import Gemma3TextConfig
 
 from fptquant import pipeline
 from fptquant.console import plan_table
@@ -22,7 +22,6 @@ from fptquant.run.times import expected_seconds
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.wiring import FAMILIES
 from fptquant.wiring.llama import LLAMA
-from fptquant.wiring.mistral import MISTRAL
 from tests.conftest import TEXT
 
 MakePlan = Callable[..., Job]
@@ -94,14 +93,6 @@ def test_rope_by_type_of_layer(make_plan: MakePlan) -> None:
     for of_full, obstacle in ((plain, None), (scaled, "RoPE of type yarn scales the keys by 1.139")):
         config = Gemma3TextConfig(rope_parameters={"sliding_attention": plain, "full_attention": of_full})
         assert sink_obstacle(dataclasses.replace(job.source, config=config), job.recipe) == obstacle
-
-
-def test_a_first_token_that_leaves_the_window_is_not_constant(make_plan: MakePlan) -> None:
-    job = make_plan({})
-    for window, obstacle in ((64, "layers attend to the last 64 tokens, which the first one leaves"), (4096, None)):
-        config = MistralConfig(sliding_window=window, max_position_embeddings=4096)
-        source = dataclasses.replace(job.source, config=config, architecture=MISTRAL)
-        assert sink_obstacle(source, job.recipe) == obstacle
 
 
 # -- transforms that a family can't have --

@@ -17,9 +17,11 @@ from fptquant.loading import load_model, open_source
 from fptquant.run.job import Job
 from fptquant.simulate.install import set_exact
 from tests.conftest import TEXT
-from tests.families import BY_FAMILY, SHIFTED, WINDOW, make_job, possible
+from tests.families import BY_FAMILY, SHIFTED, WINDOW, family_of, make_job, possible
 
 LENGTH = 60  # of prompts
+CHUNKED, CHUNK = 112, 16  # of those that are computed in chunks, and of these
+BLOCK = 32  # tokens of a block of vLLM's cache
 RECIPES = {  # their transforms, as far as the family can have them
     "w4a8kv8": ["T_k", "T_v", "T_u", "T_r"],
     "w4a8kv8-g32": ["T_k", "T_v", "T_u", "T_r", "S_n"],
@@ -102,6 +104,32 @@ def test_windows_on_stock_attention(variant: str, tmp_path: Path, one_process: N
     difference = torch.stack([engine.score(window) - simulated(window) for window in windows]).abs()
     engine.close()
     assert (difference < 1e-4).float().mean() > 0.6, difference
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mistral with windows", "gemma3_text with windows"])
+def test_a_constant_first_token_that_leaves_windows(variant: str, tmp_path: Path, one_process: None) -> None:
+    """Prompts in chunks, whose blocks are freed once a window has left them, and prompts that begin in vLLM's cache."""
+    fields = {"rounding": {"method": "nearest"}, "transforms": possible(variant, RECIPES["w4a4kv4"])}
+    job = make_job(variant, tmp_path, precision="w4a4kv4", **fields)
+    assert job.config.sink is not None and WINDOW < CHUNK
+    pipeline.quantize(job, tmp_path / "out")
+    source = open_source(tmp_path / "out")
+    model = load_model(source)
+    set_exact(model)
+    options = {"max_num_batched_tokens": CHUNK, "enable_prefix_caching": True, "block_size": BLOCK}
+    engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64, **options)
+    windows = evaluation_windows(source.tokenizer, TEXT, 2, CHUNKED, special_tokens=True)
+    exact = check_served_exactly(transformers_scorer(model), engine.score, windows)
+    greedy = [check_greedy(model, engine, windows, new_tokens=WINDOW) for _ in range(2)]
+    assert exact.passed and all(check.passed for check in greedy), (exact, greedy)
+    (answer,) = engine.engine.generate({"prompt_token_ids": windows[0].tolist()}, use_tqdm=False)
+    assert answer.num_cached_tokens == CHUNKED // BLOCK * BLOCK  # whole blocks
+    attention = family_of(variant).layer_modules(model)[0].get_submodule(family_of(variant).attention)
+    attention.get_buffer("k_sink").add_(1)
+    assert not check_served_exactly(transformers_scorer(model), engine.score, windows).passed
+    engine.close()
 
 
 @pytest.mark.vllm

@@ -12,7 +12,7 @@ import transformers
 from fptquant.transforms import TRANSFORMS
 from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Fused
 
-COLUMNS = ("model_type", "models", "transforms", "attention", "constant first token")
+COLUMNS = ("model_type", "models", "transforms", "attention")
 _WINDOWS = {
     "none": "to all tokens",
     "all": "to a window, where `sliding_window` is set",
@@ -39,36 +39,22 @@ says why, and what takes its place.
 Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where
 scores are bounded (Gemma 2), transformers' `sdpa` leaves the bound out; here it is never left out.
 
-A first token can be constant where every layer attends to it for as long as a sequence goes on: not where
-`sliding_window` is smaller than `max_position_embeddings`, nor where RoPE scales keys (yarn, longrope with a factor).
+A first token can be constant in all of them, with windows too, but where RoPE scales keys (yarn, longrope with a factor).
 
 To add a family see `CONTRIBUTING.md`.
 """
 
 
-def rows() -> list[tuple[str, str, str, str, str]]:
+def rows() -> list[tuple[str, str, str, str]]:
     """A row of `COLUMNS` for each family."""
     listed = [(family.model_type, family.models, family) for family in FAMILIES.values()]
     listed += [(fused.model_type, fused.models, fused.windowed) for fused in FUSED.values()]
     texts = [
-        (
-            facts.model_type,
-            facts.models,
-            f"text part only: a {' or '.join(facts.texts.values())}",
-            "as there",
-            "as there",
-        )
+        (facts.model_type, facts.models, f"text part only: a {' or '.join(facts.texts.values())}", "as there")
         for facts in MULTIMODAL.values()
     ]
     return [
-        (
-            model_type,
-            models,
-            _transforms(family),
-            _WINDOWS[family.windows],
-            "yes" if family.windows == "none" else "yes, without windows",
-        )
-        for model_type, models, family in listed
+        (model_type, models, _transforms(family), _WINDOWS[family.windows]) for model_type, models, family in listed
     ] + texts
 
 

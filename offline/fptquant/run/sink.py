@@ -22,9 +22,6 @@ def sink_obstacle(source: Source, recipe: Recipe) -> str | None:
         scaling = 1.0 if factor is None else factor(source.config, torch.device("cpu"), layer_type=layer_type)[1]
         if scaling != 1:  # the simulation puts the constant before RoPE, the plugin behind it
             return f"RoPE of type {kind} scales the keys by {scaling:.4g}"
-    window = min(filter(None, attention_windows(source)), default=None)
-    if window is not None and window < source.config.max_position_embeddings:
-        return f"layers attend to the last {window} tokens, which the first one leaves"
     return None
 
 
@@ -34,12 +31,6 @@ def rope_types(config: PretrainedConfig) -> dict[str | None, str]:
     if "rope_type" in parameters:
         return {None: parameters["rope_type"]}
     return {layer_type: of_type["rope_type"] for layer_type, of_type in parameters.items()}
-
-
-def attention_windows(source: Source) -> list[int | None]:
-    """How many tokens each layer attends to; None for all."""
-    layers = source.architecture.shape(source.config).layers
-    return [source.architecture.window(source.config, layer) for layer in range(layers)]
 
 
 def constant_token(source: Source, recipe: Recipe) -> Sink | None:
