@@ -1,8 +1,8 @@
 """Choosing scales: static ranges of activations and the KV cache, channel scales of weights."""
 
-from fptquant.quantize.ranges import InputRangeOptions, RangeOptions, affine, search_input_range, search_range
+from fptquant.options.quantize import InputRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.quantize.ranges import affine, search_input_range, search_range
 from fptquant.quantize.weights import (
-    WeightRangeOptions,
     as_multiples,
     channel_scale,
     group_scales,
