@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.loading import Source, load_model, open_source
-from fptquant.quantize import WeightRangeOptions, search_range, weight_scales
-from fptquant.quantize.ranges import RangeOptions
+from fptquant.quantize import RangeOptions, WeightRangeOptions, search_range, weight_scales
 from fptquant.recipe import Recipe
 from fptquant.train.local import weight_norm
 from fptquant.train.optimization import Optimization, transform_groups

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from fetch_smollm2 import cache_dir, exclusive, fetch
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.text import calibration_windows
 from fptquant.evaluation.perplexity import evaluation_windows, measure, transformers_scorer
+from fptquant.options.calibration import CalibrationOptions
 
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "wiki.test.txt"
 SHARED = (

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fptquant.transforms import TransformSet
-from fptquant.transforms.base import TransformOptions
+from fptquant.transforms import TransformOptions, TransformSet
 from fptquant.wiring.lookup import architecture_of
 from tests.merging import merge_transforms
 

@@ -17,8 +17,9 @@ import typer
 import yaml
 
 from fptquant import cli
-from fptquant.cli.options import TRANSFORMS, listed, require_fields
+from fptquant.cli.options import OPTIONS, listed
 from fptquant.errors import FPTQuantError
+from fptquant.options.transforms import TRANSFORM_OPTIONS
 from fptquant.recipe import Recipe
 from fptquant.recipe_files import read_recipe
 
@@ -149,12 +150,12 @@ def complaint(line: str, complete: bool) -> str | None:
             nested["rounding"] = {"method": fields["rounding.method"]}
         if isinstance(values.get("budget"), str):
             nested["budget"] = dict([values["budget"].split("=")])
-        require_fields(nested)
+        Recipe().changed("options", OPTIONS, **nested)
         recipe = values.get("recipe")
         if isinstance(recipe, str) and not re.fullmatch(r"[A-Z]+|.*\.yaml", recipe):
             read_recipe(recipe)
         if isinstance(values.get("without"), str):
-            assert set(listed(values["without"])) <= set(TRANSFORMS), values["without"]
+            assert set(listed(values["without"])) <= TRANSFORM_OPTIONS.keys(), values["without"]
     except (FPTQuantError, AssertionError) as error:
         return str(error)
     except Exception as error:  # Typer's own, of the copy of Click inside of it

@@ -10,7 +10,8 @@ import fptquant
 # From the bottom up; what stands on one line may not know each other.
 ORDER = (
     ("errors",),
-    ("files", "parallel", "process_memory", "units"),
+    ("files", "parallel", "process_memory", "schemes", "units"),
+    ("options",),
     ("devices", "progress", "weight_files"),
     ("format",),
     ("wiring",),

@@ -1,4 +1,4 @@
-"""A recipe: everything about a quantization that a user decides, validated."""
+"""A recipe: everything about a quantization that a user decides, validated without importing torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.files import portable
-from fptquant.format import ActivationScheme, KVCacheScheme, Override, WeightScheme
-from fptquant.format.schema import ModulePattern
-from fptquant.quantize import InputRangeOptions, KVRangeOptions, WeightRangeOptions
-from fptquant.quantize.rounding import RoundingOptions
+from fptquant.options.calibration import CalibrationOptions
+from fptquant.options.quantize import InputRangeOptions, KVRangeOptions, RoundingOptions, WeightRangeOptions
+from fptquant.options.train import (
+    BlockWiseOptions,
+    CodeOptions,
+    EndToEndOptions,
+    LocalOptions,
+    TrainingData,
+    TransformTrainingOptions,
+)
+from fptquant.options.transforms import FPTQUANT, TRANSFORM_OPTIONS, TransformOptions
 from fptquant.recipe_errors import explain
 from fptquant.recipe_files import read_recipe
-from fptquant.train.block_wise import BlockWiseOptions
-from fptquant.train.codes import CodeOptions
-from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions
-from fptquant.train.local import LocalOptions
-from fptquant.transforms import FPTQUANT, TRANSFORMS, TransformOptions
+from fptquant.schemes import ActivationScheme, KVCacheScheme, ModulePattern, Override, WeightScheme
 
 
 class Precision(BaseModel):
@@ -58,26 +59,6 @@ PRECISIONS: dict[str, Precision] = {
     "w4a16": _precision(16, 16),
     "w4a4kv4-symmetric": _precision(4, 4, symmetric=True),
 }
-
-
-class TrainingData(BaseModel):
-    """The text that is trained on, drawn from the calibration source, and how often the state is saved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sequences: PositiveInt = Field(128, description="at most; fewer where the text is shorter")
-    length: int = Field(512, ge=8)
-    save_every: PositiveInt = Field(10, description="steps")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="of products with weights in end_to_end and scales; auto is float32, as long as bfloat16 wasn't "
-        "measured on a GPU",
-    )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Returns torch's type for `compute_dtype`."""
-        return torch.bfloat16 if self.compute_dtype == "bfloat16" else torch.float32
 
 
 class BudgetOptions(BaseModel):
@@ -178,9 +159,9 @@ class Recipe(BaseModel):
         for name, options in self.transforms.items():
             if not isinstance(options, TransformOptions):
                 try:
-                    self.transforms[name] = TRANSFORMS[name].Options.model_validate(options)
+                    self.transforms[name] = TRANSFORM_OPTIONS[name].model_validate(options)
                 except ValidationError as error:
-                    fields = TRANSFORMS[name].Options.model_fields
+                    fields = TRANSFORM_OPTIONS[name].model_fields
                     raise ValueError(explain(error, fields, f"transforms.{name}")) from None
         return self
 
@@ -261,8 +242,8 @@ def _parse_transforms(value: Any) -> dict[str, Any]:
         raise ValueError("give a list of names, or a mapping of names to options")
     options: dict[str, Any] = {}
     for name, setting in value.items():
-        if name not in TRANSFORMS:
-            raise unknown("transform", str(name), TRANSFORMS)
+        if name not in TRANSFORM_OPTIONS:
+            raise unknown("transform", str(name), TRANSFORM_OPTIONS)
         if setting is not False:
             options[name] = {} if setting in (True, None) else setting
     return options
@@ -287,8 +268,8 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
             meaning = field.description or ", ".join(map(str, choices))
             yield f"{prefix}{name}", json.dumps(default) if shown else "", meaning
     if model is Recipe:
-        for transform, kind in TRANSFORMS.items():
-            yield from settings(kind.Options, f"transforms.{transform}.")
+        for transform, kind in TRANSFORM_OPTIONS.items():
+            yield from settings(kind, f"transforms.{transform}.")
 
 
 def _is_model(kind: Any) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.text import calibration_windows, fingerprint, leading_tokens
 from fptquant.errors import FPTQuantError
+from fptquant.options.calibration import CalibrationOptions
 from fptquant.quantize import RangeOptions, search_range
 from fptquant.recipe import Recipe
 from fptquant.simulate import simulated_linears

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fptquant.calibration.formats import looks_like_json, read_text
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.text import calibration_windows
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.perplexity import evaluation_windows
+from fptquant.options.calibration import CalibrationOptions
 from tests.conftest import TEXT, VOCABULARY
 
 LINES = [line for line in TEXT.read_text(encoding="utf-8")[:6000].splitlines() if line.strip()]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import fptquant
 from fptquant import cli, pipeline
-from fptquant.cli import options
+from fptquant.options.transforms import TRANSFORM_OPTIONS
 from fptquant.run import needs, writer
 from fptquant.run.job import open_job
 from fptquant.run.publication import Publication
@@ -508,21 +508,18 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "seed": (["--seed", "-3"], "error: --seed: Input should be"),
     "sequences": (["--sequences", "0"], "error: --sequences: Input should be"),
     "length": (["--length", "2"], "error: --length: Input should be"),
+    "memory": (["--max-memory", "much"], "error: --max-memory: 'much' is no size: give one like 8GB"),
     "two options": (["--seed", "-3", "--length", "2"], "; --seed: Input should be"),
     "short text": (["--sequences", "5000"], "tokens, but 5000 sequences of 32 need"),
     "text missing": (["--calibration", "nothing.txt"], "nothing.txt' is neither a text file nor a dataset"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["early", "by the recipe"])
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_option(
-    case: str, early: bool, run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, run: Run, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is checked before torch is imported is what the recipe would say."""
     monkeypatch.chdir(tmp_path)
-    if not early:
-        monkeypatch.setattr(cli.quantize, "require_start", lambda *arguments, **options: None)
     options, message = BAD_OPTIONS[case]
     before = tree(tmp_path)
     line = one_error(run("quantize", model, "-o", "new/out", "--calibration", calibration, *SMALL, *options))
@@ -767,12 +764,15 @@ def test_the_module_runs_as_a_program() -> None:
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: '/no/such/model' is no model")
 
 
+FINE = [["--version"], ["recipes"], ["recipes", "rtn"], ["recipes", "--fields"]]
 # A command line and what it prints; none of it needs torch or transformers.
 QUICK: list[tuple[list[str], str]] = [
     (["--help"], "Usage"),
     (["--version"], "fptquant "),
     *(([name, "--help"], "--log-file") for name in typer.main.get_command(cli.app).commands),  # type: ignore[attr-defined]
     (["recipes"], "w4a4kv4-symmetric"),
+    (["recipes", "rtn"], "method: nearest"),
+    (["recipes", "--fields"], "transforms.T_d.block"),
     (["recipes", "fptquan"], "did you mean 'fptquant'?"),
     (["recipes", "none.yaml"], "does not exist"),
     (["quantise"], "No such command"),
@@ -782,7 +782,7 @@ QUICK: list[tuple[list[str], str]] = [
     *(
         (["quantize", "org/model", "-o", "new", *map(str, options)], message)
         for case, (options, message) in BAD_OPTIONS.items()
-        if case not in ("short text", "text missing", "field of a text", "kv strategy of no cache")
+        if case not in ("short text", "text missing", "field of a text")  # found by reading the text
     ),
     (["quantize", "org/model", "-o", "."], "'.' exists"),
     (["quantize", "org/model", "-o", "new", "--residency", "x"], "Invalid value"),
@@ -792,6 +792,11 @@ QUICK: list[tuple[list[str], str]] = [
     (["evaluate", "/no/such", "--text", "x"], "'/no/such' is no model"),
     (["evaluate", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
     (["sensitivity", "org/model", "--rounding", "up"], "error: --rounding: "),
+    (["sensitivity", "org/model", "--kinds", "down"], "did you mean 'down_input'?"),
+    (["sensitivity", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["sensitivity", "org/model", "--json", "no/such/file"], "--json: "),
+    (["sensitivity", "org/model", "--plot", "no/such/x.png"], "--plot: "),
+    (["verify", "org/model", "--against", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
     (["serve", "/no/such"], "'/no/such' is not a directory"),
     (["serve", "."], "is no model"),
     (["chat"], "give either a checkpoint or --server"),
@@ -817,7 +822,7 @@ def test_what_is_quick(tmp_path: Path) -> None:
         "SLOW = ['torch', 'transformers', 'compressed_tensors', 'numpy', 'datasets']\n"
         "json.dump([call(arguments) for arguments in json.load(sys.stdin)], sys.stdout)\n"
     )
-    control = [["recipes", "rtn"]]
+    control = [["families"]]
     (tmp_path / "here").mkdir()
     result = subprocess.run(
         [sys.executable, str(script)],
@@ -828,13 +833,12 @@ def test_what_is_quick(tmp_path: Path) -> None:
     *found, last = json.loads(result.stdout)
     for (arguments, message), (code, text, slow) in zip(QUICK, found, strict=True):
         assert message in text and not slow, (arguments, text, slow)
-        assert code == (0 if "--help" in arguments or arguments in (["--version"], ["recipes"]) else 2), arguments
+        assert code == (0 if arguments in FINE or "--help" in arguments else 2), arguments
     assert last[0] == 0 and "torch" in last[2]  # it is seen where it is
 
 
-def test_options_know_the_registries() -> None:
-    assert tuple(fptquant.recipe.PRECISIONS) == options.PRECISIONS
-    assert tuple(fptquant.transforms.TRANSFORMS) == options.TRANSFORMS
+def test_every_transform_has_options() -> None:
+    assert tuple(TRANSFORM_OPTIONS) == tuple(fptquant.transforms.TRANSFORMS)
 
 
 def test_defaults_are_in_the_help() -> None:

@@ -27,6 +27,7 @@ from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs
 from fptquant.loading import Source, attention_for, load_model, open_source
+from fptquant.options.transforms import QueryKeyOptions
 from fptquant.pipeline import with_constants
 from fptquant.progress import Stages
 from fptquant.report.families import page, rows
@@ -37,7 +38,7 @@ from fptquant.run.training import MetricsFile, train_transforms
 from fptquant.simulate.mixture import separate_projections
 from fptquant.train.student import transform_student
 from fptquant.transforms import FPTQUANT, TRANSFORMS, Transform
-from fptquant.transforms.query_key import KeyScale, NormedQueryKeyTransform, QueryKeyOptions, QueryKeyTransform
+from fptquant.transforms.query_key import KeyScale, NormedQueryKeyTransform, QueryKeyTransform
 from fptquant.wiring import FAMILIES, FUSED, MULTIMODAL, Architecture, Place, Role, Shape
 from tests.conftest import ROOT, VOCABULARY, edit_json
 from tests.families import (

@@ -14,9 +14,10 @@ from fptquant.errors import FPTQuantError
 from fptquant.report.compare import STAGE
 from fptquant.report.training import NAMES
 from fptquant.run import memory
-from fptquant.run.memory import choose_residency, parse_size
+from fptquant.run.memory import choose_residency
 from fptquant.run.needs import expected_memory, expected_needs
 from fptquant.run.times import expected_seconds
+from fptquant.units import parse_size
 from tests.conftest import VOCABULARY
 from tests.fptquant.test_residency import RECIPES
 from tests.fptquant.test_shipped_recipes import short

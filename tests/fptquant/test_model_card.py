@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fptquant import pipeline
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.text import calibration_windows, windows_left_over
 from fptquant.errors import FPTQuantError
 from fptquant.files import portable
+from fptquant.options.calibration import CalibrationOptions
 from fptquant.recipe import Recipe
 from fptquant.report.compare import held_back
 from fptquant.report.inspection import inspect

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from fptquant.errors import FPTQuantError
+from fptquant.options.transforms import HadamardOptions
 from fptquant.recipe import PRECISIONS, Recipe
 from fptquant.recipe_files import shipped_recipes
 from fptquant.transforms import FPTQUANT
-from fptquant.transforms.down_hadamard import HadamardOptions
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

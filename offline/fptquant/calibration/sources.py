@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.calibration.formats import AS_TEXT, as_text_hint, looks_like_json, read_text, recognise
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.options.calibration import CalibrationOptions
 
 # Columns that datasets often have instead of `text`.
 _USUAL = ("messages", "conversations", "conversation", "input_ids", "content")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.calibration.sources import Chat, Row, rows
 from fptquant.errors import FPTQuantError
+from fptquant.options.calibration import CalibrationOptions
 
 
 @dataclass(frozen=True)

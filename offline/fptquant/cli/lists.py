@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+import yaml
 from rich.markup import escape
 
 from fptquant.cli.app import command
-from fptquant.cli.options import PRECISIONS, TRANSFORMS
 from fptquant.console import grid, out
+from fptquant.options.transforms import TRANSFORM_OPTIONS
+from fptquant.recipe import PRECISIONS, Recipe, settings
 from fptquant.recipe_files import read_recipe, shipped_recipes
 
 
@@ -33,16 +35,9 @@ def recipes(
 ) -> None:
     """List the shipped recipes, the precisions and the transforms; or what is in a recipe."""
     if name:
-        read_recipe(name)
-        import yaml
-
-        from fptquant.recipe import Recipe
-
         typer.echo(yaml.safe_dump(Recipe.load(name).to_dict(), sort_keys=False), nl=False)
         return
     if fields:
-        from fptquant.recipe import Recipe, settings
-
         shown = grid("field", "default", "")
         for setting in settings(Recipe):
             shown.add_row(*map(escape, setting))
@@ -53,4 +48,4 @@ def recipes(
     for name in shipped_recipes():
         shown.add_row(name, str(read_recipe(name).get("description", "")))
     out.print(shown)
-    out.print(f"precisions: {', '.join(PRECISIONS)}\ntransforms: {', '.join(TRANSFORMS)}")
+    out.print(f"precisions: {', '.join(PRECISIONS)}\ntransforms: {', '.join(TRANSFORM_OPTIONS)}")

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from fptquant.calibration.options import CalibrationOptions
 from fptquant.errors import FPTQuantError, unknown
 from fptquant.files import read_json, require_model
-from fptquant.recipe_errors import explain
-from fptquant.recipe_files import read_recipe
+from fptquant.options.transforms import TRANSFORM_OPTIONS
+from fptquant.recipe import PRECISIONS, Recipe
 
-# spelt out, because the registries that know them import torch (a test compares)
-PRECISIONS = (
-    "w4a8kv8", "w4a8kv8-g128", "w4a8kv8-g64", "w4a8kv8-g32", "w4a4kv4", "w4a4kv8", "w4a8", "w4a16", "w4a4kv4-symmetric",
-)  # fmt: skip
-TRANSFORMS = ("T_k", "T_v", "T_u", "T_r", "T_s", "T_h", "T_d", "S_n")
 OF_RECIPE = "the recipe's"  # where the recipe says what an option is that isn't given
 
 Model = Annotated[str, typer.Argument(help="directory of a Hugging Face checkpoint, or a hub name", show_default=False)]
@@ -76,58 +69,6 @@ class Memory(StrEnum):
     streamed = "streamed"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Rounding(_Part):
-    method: Literal["nearest", "gptq", "quantease"] = "gptq"
-
-
-class _Training(_Part):
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-class _Budget(_Part):
-    sites: PositiveInt | None = None
-    extra_bytes: PositiveInt | None = None
-    target_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
-
-
-class _Fields(_Part):
-    """The fields of a recipe (`fptquant.recipe.Recipe`) that options set, with what they may be."""
-
-    precision: str = PRECISIONS[0]
-    calibration: CalibrationOptions = CalibrationOptions()
-    rounding: _Rounding = _Rounding()
-    training: _Training = _Training()
-    budget: _Budget | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**32)
-    kv_strategy: Literal["tensor", "head"] = "tensor"
-
-    @field_validator("precision")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in PRECISIONS:
-            raise unknown("precision", value, PRECISIONS)
-        return value
-
-
-def require_fields(fields: Mapping[str, Any]) -> None:
-    """Refuses what options say of a recipe, as the recipe itself would.
-
-    Raises:
-        FPTQuantError: one line that names the option.
-    """
-    try:
-        _Fields.model_validate(fields)
-    except ValidationError as error:
-        raise FPTQuantError(
-            explain(error, _Budget.model_fields, "options", {**OPTIONS, "kv_strategy": "--kv-strategy"})
-        ) from None
-
-
 def require_start(
     model: str,
     recipe: str,
@@ -135,18 +76,34 @@ def require_start(
     *,
     kv_strategy: str | None = None,
     without: Iterable[str] = (),
-) -> None:
-    """Refuses a model or recipe that isn't there, and impossible options, before anything that takes seconds.
+) -> Recipe:
+    """The recipe with what options say of it, once the model is known to be there: before anything that takes seconds.
+
+    Args:
+        model: directory or hub name.
+        recipe: name of a shipped recipe, or a YAML file.
+        fields: what options set (`OPTIONS`).
+        kv_strategy: of the KV cache's scales; None for the recipe's.
+        without: transforms to leave out.
 
     Raises:
-        FPTQuantError: one line.
+        FPTQuantError: one line that names the option.
     """
     require_model(model)
-    read_recipe(recipe)
-    require_fields({**fields, **given(kv_strategy=kv_strategy)})
+    chosen = Recipe.load(recipe).changed("options", OPTIONS, **fields)
+    transforms = chosen.to_dict()["transforms"]
     for name in without:
-        if name not in TRANSFORMS:
-            raise unknown("transform", name, TRANSFORMS)
+        if name not in TRANSFORM_OPTIONS:
+            raise unknown("transform", name, TRANSFORM_OPTIONS)
+        transforms.pop(name, None)
+    chosen = chosen.changed("--without", transforms=transforms)
+    if kv_strategy is not None:
+        kept = chosen.precision.model_dump(mode="json")
+        if kept["kv_cache"]["bits"] == 16:
+            raise FPTQuantError("--kv-strategy: the KV cache is not quantized at this precision: leave it out")
+        kept["kv_cache"]["strategy"] = kv_strategy
+        chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
+    return chosen
 
 
 def require_checkpoint(directory: Path) -> None:

@@ -14,7 +14,6 @@ import typer
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import (
     OF_RECIPE,
-    OPTIONS,
     Calibration,
     Device,
     Memory,
@@ -27,13 +26,12 @@ from fptquant.cli.options import (
     require_start,
 )
 from fptquant.console import RichStages, err, facts, info, needs_table, out, plan_table, show_notes
-from fptquant.errors import FPTQuantError, unknown
+from fptquant.errors import FPTQuantError
 from fptquant.recipe_files import shipped_recipes
 from fptquant.run.publication import Publication
-from fptquant.units import duration, megabytes
+from fptquant.units import duration, megabytes, parse_size
 
 if TYPE_CHECKING:
-    from fptquant.recipe import Recipe
     from fptquant.report.summary import Summary
 
 
@@ -130,26 +128,18 @@ def quantize(
         if not equals:
             raise FPTQuantError(f"--budget: '{budget}' is no limit: give sites=N, extra_bytes=N or target_kl=X")
         fields["budget"] = {name: value}
-    require_start(model, recipe, fields, kv_strategy=kv_strategy, without=listed(without))
+    chosen = require_start(model, recipe, fields, kv_strategy=kv_strategy, without=listed(without))
+    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     Publication(output, overwrite=overwrite)
 
     from fptquant import parallel, pipeline
     from fptquant.devices import choose_device
     from fptquant.progress import Stages
-    from fptquant.recipe import Recipe
     from fptquant.run.job import open_job
-    from fptquant.run.memory import choose_residency, parse_size, room_for
+    from fptquant.run.memory import choose_residency, room_for
     from fptquant.run.times import expected_seconds
 
     place = parallel.start(choose_device(device))
-    chosen = _without(Recipe.load(recipe).changed("options", OPTIONS, **fields), without)
-    if kv_strategy is not None:
-        kept = chosen.precision.model_dump(mode="json")
-        if kept["kv_cache"]["bits"] == 16:
-            raise FPTQuantError("--kv-strategy: the KV cache is not quantized at this precision: leave it out")
-        kept["kv_cache"]["strategy"] = kv_strategy
-        chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
-    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     quiet_transformers()
     checking = err.status("checking model, recipe and calibration text")
     with checking if parallel.is_main() else nullcontext():
@@ -203,14 +193,3 @@ def _show(summary: Summary, model: str, output: Path) -> None:
         ("serve", f"{shlex.join(['fptquant', 'serve', str(output)])}    # {shlex.join(serve_command(str(output)))}"),
     ):
         info.print(f"  {what:<9} {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _without(recipe: Recipe, names: str) -> Recipe:
-    from fptquant.transforms import TRANSFORMS
-
-    kept: dict[str, Any] = recipe.to_dict()["transforms"]
-    for name in listed(names):
-        if name not in TRANSFORMS:
-            raise unknown("transform", name, TRANSFORMS)
-        kept.pop(name, None)
-    return recipe.changed("--without", transforms=kept)

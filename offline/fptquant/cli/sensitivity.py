@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import (
-    OPTIONS,
     Calibration,
     Device,
     Model,
@@ -25,6 +25,8 @@ from fptquant.cli.options import (
 )
 from fptquant.console import RichStages, grid, out, show_notes
 from fptquant.errors import FPTQuantError
+from fptquant.files import require_writable
+from fptquant.options.sensitivity import KINDS, check_plot, require_kinds
 from fptquant.recipe_files import shipped_recipes
 
 
@@ -70,24 +72,27 @@ def sensitivity(
     fields["calibration"] = given(source=calibration, sequences=sequences)
     if rounding is not None:
         fields["rounding"] = {"method": rounding}
-    require_start(model, recipe, fields)
+    chosen = require_start(model, recipe, fields)
+    require_kinds(listed(kinds))
+    if text is not None:
+        recognise(Path(str(text).removeprefix(AS_TEXT)))
+    if json_file:
+        require_writable("--json", json_file)
+    if plot_file:
+        check_plot(plot_file)
 
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
     from fptquant.devices import choose_device
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.layers.scratch import scratch_in
-    from fptquant.recipe import Recipe
     from fptquant.run.job import open_job
     from fptquant.run.memory import choose_residency, room_for
     from fptquant.run.needs import scratch_limit
-    from fptquant.sensitivity import KINDS, Probe, require_measurable, sites_of
-    from fptquant.sensitivity.results import Results, check_plot, measure_all, missing, plot
+    from fptquant.sensitivity import Probe, require_measurable, sites_of
+    from fptquant.sensitivity.results import Results, measure_all, missing, plot
 
-    if plot_file:
-        check_plot(plot_file)
     quiet_transformers()
-    chosen = Recipe.load(recipe).changed("options", OPTIONS, **fields)
     place = choose_device(device)
     job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
     show_notes(job.source)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fptquant.calibration.formats import AS_TEXT, recognise
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Checkpoint, Device
 from fptquant.console import err, grid, out
@@ -28,6 +29,8 @@ def verify(
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
     require_model(str(checkpoint))
     require_model(against)
+    if text is not None:
+        recognise(Path(str(text).removeprefix(AS_TEXT)))
 
     from importlib import resources
 

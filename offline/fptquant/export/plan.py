@@ -21,8 +21,8 @@ from typing import Literal
 from fptquant.errors import FPTQuantError
 from fptquant.export.formats import COMPRESSED_TENSORS, FLOAT
 from fptquant.format import CheckpointConfig
-from fptquant.format.schema import LinearScheme
 from fptquant.format.steps import Hadamard, arrange
+from fptquant.schemes import LinearScheme
 from fptquant.wiring import Architecture
 
 Online = Literal["undo", "keep"]

@@ -17,23 +17,25 @@ from fptquant.format.arithmetic import (
     residual_scale,
     softcap,
 )
-from fptquant.format.packing import pack_codes, packed_words, per_column, round_scale, unpack_codes
+from fptquant.format.packing import pack_codes, packed_words, per_column, round_scale, row_bytes, unpack_codes
 from fptquant.format.schema import (
     FORMAT_VERSION,
     MODEL_TYPE_PREFIX,
     QUANT_METHOD,
-    ActivationScheme,
     CheckpointConfig,
     DownHadamard,
     InputHadamard,
+    Sink,
+    TransformRecord,
+    quantized_architecture,
+)
+from fptquant.schemes import (
+    ActivationScheme,
     KVCacheScheme,
     LinearScheme,
     Override,
-    Sink,
-    TransformRecord,
     WeightScheme,
     match_name,
-    quantized_architecture,
 )
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "residual_scale",
     "quantized_architecture",
     "round_scale",
+    "row_bytes",
     "softcap",
     "unpack_codes",
 ]

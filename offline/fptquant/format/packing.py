@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fptquant.schemes import WeightScheme
+
 WORD = 32  # bits
 LARGEST_MULTIPLIER = 8  # of a group: times 4-bit codes, -64 to 56
 _AT_ONCE = 1 << 22  # codes that are 32-bit integers at a time
@@ -13,6 +15,12 @@ _AT_ONCE = 1 << 22  # codes that are 32-bit integers at a time
 def packed_words(in_features: int, bits: int) -> int:
     """Number of int32 words in a packed row: 8 codes of 4 bits in each, 4 of 7 or 8 bits."""
     return -(-in_features // (WORD // bits))
+
+
+def row_bytes(scheme: WeightScheme, in_features: int) -> int:
+    """Bytes of an output channel of `in_features` weights in a checkpoint: codes, scale and multipliers."""
+    groups = 0 if scheme.group_size is None else in_features // scheme.group_size
+    return 4 * packed_words(in_features, scheme.bits) + 4 + groups
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

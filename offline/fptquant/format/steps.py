@@ -30,7 +30,8 @@ from fptquant.format.arithmetic import block_hadamard, hadamard_factors
 from fptquant.format.packing import WORD, packed_words
 
 if TYPE_CHECKING:
-    from fptquant.format.schema import ActivationScheme, LinearScheme, TransformRecord
+    from fptquant.format.schema import TransformRecord
+    from fptquant.schemes import ActivationScheme, LinearScheme
 
 
 @dataclass(frozen=True)

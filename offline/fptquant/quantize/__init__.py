@@ -1,16 +1,8 @@
 """Choosing scales: static ranges of activations and the KV cache, channel scales of weights."""
 
-from fptquant.quantize.ranges import (
-    InputRangeOptions,
-    KVRangeOptions,
-    RangeOptions,
-    affine,
-    is_shifted,
-    search_input_range,
-    search_range,
-)
+from fptquant.options.quantize import InputRangeOptions, KVRangeOptions, RangeOptions, WeightRangeOptions
+from fptquant.quantize.ranges import affine, search_input_range, search_range
 from fptquant.quantize.weights import (
-    WeightRangeOptions,
     as_multiples,
     channel_scale,
     group_scales,
@@ -27,7 +19,6 @@ __all__ = [
     "as_multiples",
     "channel_scale",
     "group_scales",
-    "is_shifted",
     "log_clip_of",
     "search_input_range",
     "search_range",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fptquant.quantize.ranges import InputRangeOptions, KVRangeOptions
-from fptquant.quantize.rounding import RoundingOptions
-from fptquant.quantize.weights import WeightRangeOptions
+from fptquant.options.quantize import InputRangeOptions, KVRangeOptions, RoundingOptions, WeightRangeOptions
 
 
 class QuantizeOptions(Protocol):

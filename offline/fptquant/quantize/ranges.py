@@ -7,62 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from fptquant import parallel
+from fptquant.options.quantize import InputRangeOptions, RangeOptions
 
 _EXTREMES = 2048  # kept exactly on each side; the rest is represented by a sample
 _SAMPLE = 1 << 15
 _GROUP = 64  # values that are looked at one by one only where their largest or smallest says so
-
-
-Shift = Literal["none", "narrow", "all"]
-
-
-def is_shifted(shift: Shift, bits: int) -> bool:
-    """Whether an option says so of codes of this many bits; 16 are none."""
-    return bits < 16 and (shift == "all" or (shift == "narrow" and bits == 4))
-
-
-class RangeOptions(BaseModel):
-    """How the clipping range of a static quantizer is chosen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["minmax", "percentile", "lp"] = "lp"
-    p: float = Field(2.0, gt=0, description="exponent of the error norm (method lp)")
-    percentile: float = Field(99.99, gt=50, le=100, description="of the values kept (method percentile)")
-    grid: int = Field(32, ge=2, description="half the number of candidates for each end (method lp)")
-
-
-class InputRangeOptions(RangeOptions):
-    """How the range of a layer's input is chosen, which all of its tokens share."""
-
-    outlier_tokens: float = Field(
-        2e-4, ge=0, lt=1, description="share of tokens, the largest, that the range need not hold (method lp)"
-    )
-    shift: Shift = Field(
-        "none",
-        description="take each channel's mean off first, which is added to the product behind: none, narrow (4-bit "
-        "codes), all; not of experts' inputs",
-    )
-
-
-class KVRangeOptions(RangeOptions):
-    """How the ranges of keys and values are chosen."""
-
-    shift: Shift = Field(
-        "none",
-        description="take each channel's mean off keys first, and start T_k from what is left: none, narrow (4-bit "
-        "codes), all",
-    )
-    positions: PositiveInt | None = Field(
-        None, description="that the mean of keys is taken over, RoPE turns it; null: as many as the model is made for"
-    )
 
 
 @torch.no_grad()

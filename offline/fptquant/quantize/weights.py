@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fptquant.format import per_column, round_scale
 from fptquant.format.packing import LARGEST_MULTIPLIER
+from fptquant.options.quantize import WeightRangeOptions
 
 _IN_CACHE = 1 << 18  # weights handled at once, so that they and their errors stay in the cache
 # Candidates for a channel's scale, as shares of that which gives the largest of its groups the largest multiplier.
 _UNITS = torch.linspace(1.3, 0.6, 24, device="cpu").tolist()
 _OFFSETS = (0, 1, 2)  # of a group's multiplier from its own best scale, rounded down to a multiple
-
-
-class WeightRangeOptions(BaseModel):
-    """How a channel's scale is chosen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["minmax", "lp"] = "lp"
-    p: float = Field(2.0, gt=0, description="exponent of the error norm")
-    grid: int = Field(40, ge=2, description="candidate scales from the full range down to `smallest`")
-    smallest: float = Field(0.3, gt=0, le=1)
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from fptquant.layers.constants import SinkRecorder
 from fptquant.layers.inputs import first_inputs
 from fptquant.layers.residency import entered
 from fptquant.loading import load_model
+from fptquant.options.sensitivity import CACHES, INPUTS
 from fptquant.run.job import Job
-from fptquant.sensitivity.sites import CACHES, INPUTS, Site, sites_of
+from fptquant.sensitivity.sites import Site, sites_of
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.sink import sink_token
 

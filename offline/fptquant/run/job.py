@@ -21,7 +21,7 @@ from fptquant.format import ActivationScheme, CheckpointConfig, KVCacheScheme, O
 from fptquant.format.schema import EXTRAS
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
-from fptquant.quantize import is_shifted
+from fptquant.options.quantize import is_shifted
 from fptquant.recipe import Recipe
 from fptquant.run.checks import (
     expert_patterns,

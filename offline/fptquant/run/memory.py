@@ -40,26 +40,3 @@ def choose_residency(job: Job, wanted: Residency | None, limit: int | None) -> R
             f"--max-memory: {limit / 1e9:.1f} GB are less than {needed / 1e9:.1f} GB, which {residency} takes: {remedy}"
         )
     return residency
-
-
-def parse_size(option: str, text: str) -> int:
-    """Bytes of a size like 8GB or 500MB.
-
-    Args:
-        option: of the command line, for the message.
-        text: what the user gave.
-
-    Raises:
-        FPTQuantError: no size.
-    """
-    units = {"GB": 10**9, "MB": 10**6, "GIB": 2**30, "MIB": 2**20}
-    number = text.strip().upper()
-    for unit, factor in units.items():
-        if number.endswith(unit):
-            try:
-                size = float(number.removesuffix(unit)) * factor
-            except ValueError:
-                break
-            if 0 < size < 1e18:
-                return int(size)
-    raise FPTQuantError(f"{option}: '{text}' is no size: give one like 8GB or 500MB")

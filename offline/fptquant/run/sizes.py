@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fptquant.format import CheckpointConfig
+from fptquant.format import CheckpointConfig, row_bytes
 from fptquant.loading import Source
 from fptquant.wiring import Projection, Role
 
@@ -40,7 +40,7 @@ def bits_per_weight(source: Source, config: CheckpointConfig, dtype: torch.dtype
     bits = weights = 0
     for name, (rows, columns) in linear_sizes(source).items():
         scheme = config.scheme_for(name)
-        bits += 8 * rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
+        bits += 8 * rows * (row_bytes(scheme.weights, columns) if scheme else columns * dtype.itemsize)
         weights += rows * columns
     return bits / weights
 
@@ -56,5 +56,5 @@ def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype,
     total += 4096 + 600 * len(linears)  # config.json in the binding; four tensors' entries in it and in the header
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
-        total += rows * (scheme.weights.row_bytes(columns) if scheme else columns * dtype.itemsize)
+        total += rows * (row_bytes(scheme.weights, columns) if scheme else columns * dtype.itemsize)
     return total

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,14 +18,16 @@ from fptquant.layers.constants import SinkRecorder
 from fptquant.layers.residency import ride_along
 from fptquant.layers.store import restoring
 from fptquant.loading import load_model
+from fptquant.options.quantize import RoundingOptions
+from fptquant.options.train import EndToEndOptions
 from fptquant.progress import Stages
-from fptquant.quantize.rounding import RoundingOptions
+from fptquant.recipe import Recipe
 from fptquant.run.job import Job
 from fptquant.run.models import folded, folded_and_transformed
 from fptquant.run.state import RunState
 from fptquant.train.block_wise import train_block_wise
 from fptquant.train.codes import CodeTraining
-from fptquant.train.end_to_end import EndToEndOptions, asked_for, range_groups, train_end_to_end
+from fptquant.train.end_to_end import asked_for, range_groups, train_end_to_end
 from fptquant.train.local import train_local
 from fptquant.train.optimization import Optimization, transform_groups
 from fptquant.train.student import Student, integer_student, transform_student
@@ -158,7 +161,7 @@ def train_transforms(
             groups = range_groups(student, options)
             groups |= transform_groups(transforms, options.transform_rate, options.rotation_rate)
             optimization = Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
-            student.compute_in(recipe.training.dtype)
+            student.compute_in(_compute_dtype(recipe))
             steps = train_end_to_end(student, teacher, options, optimization, recipe.seed, transforms)
             extra = _clipping_state(student.weight_parameters())
             _run(END_TO_END, steps, optimization, transforms, state, stages, metrics, recipe.training.save_every, extra)
@@ -182,6 +185,10 @@ def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
 def layer_clipping(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Clipping by the name of the layer, out of a student's parameters."""
     return {name.removesuffix(".log_clip"): value.detach() for name, value in parameters.items()}
+
+
+def _compute_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.training.compute_dtype == "bfloat16" else torch.float32
 
 
 def checkpointing(name: str, options: EndToEndOptions) -> str:
@@ -208,7 +215,7 @@ def train_scales(
     """Learns weight scales and activation ranges of a rounded simulation, in place; its integers stay."""
     options: EndToEndOptions = job.recipe.scales
     student = integer_student(model, job.source.architecture, options.estimator)
-    student.compute_in(job.recipe.training.dtype)
+    student.compute_in(_compute_dtype(job.recipe))
     optimization = Optimization(range_groups(student, options), options.steps, warmup=options.warmup, clip=options.clip)
     steps = train_end_to_end(student, teacher, options, optimization, job.recipe.seed)
     _run(SCALES, steps, optimization, None, state, stages, metrics, job.recipe.training.save_every)

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
-from fptquant.format import Override, WeightScheme
+from fptquant.format import Override, WeightScheme, row_bytes
+from fptquant.options.sensitivity import INPUTS, WEIGHTS
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.sizes import linear_sizes
 from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe, widened
-from fptquant.sensitivity.sites import INPUTS, WEIGHTS, Site, sites_of
+from fptquant.sensitivity.sites import Site, sites_of
 from fptquant.wiring import SHARED
 
 
@@ -143,7 +144,7 @@ def _extra_bytes(job: Job, site: Site) -> int:
     scheme, wide, sizes = site.scheme(job), WeightScheme(bits=8), linear_sizes(job.source)
     assert scheme is not None
     shapes = [sizes[name] for name in site.modules(job)]
-    return sum(rows * (wide.row_bytes(k) - scheme.weights.row_bytes(k)) for rows, k in shapes)
+    return sum(rows * (row_bytes(wide, k) - row_bytes(scheme.weights, k)) for rows, k in shapes)
 
 
 def _by_gain_per_cost(

@@ -27,10 +27,11 @@ from fptquant.format import ActivationScheme, WeightScheme, code_bounds
 from fptquant.layers.inputs import LayerInputs, first_inputs, to_logits
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import put_away
+from fptquant.options.sensitivity import CACHES
 from fptquant.quantize import search_input_range, weight_scales
 from fptquant.quantize.weights import round_to_nearest
 from fptquant.run.job import Job
-from fptquant.sensitivity.sites import CACHES, Site
+from fptquant.sensitivity.sites import Site
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.sink import put_output
 from fptquant.wiring import InputGroup

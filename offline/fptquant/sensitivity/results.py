@@ -10,8 +10,9 @@ from typing import Any
 
 from fptquant.errors import FPTQuantError
 from fptquant.files import read_json, replace_text, require_writable
+from fptquant.options.sensitivity import KINDS, check_plot
 from fptquant.sensitivity.measure import Effect, Probe
-from fptquant.sensitivity.sites import KINDS, Site
+from fptquant.sensitivity.sites import Site
 
 
 @dataclass(frozen=True)
@@ -166,17 +167,3 @@ def plot(results: Results, file: Path, name: str) -> None:
         axes.set_xlabel("KL divergence with this kind quantized in all layers, nats per token")
     axes.set_title(f"{name}: one site quantized, all else in floating point")
     figure.savefig(file)
-
-
-def check_plot(file: Path) -> None:
-    """Finds out before a long measurement whether its plot can be drawn.
-
-    Raises:
-        FPTQuantError: no such directory, or an unknown file type.
-    """
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    require_writable("--plot", file)
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if file.suffix.removeprefix(".") not in known:
-        raise FPTQuantError(f"--plot: '{file.name}' has no known image type; known: {', '.join(known)}")

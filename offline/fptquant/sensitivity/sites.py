@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fptquant.errors import unknown
 from fptquant.format import LinearScheme
+from fptquant.options.sensitivity import CACHES, INPUTS, KINDS, WEIGHTS, require_kinds
 from fptquant.run.checks import require_alike_experts
 from fptquant.run.job import Job
 from fptquant.wiring import SHARED, InputGroup, Projection
-
-GROUPS = ("qkv", "o", "gate_up", "down", "shared_down")  # names of input groups (`fptquant.wiring`)
-INPUTS = tuple(f"{name}_input" for name in GROUPS)
-WEIGHTS = tuple(f"{name}_weights" for name in GROUPS)
-CACHES = {"keys": "k", "values": "v"}
-KINDS = (*INPUTS, *WEIGHTS, *CACHES)
 
 
 @dataclass(frozen=True, order=True)
@@ -81,10 +75,10 @@ def sites_of(job: Job, kinds: Iterable[str] = KINDS) -> list[Site]:
     Raises:
         FPTQuantError: a kind that is not in `KINDS`.
     """
+    kinds = tuple(kinds)
+    require_kinds(kinds)
     found = []
     for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("site kind", kind, KINDS)
         for layer in range(job.layers):
             site = Site(kind, layer)
             scheme = site.scheme(job)

@@ -9,33 +9,18 @@ import time
 from collections.abc import Iterator
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.layers.residency import entered
+from fptquant.options.train import BlockWiseOptions
 from fptquant.train.end_to_end import batch
-from fptquant.train.fake_quant import Estimator
 from fptquant.train.optimization import Optimization, transform_groups
 from fptquant.train.student import Student
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING
-
-
-class BlockWiseOptions(BaseModel):
-    """Settings of the layer-wise stage. T_r, which all layers share, stays as it is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves the stage out")
-    batch: PositiveInt = Field(1, description="sequences in a step")
-    estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
-    transform_rate: float = Field(5e-3, ge=0, description="learning rate of the transforms")
-    weight_rate: float = Field(1e-2, ge=0, description="of the weights' log clipping")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
 
 
 def train_block_wise(

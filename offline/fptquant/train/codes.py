@@ -9,44 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import LayerInputs
+from fptquant.options.train import CodeOptions
 from fptquant.train.end_to_end import batch
-from fptquant.train.fake_quant import Estimator
 from fptquant.train.optimization import Optimization
 from fptquant.train.student import Student, layer_student
 from fptquant.wiring import Architecture
 
 Record = Callable[[int, dict[str, float]], None]
-
-
-class CodeOptions(BaseModel):
-    """Settings of the stage that trains codes, scales and ranges of each rounded layer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
-    batch: PositiveInt = Field(2, description="calibration sequences in a step")
-    estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
-    code_rate: float = Field(1e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")
-    weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
-    scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
-    zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-
-    @model_validator(mode="after")
-    def _learns(self) -> Self:
-        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
-            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
-        return self
 
 
 class CodeTraining:

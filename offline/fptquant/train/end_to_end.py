@@ -6,64 +6,24 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.inputs import to_logits
 from fptquant.layers.residency import entered, recomputed
+from fptquant.options.train import EndToEndOptions
 from fptquant.process_memory import trim_memory
-from fptquant.train.fake_quant import Estimator
-from fptquant.train.objective import Objective, sequence_loss
+from fptquant.train.objective import sequence_loss
 from fptquant.train.optimization import Optimization
 from fptquant.train.student import Student
 from fptquant.train.teacher import Teacher
 from fptquant.transforms import TransformSet
 
 _NO_LABEL = -100  # behind the last token; what `cross_entropy` ignores
-
-
-class EndToEndOptions(BaseModel):
-    """Settings of a stage that trains against the original model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: NonNegativeInt = Field(0, description="0 leaves the stage out")
-    batch: PositiveInt = Field(1, description="sequences in a step")
-    objective: Objective = "jsd"
-    top: PositiveInt = Field(1000, description="tokens of objective kl_top")
-    estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
-    teacher: Literal["cached", "online"] = Field("cached", description="final hidden states kept on disk, or not kept")
-    gradient_checkpointing: bool = Field(False, description="compute each layer twice and keep less in memory")
-    scale_rate: float = Field(5e-3, ge=0, description="learning rate of log scales of activations and KV")
-    zero_point_rate: float = Field(5e-2, ge=0, description="of zero points, in steps of the quantizer")
-    weight_rate: float = Field(2e-3, ge=0, description="of log scales, or log clipping, of weights")
-    offset_rate: float = Field(
-        0.0, ge=0, description="of what is added to the products of shifted inputs, in sizes of products"
-    )
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
-
-    @model_validator(mode="after")
-    def _learns(self) -> Self:
-        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
-            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
-        return self
-
-
-class TransformTrainingOptions(EndToEndOptions):
-    """Settings of stage 2, which trains the transforms as well."""
-
-    weights: Literal["quantized", "float"] = Field(
-        "quantized",
-        description="the student's weights: to nearest with trained clipping, or left to the rounding later",
-    )
-    transform_rate: float = Field(1e-3, ge=0, description="learning rate of T_k, T_v and T_u")
-    rotation_rate: float = Field(1e-3, ge=0, description="of T_r; 0 keeps it")
 
 
 def range_groups(student: Student, options: EndToEndOptions) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fptquant.format import code_bounds
-
-Estimator = Literal["ste", "trust"]
+from fptquant.options.train import Estimator
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -11,34 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.errors import FPTQuantError
 from fptquant.layers.residency import entered
+from fptquant.options.train import LocalOptions
 from fptquant.train.optimization import Optimization
 from fptquant.transforms import TransformSet
 from fptquant.wiring import EMBEDDING, HEAD, Architecture, Place
 
 ROWS = 1 << 12  # of the embedding and of the head that a step sees
-
-
-class LocalOptions(BaseModel):
-    """Settings of stage 1, which trains transforms on the weights alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: NonNegativeInt = Field(0, description="0 leaves the transforms at their starting values")
-    p: float = Field(4.0, gt=1, description="exponent of the norm")
-    rate: float = Field(0.1, gt=0, description="of the layers' own transforms")
-    rotation_rate: float = Field(1e-2, ge=0, description="of T_r; 0 keeps it at its start")
-    turns: PositiveInt = Field(4, description="steps in which each layer is seen once")
-
-    def turns_of(self, layers: int) -> int:
-        """`turns` of a model with so many layers: each step sees one at least."""
-        return min(self.turns, layers)
 
 
 def weight_norm(weight: Tensor, p: float) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Objective = Literal["jsd", "kl", "kl_top", "cross_entropy"]
+from fptquant.options.train import Objective
+
 Head = Callable[[Tensor], Tensor]
 
 _TOKENS = 128  # logits of so many tokens are in memory at a time

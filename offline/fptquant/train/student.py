@@ -28,11 +28,12 @@ from fptquant.layers.residency import (
     set_tensors,
     small_tensors,
 )
+from fptquant.options.train import Estimator
 from fptquant.simulate import KVQuantizer, SimulatedLinear
 from fptquant.simulate.attention import SHIFT
 from fptquant.simulate.install import become_simulation, finish_loading
 from fptquant.simulate.sink import KEY, OUTPUT, STEADY, VALUE, install_sink, sink_token, use_sink
-from fptquant.train.fake_quant import Estimator, StaticQuantizer
+from fptquant.train.fake_quant import StaticQuantizer
 from fptquant.train.student_weights import (
     FloatWeight,
     FreeWeight,

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fptquant.format import code_bounds, per_column
+from fptquant.options.train import Estimator
 from fptquant.quantize import channel_scale, log_clip_of
 from fptquant.simulate import SimulatedLinear
-from fptquant.train.fake_quant import Estimator, fake_quantize, straight_through_round
+from fptquant.train.fake_quant import fake_quantize, straight_through_round
 from fptquant.transforms import TransformSet
 from fptquant.wiring import Place
 

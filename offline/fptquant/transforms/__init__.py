@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.format import TransformRecord
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import FPTQUANT, TransformOptions
+from fptquant.transforms.base import Transform
 from fptquant.transforms.down_hadamard import DownHadamard
 from fptquant.transforms.input_hadamard import InputHadamard
 from fptquant.transforms.norm_scale import NormScale
@@ -37,8 +38,6 @@ TRANSFORMS: dict[str, type[Transform]] = {
         ResidualScale,
     )
 }
-# Those of FPTQuant (arXiv 2506.04985); T_s is for recipes of other methods.
-FPTQUANT = ("T_k", "T_v", "T_u", "T_r", "T_d", "S_n")
 
 __all__ = ["FPTQUANT", "TRANSFORMS", "Transform", "TransformOptions", "TransformSet"]
 

@@ -7,20 +7,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fptquant.wiring import Architecture, Place, Shape
-
-
-class TransformOptions(BaseModel):
-    """Options of a transform in a recipe; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def without_cache(self) -> TransformOptions:
-        """What becomes of them where nothing quantizes the KV cache."""
-        return self
 
 
 class Transform(nn.Module):
@@ -36,7 +25,6 @@ class Transform(nn.Module):
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[TransformOptions]] = TransformOptions
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
     restriction: ClassVar[str] = ""  # what another form of the transform is, for users to read

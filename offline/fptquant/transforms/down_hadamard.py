@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import hadamard_factors
-from fptquant.format.schema import power_of_two
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import HadamardOptions
+from fptquant.transforms.base import Transform
 from fptquant.wiring import Place, Role, Shape
 
 PACKED = 8  # 4-bit weights in a packed word, which is never split
-
-
-class HadamardOptions(TransformOptions):
-    """Block size: a power of two that divides the number of channels.
-
-    A tensor-parallel rank rotates its own share of the channels, so a block must not reach across ranks. `auto` takes
-    the largest that suits every size the model can be served at, up to `max_tensor_parallel`. Larger blocks spread
-    outliers further: set 1 where the model will never be split.
-    """
-
-    block: PositiveInt | Literal["auto"] = "auto"
-    max_tensor_parallel: PositiveInt = Field(8, description="with block: auto, tensor-parallel sizes it has to suit")
-
-    @field_validator("block")
-    @classmethod
-    def _power_of_two(cls, block: int | str) -> int | str:
-        return power_of_two(block) if isinstance(block, int) else block
 
 
 class DownHadamard(Transform):
     """h' = h blockdiag(H_b / sqrt(b)) online, W_down' = W_down blockdiag(H_b / sqrt(b)) (method.md 1.4)."""
 
     name = "T_d"
-    Options = HadamardOptions
 
     def __init__(self, shape: Shape, options: HadamardOptions, generator: torch.Generator) -> None:
         """Settles the block size; FPTQuantError when it does not divide the intermediate size."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from fptquant.options.transforms import InputHadamardOptions
 from fptquant.transforms.base import Transform
-from fptquant.transforms.down_hadamard import HadamardOptions, block_rotated, block_size, tensor_parallel_sizes
+from fptquant.transforms.down_hadamard import block_rotated, block_size, tensor_parallel_sizes
 from fptquant.wiring import Place, Role, Shape
 
 _GROUPS = {
@@ -22,17 +22,6 @@ _GROUPS = {
 }
 
 
-class InputHadamardOptions(HadamardOptions):
-    """Where T_h acts, and its block size, which divides the number of channels there.
-
-    What qkv and gate_up read is whole on every tensor-parallel rank, so that only the block of `o` has to suit a split.
-    """
-
-    at: tuple[Literal["qkv", "o", "gate_up"], ...] = Field(
-        ("qkv", "gate_up"), min_length=1, description="groups of layers that share an input: qkv, o, gate_up"
-    )
-
-
 class InputHadamard(Transform):
     """x' = x B online with B = blockdiag(H_b / sqrt(b)), W' = W B, where x is a norm's output with its gain in W.
 
@@ -41,7 +30,6 @@ class InputHadamard(Transform):
     """
 
     name = "T_h"
-    Options = InputHadamardOptions
 
     def __init__(self, shape: Shape, options: InputHadamardOptions, generator: torch.Generator) -> None:
         """Settles the block sizes; FPTQuantError when one does not divide its channels."""

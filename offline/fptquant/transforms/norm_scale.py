@@ -5,24 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import NormScaleOptions
+from fptquant.transforms.base import Transform
 from fptquant.wiring import Place, Role, Shape
 
 _SMALLEST = 1e-5  # of a channel's largest magnitude
 _NORMS = {  # which of a layer's norms is read
     Role.QUERY: 0, Role.KEY: 0, Role.VALUE: 0, Role.GATE: 1, Role.UP: 1, Role.ROUTER: 1, Role.SHARED_GATE: 1,
 }  # fmt: skip
-
-
-class NormScaleOptions(TransformOptions):
-    """Where T_s starts."""
-
-    alpha: float | None = Field(
-        None, ge=0, le=1, description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text; none: at one"
-    )
 
 
 class NormScale(Transform):
@@ -33,7 +25,6 @@ class NormScale(Transform):
     """
 
     name = "T_s"
-    Options = NormScaleOptions
     in_gains = True
 
     def __init__(self, shape: Shape, options: NormScaleOptions, generator: torch.Generator) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import QueryKeyOptions
+from fptquant.transforms.base import Transform
 from fptquant.transforms.head_matrices import bounded, condition, matrix_pair
 from fptquant.transforms.orthogonal import cayley
 from fptquant.wiring import Architecture, Place, Role, Shape
@@ -16,19 +14,6 @@ from fptquant.wiring import Architecture, Place, Role, Shape
 _ROLES = (Role.QUERY, Role.KEY)
 _SMALLEST = 1e-4  # a pair of keys, relative to the largest
 _MAX_CONDITION = 100.0  # of a matrix in a layer without RoPE
-
-
-class QueryKeyOptions(TransformOptions):
-    """What T_k may train, and where its scales start."""
-
-    only: Literal["scale"] | None = Field(None, description="scale: the angles stay zero")
-    start: Literal["identity", "keys"] = Field(
-        "identity", description="keys: RoPE pairs of keys start equally large on the calibration text"
-    )
-
-    def without_cache(self) -> QueryKeyOptions:
-        """No start is measured: it is for the range of quantized keys."""
-        return self.model_copy(update={"start": "identity"})
 
 
 class KeyScale(Transform):
@@ -83,7 +68,6 @@ class QueryKeyTransform(KeyScale):
     """
 
     name = "T_k"
-    Options = QueryKeyOptions
 
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
         """Starts at the identity."""
@@ -141,7 +125,6 @@ class PartlyRotatedQueryKeyTransform(QueryKeyTransform):
     """
 
     name = "T_k"
-    Options = QueryKeyOptions
     restriction = "scaled rotations of RoPE pairs; any matrix per KV head where there is no RoPE"
 
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:
@@ -187,7 +170,6 @@ class NormedQueryKeyTransform(KeyScale):
     """
 
     name = "T_k"
-    Options = QueryKeyOptions
     restriction = "one scale per RoPE pair, in the gains of the query and key norms"
 
     def __init__(self, shape: Shape, options: QueryKeyOptions, generator: torch.Generator) -> None:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import RotationOptions
+from fptquant.transforms.base import Transform
 from fptquant.transforms.orthogonal import cayley, starting_rotation
 from fptquant.wiring import Architecture, Place, Role, Shape
 
 _WRITERS = (Role.OUTPUT, Role.DOWN)
-
-
-class RotationOptions(TransformOptions):
-    """Where T_r starts."""
-
-    start: Literal["identity", "hadamard"] = "hadamard"
 
 
 class ResidualRotation(Transform):
@@ -29,7 +23,6 @@ class ResidualRotation(Transform):
     """
 
     name = "T_r"
-    Options = RotationOptions
     substitute = "T_h"
     shared = True
 

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fptquant.transforms.base import Transform, TransformOptions
+from fptquant.options.transforms import ValueOptions
+from fptquant.transforms.base import Transform
 from fptquant.transforms.head_matrices import bounded, by_head, condition, matrix_pair
 from fptquant.transforms.orthogonal import cayley, starting_rotation
 from fptquant.wiring import Place, Role, Shape
-
-
-class ValueOptions(TransformOptions):
-    """Where T_v starts, and how far from orthogonal it may go."""
-
-    start: Literal["identity", "hadamard"] = "hadamard"
-    only: Literal["rotation", "scale"] | None = Field(
-        None, description="rotation: lambda stays one (SpinQuant's R2); scale: U and V stay the identity"
-    )
-    max_condition: float = Field(100.0, gt=1)
 
 
 class ValueTransform(Transform):
@@ -32,7 +20,6 @@ class ValueTransform(Transform):
     """
 
     name = "T_v"
-    Options = ValueOptions
 
     def __init__(self, shape: Shape, options: ValueOptions, generator: torch.Generator) -> None:
         """Starts every head at the identity or at the same Hadamard matrix with random signs."""

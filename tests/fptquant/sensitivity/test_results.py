@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fptquant.errors import FPTQuantError
+from fptquant.options.sensitivity import check_plot
 from fptquant.sensitivity import Effect, Probe, Site, sites_of
-from fptquant.sensitivity.results import Results, Row, check_plot, measure_all, missing, plot
+from fptquant.sensitivity.results import Results, Row, measure_all, missing, plot
 
 SETTINGS = {"model": "m", "recipe": "abc"}
 

@@ -14,11 +14,12 @@ from fptquant import pipeline
 from fptquant.errors import FPTQuantError
 from fptquant.format import round_scale
 from fptquant.loading import load_model, open_source
+from fptquant.options.train import BlockWiseOptions
 from fptquant.quantize import WeightRangeOptions, as_multiples, channel_scale, weight_scales
 from fptquant.run import training as stages
 from fptquant.run.job import Job, job_of
 from fptquant.run.models import transformed
-from fptquant.train.block_wise import BlockWiseOptions, train_block_wise
+from fptquant.train.block_wise import train_block_wise
 from fptquant.train.student import Student, transform_student
 from fptquant.transforms import TransformSet
 from fptquant.wiring.llama import LLAMA

@@ -20,11 +20,12 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import unpack_codes
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.loading import load_model, open_source
+from fptquant.options.train import CodeOptions
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job
 from fptquant.run.models import transformed
 from fptquant.simulate import SimulatedLinear
-from fptquant.train.codes import CodeOptions, CodeTraining, relative_error
+from fptquant.train.codes import CodeTraining, relative_error
 from fptquant.train.fake_quant import fake_quantize
 from fptquant.train.student import layer_student
 from fptquant.train.student_weights import FreeWeight

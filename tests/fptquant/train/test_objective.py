@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fptquant.options.train import Objective
 from fptquant.train import objective
 from fptquant.train.objective import divergence, sequence_loss
 
@@ -57,7 +58,7 @@ def test_cross_entropy_leaves_out_the_last_token(logits: tuple[Tensor, Tensor]) 
 
 
 @pytest.mark.parametrize("kind", ["jsd", "kl", "kl_top", "cross_entropy"])
-def test_pieces_make_no_difference(kind: objective.Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_make_no_difference(kind: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(40, 8, generator=generator, requires_grad=True)
     teacher_weight = torch.randn(40, 8, generator=generator)

@@ -16,6 +16,7 @@ from fptquant.calibration.layerwise import calibrate_and_round
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import LayerInputs
+from fptquant.options.train import EndToEndOptions, LocalOptions, TransformTrainingOptions
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.run import training as stages
@@ -24,7 +25,7 @@ from fptquant.run.models import transformed
 from fptquant.run.state import RunState
 from fptquant.simulate.sink import KEY, VALUE, sink_token
 from fptquant.train import end_to_end, local
-from fptquant.train.end_to_end import EndToEndOptions, TransformTrainingOptions, batch, range_groups
+from fptquant.train.end_to_end import batch, range_groups
 from fptquant.train.optimization import Optimization, transform_groups
 from fptquant.train.student import integer_student, transform_student
 from fptquant.train.student_weights import TransformedWeight
@@ -179,7 +180,7 @@ def test_every_parameter_learns(tmp_path: Path) -> None:
 
     base = folded("bias")
     groups = transform_groups(transforms, 1e-3, 1e-3)
-    list(local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=1, turns=1), Watched(groups, 1)))
+    list(local.train_local(base, LLAMA, transforms, LocalOptions(steps=1, turns=1), Watched(groups, 1)))
     trained = {name for name, _ in transforms.named_parameters()}
     assert {name.split("/")[1] for name in seen} == trained and min(seen.values()) > 0
 
@@ -203,7 +204,7 @@ def test_stage_one_lowers_its_objective_and_keeps_the_function(tmp_path: Path) -
     base = folded("gqa")
     expected = base(TOKENS).logits
     optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2), 40, clip=None)
-    losses = [m["loss"] for m in local.train_local(base, LLAMA, transforms, local.LocalOptions(steps=40), optimization)]
+    losses = [m["loss"] for m in local.train_local(base, LLAMA, transforms, LocalOptions(steps=40), optimization)]
     assert losses[-1] < 0.97 * losses[0]
     rotation = transforms.transforms["T_r"].rotation(torch.float64)
     assert (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-10
@@ -266,7 +267,7 @@ def test_stage_one_names_the_layer_that_is_not_finite() -> None:
     with pytest.raises(
         FPTQuantError, match=r"step 0: the loss of model.layers.1.mlp.up_proj is not finite; lower local.rate"
     ):
-        list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3, turns=1), optimization))
+        list(local.train_local(model, LLAMA, transforms, LocalOptions(steps=3, turns=1), optimization))
 
 
 def test_a_step_of_stage_one_sees_a_part_of_layers_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +283,7 @@ def test_a_step_of_stage_one_sees_a_part_of_layers_and_rows(monkeypatch: pytest.
             return {}
 
     for turns, rotation_rate in ((1, 0.0), (2, 0.0), (1, 1e-2)):
-        options = local.LocalOptions(steps=2, turns=turns, rotation_rate=rotation_rate)
+        options = LocalOptions(steps=2, turns=turns, rotation_rate=rotation_rate)
         groups = transform_groups(transforms, 1e-2, 1e-2, in_weights=True)
         list(local.train_local(base, LLAMA, transforms, options, Watched(groups, 2, clip=None)))
     whole, again, first, second, *ends = found
@@ -298,7 +299,7 @@ def test_stage_one_leaves_weights_of_zero_alone() -> None:
     model, transforms = folded("gqa"), random_transforms("gqa")
     model.get_submodule("model.layers.1.mlp.up_proj").weight.zero_()
     optimization = Optimization(transform_groups(transforms, 1e-2, 1e-2, in_weights=True), 3, clip=None)
-    rows = list(local.train_local(model, LLAMA, transforms, local.LocalOptions(steps=3), optimization))
+    rows = list(local.train_local(model, LLAMA, transforms, LocalOptions(steps=3), optimization))
     assert rows[2]["loss"] < rows[0]["loss"]
 
 

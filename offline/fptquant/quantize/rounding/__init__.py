@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fptquant.options.quantize import RoundingOptions
 from fptquant.quantize.rounding.gptq import round_gptq
 from fptquant.quantize.rounding.nearest import round_nearest
 from fptquant.quantize.rounding.quantease import round_quantease
-
-
-class RoundingOptions(BaseModel):
-    """Which rounding method, and its settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["nearest", "gptq", "quantease"] = "gptq"
-    hessian: Literal["input", "routed", "output"] = Field(
-        "input",
-        description="how much a token counts: input, all alike; routed, to an expert as its output does there; output, "
-        "by the loss's gradient at the layer's output (OAC)",
-    )
-    damping: float = Field(0.01, gt=0, description="share of the mean diagonal added to the Hessian")
-    block: int = Field(128, ge=1, description="columns updated lazily together")
-    propagation: Literal["none", "compensated"] = Field(
-        "none",
-        description="compensated: weights first make up for what earlier layers lost, as far as two halves of the "
-        "text agree (QEP, GPTAQ)",
-    )
-    passes: int = Field(8, ge=1, description="quantease: visits to each column, fewer once nothing changes")
-
-    @property
-    def compensates(self) -> bool:
-        """Whether weights make up for errors of earlier layers; not where they are rounded without a look at inputs."""
-        return self.propagation == "compensated" and self.method != "nearest"
 
 
 class Rounder(Protocol):
