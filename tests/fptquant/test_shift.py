@@ -16,12 +16,14 @@ from fptquant.calibration.starts import start_from_activations
 from fptquant.errors import FPTQuantError
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs
+from fptquant.options.train import EndToEndOptions
 from fptquant.recipe import Recipe
 from fptquant.run.job import Job, open_job
 from fptquant.run.models import folded, transformed
 from fptquant.simulate import SimulatedLinear, simulated_linears
 from fptquant.simulate.attention import SHIFT
-from fptquant.train.student import _key_shifting, _shifting
+from fptquant.train.end_to_end import range_groups
+from fptquant.train.student import _key_shifting, _shifting, integer_student
 from fptquant.transforms import FPTQUANT
 from fptquant.wiring import Place, Role
 from tests.families import SHIFTED, VARIANTS, build, family_of, make_job, possible
@@ -209,3 +211,26 @@ def test_a_trained_shift_follows_the_transforms(tmp_path: Path) -> None:
     assert not torch.allclose(expected, before.get_submodule(family.attention).get_buffer(SHIFT), atol=1e-2)
     apart = (keys() - expected).norm() / expected.norm()
     assert apart < 0.1  # its keys are of inputs and weights in 4 bits
+
+
+def test_offsets_are_trained(tmp_path: Path) -> None:
+    """They get a gradient, and what they are in the end is in the simulation."""
+    fields = {"transforms": possible("llama", FPTQUANT), "precision": "w4a4kv4", "rounding": {"method": "nearest"}}
+    job = make_job("llama", tmp_path, **fields, **FIELDS)
+    model = transformed(job)
+    record_sink(model, job.source.architecture, job.windows)
+    for _ in calibrate_and_round(model, job.source.architecture, job.recipe, job.windows):
+        pass
+    before = model(job.windows).logits
+    student = integer_student(model, job.source.architecture, "ste")
+    _, parameters = range_groups(student, EndToEndOptions(steps=1, offset_rate=1e-2))["offset"]
+    assert len(parameters) == 14
+    model(job.windows).logits.square().sum().backward()
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None and bool(parameter.grad.any()), name
+        parameter.data.normal_(0, 0.3, generator=generator)
+    trained = model(job.windows).logits
+    student.finish()
+    apart = (model(job.windows).logits - trained).norm() / (trained - before).norm()
+    assert apart < 0.05  # sums in another order turn a few codes
