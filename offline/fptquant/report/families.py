@@ -39,7 +39,8 @@ says why, and what takes its place.
 Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where
 scores are bounded (Gemma 2), transformers' `sdpa` leaves the bound out; here it is never left out.
 
-A first token can be constant in all of them, with windows too, but where RoPE scales keys (yarn, longrope with a factor).
+A first token can be constant in all of them, with windows too, except where RoPE scales keys (yarn, longrope with a
+factor).
 
 To add a family see `CONTRIBUTING.md`.
 """
