@@ -135,8 +135,18 @@ def _convert(gguf: Path, target: Path) -> None:
         folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if puts_bos_first(gguf):
+        tokenizer.add_bos_token = True
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def puts_bos_first(gguf: Path) -> bool:
+    """Whether a GGUF says that a text begins with a BOS, which transformers doesn't read."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
 
 
 if __name__ == "__main__":

@@ -92,3 +92,16 @@ def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "vllm-fptquant"
     monkeypatch.setenv("FPTQUANT_CACHE", str(tmp_path / "elsewhere"))
     assert cache_dir() == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_whether_a_gguf_puts_a_bos_first(says, tmp_path):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    if says is not None:
+        writer.add_add_bos_token(says)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert fetch_smollm2.puts_bos_first(tmp_path / "model.gguf") is bool(says)
