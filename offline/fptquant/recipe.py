@@ -262,7 +262,7 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", "", field.description or ""
             yield from settings(kinds[0], f"{prefix}{name}.")
         else:
-            default = field.get_default(call_default_factory=True)
+            default = field.default
             shown = isinstance(default, str | int | float | tuple | None)
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             meaning = field.description or ", ".join(map(str, choices))
