@@ -125,7 +125,8 @@ class TrainedLinear(nn.Module):
         self.weight, self.sink = weight, sink
         self.offset: nn.Parameter | None = None  # what the layer's changes by, in `_unit`
         self.register_buffer("_unit", None, persistent=False)
-        if linear.arrangement.shifted and isinstance(weight, IntegerWeight | FreeWeight):
+        shifted = linear.arrangement.shifted and linear.arrangement.quantize is not None
+        if shifted and isinstance(weight, IntegerWeight | FreeWeight):
             self.offset, self._unit = nn.Parameter(torch.zeros_like(linear.output_offset)), _size_of_outputs(linear)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
