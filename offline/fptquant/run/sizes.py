@@ -57,4 +57,6 @@ def estimate_bytes(source: Source, config: CheckpointConfig, dtype: torch.dtype,
     for name, (rows, columns) in linears.items():
         scheme = config.scheme_for(name)
         total += rows * (row_bytes(scheme.weights, columns) if scheme else columns * dtype.itemsize)
+        if scheme and scheme.activations.shift:
+            total += 4 * (rows + columns)
     return total
