@@ -708,7 +708,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
         time.sleep(0.002)
     assert len(list(tmp_path.glob(".out.partial*"))) == 1
     os.kill(process.pid or 0, sign)
-    process.join(60)
+    process.join(180)  # it writes its state first
     error = errors.read_text(encoding="utf-8")
     errors.unlink()
     assert process.exitcode and trained.exists() and not (tmp_path / "out").exists()

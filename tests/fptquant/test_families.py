@@ -596,7 +596,8 @@ def test_what_is_trained_is_the_quantized_model(variant: str, tmp_path: Path) ->
     expected, found = simulation(TOKENS).logits, student(TOKENS).logits
     apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     # float32 merging turns a few codes; where they turn the router, a token goes through another expert
-    assert apart.quantile(0.75 if family.mixture else 1.0) < 0.12
+    # and the offset makes up for the mean of what rounding an input leaves, the student doesn't
+    assert apart.quantile(0.75 if family.mixture else 1.0) < 0.15
     found.square().sum().backward()
     for name, parameter in job.transforms.named_parameters():
         gradient = parameter.grad
