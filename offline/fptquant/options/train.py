@@ -88,12 +88,18 @@ class CodeOptions(RatedOptions):
     """Settings of the stage that trains codes, scales and ranges of each rounded layer."""
 
     steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
+    activations: Literal["narrow", "all"] = Field(
+        "all", description="where the stage is run: narrow, with 4-bit inputs only"
+    )
     batch: PositiveInt = Field(2, description="calibration sequences in a step")
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
     code_rate: float = Field(1e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")
     weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
     scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
     zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
+    offset_rate: float = Field(
+        0.0, ge=0, description="of what is added to the products of shifted inputs, in sizes of products"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
 
 
