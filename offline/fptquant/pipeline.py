@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fptquant import parallel
 from fptquant.calibration.halves import unreached
 from fptquant.calibration.layerwise import calibrate_and_round
-from fptquant.calibration.starts import HEAD_SEQUENCES, start_is_measured
+from fptquant.calibration.starts import KEY_SEQUENCES, start_is_measured
 from fptquant.errors import FPTQuantError
 from fptquant.files import folder_size
 from fptquant.format.schema import EXTRAS
@@ -181,7 +181,7 @@ def require_sequences(job: Job) -> None:
     if job.recipe.block_wise.steps or job.recipe.end_to_end.steps:
         sequences = min(sequences, FIRST_SEQUENCES)
     if start_is_measured(job.transforms):
-        sequences = min(sequences, HEAD_SEQUENCES)
+        sequences = min(sequences, KEY_SEQUENCES)
     if processes > sequences:
         raise FPTQuantError(
             f"{processes} processes can't share the {sequences} calibration sequences of a stage: start at most "

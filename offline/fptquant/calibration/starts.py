@@ -1,4 +1,4 @@
-"""Starts that are taken from activations: T_s's from what norms put out, T_k's from keys, T_v's from values."""
+"""Starts that are taken from activations: T_s's from what norms put out, T_k's from keys."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.key_shift import mean_key
-from fptquant.format import residual_scale
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.layers.residency import entered
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import KeyScale
-from fptquant.transforms.value import ValueTransform
-from fptquant.wiring import EMBEDDING, Architecture, Place, Role
+from fptquant.wiring import EMBEDDING, Architecture, Place
 
-HEAD_SEQUENCES = 16  # that keys and values are looked at on
+KEY_SEQUENCES = 16  # that keys are looked at on
 
 
 def start_is_measured(transforms: TransformSet) -> bool:
@@ -36,8 +34,6 @@ def start_from_activations(
     windows: Tensor,
     first: int,
     positions: int | None = None,
-    *,
-    centered: bool = False,
 ) -> None:
     """Gives the transforms of which `start_is_measured` their starting values.
 
@@ -48,21 +44,15 @@ def start_from_activations(
         windows: (sequences, length) tokens.
         first: tokens of a sequence before this one do not count.
         positions: over which the mean is taken that keys will lose; None where they keep it.
-        centered: whether inputs will lose theirs.
     """
     for transform in transforms:
         if not transform.start_is_measured:
             continue
         if isinstance(transform, NormScale):
             _start_norm_scale(transform, model, architecture, transforms, windows, first)
-        elif isinstance(transform, ValueTransform):
-            scaled = transforms.record().residual_scale
-            _start_values(
-                transform, model, architecture, windows[:HEAD_SEQUENCES], first, scaled=scaled, centered=centered
-            )
         else:
             assert isinstance(transform, KeyScale)
-            _start_key_scale(transform, model, architecture, windows[:HEAD_SEQUENCES], first, positions)
+            _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, positions)
 
 
 def _start_key_scale(
@@ -106,45 +96,6 @@ class _Keys(DynamicCache):  # type: ignore[misc]  # transformers has no types
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen.append(key_states)
         return key_states, value_states
-
-
-def _start_values(
-    transform: ValueTransform,
-    model: PreTrainedModel,
-    architecture: Architecture,
-    windows: Tensor,
-    first: int,
-    *,
-    scaled: bool,
-    centered: bool,
-) -> None:
-    """From the covariance of what every o_proj reads of each KV head, times S where it is `scaled`."""
-    shape = transform.shape
-    inputs = first_inputs(model, architecture, parallel.part(windows), batch=1)
-    for index, layer in enumerate(architecture.layer_modules(model)):
-        (path,) = (item.path for item in architecture.projections_of(index) if item.role is Role.OUTPUT)
-        residuals = iter(inputs.hidden)
-        sums: list[Tensor] = []  # (1, heads, head_dim, head_dim + 1) of each sequence: second moments, and sums
-
-        def watch(module: nn.Module, args: Any, residuals: Any = residuals, sums: list[Tensor] = sums) -> None:
-            states = args[0][:, first:].double()
-            if scaled:
-                residual = next(residuals)[:, first:].to(states.device)
-                states = states * residual_scale(residual, model.config.rms_norm_eps)
-            heads = states.view(*states.shape[:2], shape.heads, shape.head_dim).transpose(1, 2)
-            sums.append(torch.cat((heads.mT @ heads, heads.sum(2)[..., None]), -1))
-
-        with entered(layer):
-            linear = layer.get_submodule(path)
-            handle = linear.register_forward_pre_hook(watch)
-            inputs.advance(layer)
-            handle.remove()
-            # the same bits, however many processes there are
-            found = parallel.joined(torch.cat(sums)).sum(0) / (len(windows) * (windows.shape[1] - first))
-            mean = found[..., -1]
-            second = found[..., :-1] - (mean[..., None] * mean[:, None] if centered else 0)
-            of_kv_heads = second.view(shape.kv_heads, -1, *second.shape[1:]).sum(1)
-            transform.start_from(index, of_kv_heads, linear.get_parameter("weight"))
 
 
 def _start_norm_scale(

@@ -35,11 +35,7 @@ class QueryKeyOptions(TransformOptions):
 class ValueOptions(TransformOptions):
     """Where T_v starts, and how far from orthogonal it may go."""
 
-    start: Literal["identity", "hadamard", "values"] = Field(
-        "hadamard",
-        description="values: a Hadamard matrix behind what makes quantizing inputs and weights of o_proj cost least on "
-        "the calibration text (CAT)",
-    )
+    start: Literal["identity", "hadamard"] = "hadamard"
     only: Literal["rotation", "scale"] | None = Field(
         None, description="rotation: lambda stays one (SpinQuant's R2); scale: U and V stay the identity"
     )

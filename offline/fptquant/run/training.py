@@ -178,10 +178,7 @@ def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
             positions = None
             if job.config.kv_cache.shift:
                 positions = job.recipe.kv_range.positions_of(job.source.config)
-            centered = job.config.activations.shift
-            start_from_activations(
-                model, architecture, job.transforms, job.windows, first, positions, centered=centered
-            )
+            start_from_activations(model, architecture, job.transforms, job.windows, first, positions)
     return model
 
 

@@ -30,11 +30,3 @@ def by_head(values: Tensor, matrices: Tensor) -> Tensor:
     """`values` (..., heads * head_dim) times the matrix (heads, head_dim, head_dim) of each head."""
     heads = values.view(*values.shape[:-1], *matrices.shape[:2])
     return torch.einsum("...hd,hde->...he", heads, matrices).flatten(-2)
-
-
-def symmetric_power(matrices: Tensor, power: float, smallest: float = 1e-6) -> Tensor:
-    """A power of symmetric, positive matrices (..., n, n), whose eigenvalues are `smallest` of the largest at least."""
-    values, vectors = torch.linalg.eigh(matrices)
-    floor = (values[..., -1:] * smallest).clamp_min(torch.finfo(values.dtype).tiny)
-    found: Tensor = (vectors * torch.maximum(values, floor).pow(power)[..., None, :]) @ vectors.mT
-    return found
