@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from fptquant.errors import FPTQuantError
+from fptquant.options.train import CodeOptions
 from fptquant.options.transforms import HadamardOptions
 from fptquant.recipe import PRECISIONS, Recipe
 from fptquant.recipe_files import shipped_recipes
@@ -25,10 +26,11 @@ def test_the_default_recipe_has_everything() -> None:
     assert set(known.split()) <= set(shipped_recipes())
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
+    assert recipe.codes == light.codes and light.codes.steps and light.codes.activations == "narrow"
     assert light.local.steps and not light.end_to_end.steps and not light.scales.steps
     untrained: dict[str, Any] = {"description": "", "name": "fptquant", "local": {"steps": 0}}
     plain = {"rounding": {"propagation": "none"}, "activation_range": {"shift": "none"}, "kv_range": {"shift": "none"}}
-    untrained |= {"transforms": list(FPTQUANT), **plain}
+    untrained |= {"transforms": list(FPTQUANT), "codes": CodeOptions().model_dump(), **plain}
     assert light.changed(**untrained) == Recipe()  # a recipe without fields trains and measures nothing
     assert list(recipe.transforms) == list(FPTQUANT) and recipe.rounding.method == "gptq"
     baseline = Recipe.load("rtn")

@@ -97,9 +97,6 @@ class CodeOptions(RatedOptions):
     weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
     scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
     zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
-    offset_rate: float = Field(
-        0.0, ge=0, description="of what is added to the products of shifted inputs, in sizes of products"
-    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
 
 
