@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -128,11 +129,7 @@ class Environment:
 
 def newest_cpu_build(listing: str, requirement: str) -> str | None:
     """The newest version ending in +cpu within the bounds, among those that `pip index versions` lists."""
-    holds = {
-        ">=": lambda build, bound: build >= bound,
-        "<": lambda build, bound: build < bound,
-        "==": lambda build, bound: build == bound,
-    }
+    holds = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
     bounds = re.findall(r"(>=|<|==)([\d.]+)", requirement)
     fitting = [
         build

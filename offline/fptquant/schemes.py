@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,9 +16,23 @@ from pydantic import (
 
 
 class Strict(BaseModel):
-    """Base of every model of the format: unknown fields are errors, values are immutable."""
+    """Base of every model of the format: unknown fields are errors, values are immutable.
+
+    Attributes:
+        later: fields that later versions brought. They are left out where they have their default, so that older
+            readers, which refuse unknown fields by name, read what they can.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                content.pop(name, None)
+        return content
 
 
 def _check_pattern(pattern: str) -> str:
@@ -55,6 +69,8 @@ class WeightScheme(Strict):
     strategy: Literal["channel", "group"] = "channel"
     group_size: Literal[32, 64, 128] | None = None
 
+    later = ("group_size",)
+
     @model_validator(mode="after")
     def _groups_of_four_bits(self) -> WeightScheme:
         if (self.strategy == "group") != (self.group_size is not None):
@@ -62,14 +78,6 @@ class WeightScheme(Strict):
         if self.group_size is not None and self.bits != 4:
             raise ValueError(f"groups are of 4-bit weights, not of {self.bits} bits")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves `group_size` out where there is none: readers that don't know it refuse it by name."""
-        content: dict[str, Any] = serialize(self)
-        if self.group_size is None:
-            content.pop("group_size", None)
-        return content
 
     @property
     def code_bits(self) -> int:
@@ -88,19 +96,13 @@ class Shifted(Strict):
     bits: Literal[4, 8, 16] = 8
     shift: bool = False
 
+    later = ("shift",)
+
     @model_validator(mode="after")
     def _something_to_shift(self) -> Self:
         if self.shift and self.bits == 16:
             raise ValueError("shift is of what is quantized, not of 16 bits")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves `shift` out where there is none: readers that don't know it refuse it by name."""
-        content: dict[str, Any] = serialize(self)
-        if not self.shift:
-            content.pop("shift", None)
-        return content
 
 
 class ActivationScheme(Shifted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_keys_of_all_positions_have_this_mean(variant: str) -> None:
         for cosines, sines in ropes:
             each = before.expand(-1, 1, cosines.shape[1], -1)
             if family.has_rope(model.config, index):
-                modeling = __import__(type(attention).__module__, fromlist=["_"])
+                modeling = sys.modules[type(attention).__module__]
                 each = getattr(modeling, family.rotary_function)(each, each, cosines, sines)[1]
             keys.append(each)
         found = mean_key(attention, family, ropes[0], keys[0][:, :, 1:], many)

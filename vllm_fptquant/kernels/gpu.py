@@ -80,10 +80,11 @@ class GpuLinear(torch.nn.Module):
             self.register_buffer("shift", weights.online[0]["input_shift"], persistent=False)
             self.register_buffer("offset", offset, persistent=False)
             self.outputs = tuple(step for step in steps.outputs if not isinstance(step, Offset))
-        self.online = [list(tensors) for tensors in weights.online]  # names; the tensors are buffers
-        for part, tensors in enumerate(weights.online):
-            for name, tensor in tensors.items():
-                self.register_buffer(f"{name}_{part}", tensor, persistent=False)
+        read = {tensor.name for step in self.outputs for tensor in step.tensors(1, 1)}
+        self.online = [sorted(read & tensors.keys()) for tensors in weights.online]  # names; the tensors are buffers
+        for part, names in enumerate(self.online):
+            for name in names:
+                self.register_buffer(f"{name}_{part}", weights.online[part][name], persistent=False)
         self.quantized = weights.input_scale is not None
         self.adds_zero_point = weights.codes_hold_zero_point
         if weights.input_scale is not None:

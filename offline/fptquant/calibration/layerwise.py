@@ -294,10 +294,11 @@ def _quantize_group(
             linear.set_input_quantizer(scale, zero_point)
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
-    goals = {} if shift is None else {linear: linear.float_weight().double() @ shift for linear in linears}
-    if compensation is not None:
-        goals |= compensation.apply(parts, seen, recipe.rounding.damping, centered=shift is not None)
     left = None if shift is None else mean(seen)
+    if compensation is not None:
+        goals = compensation.apply(parts, seen, recipe.rounding.damping, left)
+    elif shift is not None:
+        goals = {linear: linear.float_weight().double() @ shift for linear in linears}
     hessians = hessians_of(parts, seen, recipe)
     del seen  # as large as a Hessian
     for linear, codes, scale, multiplier in round_parts(parts, hessians, recipe, log_clip):
@@ -426,7 +427,7 @@ def set_kv_ranges(attention: nn.Module, inputs: LayerInputs, layer: nn.Module, r
         values = torch.cat(seen.pop(name), 1)
         if name == "k" and quantizer.scheme.shift:
             assert isinstance(attention, SimulatedAttention)
-            positions = recipe.kv_range.positions or attention.config.max_position_embeddings
+            positions = recipe.kv_range.positions_of(attention.config)
             rope = inputs.arguments[layer]["position_embeddings"]
             shift = mean_key(attention, attention.architecture, rope, values, positions)
             attention.get_buffer(SHIFT).copy_(shift)

@@ -79,8 +79,7 @@ class Compensation:
         parts: Iterable[tuple[list[SimulatedLinear], Tensor | None]],
         seen: Tensor,
         damping: float,
-        *,
-        centered: bool = False,
+        center: Tensor | None = None,
     ) -> dict[SimulatedLinear, Tensor]:
         """Gives the layers of a group the weights W'.
 
@@ -88,16 +87,17 @@ class Compensation:
             parts: the layers that share a Hessian, and how much tokens count to them (`moments.second_moment`).
             seen: (sequences * tokens, K), what they read, quantized.
             damping: see `compensated`.
-            centered: the mean of x was taken off `seen`, and d is to be predicted up to its own mean.
+            center: (K,) float64, the mean of `seen`, where that of x was taken off it and d is to be predicted up to
+                its own mean.
 
         Returns:
-            Where `centered`, the mean of what each layer should put out, (N,) float64: E[W x + e].
+            Where there is a `center`, the mean of what each layer should put out, (N,) float64: E[W x + e].
         """
         deviation = self._deviation(seen)
         goals = {}
-        if centered:
+        if center is not None:
             linears = [linear for some, _ in parts for linear in some]
-            means = deviation.centered(seen, [linear.float_weight() for linear in linears])
+            means = deviation.centered(center, [linear.float_weight() for linear in linears])
             goals = dict(zip(linears, means, strict=True))
         sequences = sum(len(hidden) for hidden in self.inputs.hidden)
         for linears, importance in parts:
@@ -145,11 +145,11 @@ class Deviation:
     read: Tensor
     residual: Tensor | None = None
 
-    def centered(self, seen: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
+    def centered(self, center: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
         """Takes the means off, in place.
 
         Args:
-            seen: (tokens, K), x^.
+            center: (K,) float64, the mean of x^.
             weights: of the layers, (N, K).
 
         Returns:
@@ -157,7 +157,7 @@ class Deviation:
         """
         off = mean(self.read)
         self.read.sub_(off.float())
-        goals = [weight.double() @ (off + mean(seen)) for weight in weights]
+        goals = [weight.double() @ (off + center) for weight in weights]
         if self.residual is not None:
             added = mean(self.residual)
             self.residual.sub_(added.float())

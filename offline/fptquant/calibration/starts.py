@@ -76,10 +76,8 @@ def _start_key_scale(
         keys = [states[:, :, first:] for states in cache.seen]
         # the same bits, however many processes there are
         if positions is not None:
-            attention, rope = (
-                layer.get_submodule(architecture.attention),
-                inputs.arguments[layer]["position_embeddings"],
-            )
+            attention = layer.get_submodule(architecture.attention)
+            rope = inputs.arguments[layer]["position_embeddings"]
             center = mean_key(attention, architecture, rope, torch.cat(keys).transpose(0, 1), positions)
             squares = parallel.joined(torch.cat([transform.pair_norms(x).square().mean(2) for x in keys])).mean(0)
             lengths = (squares - transform.pair_norms(center).square()).clamp_min(0).sqrt()

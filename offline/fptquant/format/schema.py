@@ -9,9 +9,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -62,13 +60,7 @@ class TransformRecord(Strict):
     input_hadamard: InputHadamard | None = None
     residual_scale: bool = False
 
-    @model_serializer(mode="wrap")
-    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves `input_hadamard` out where there is none: readers that don't know it refuse it by name."""
-        content: dict[str, Any] = serialize(self)
-        if self.input_hadamard is None:
-            content.pop("input_hadamard", None)
-        return content
+    later = ("input_hadamard",)
 
 
 class Sink(Strict):

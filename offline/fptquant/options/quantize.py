@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -49,6 +49,10 @@ class KVRangeOptions(RangeOptions):
     positions: PositiveInt | None = Field(
         None, description="that the mean of keys is taken over, RoPE turns it; null: as many as the model is made for"
     )
+
+    def positions_of(self, config: Any) -> int:
+        """Over how many positions the mean of keys is taken in a model with this configuration of transformers."""
+        return self.positions or int(config.max_position_embeddings)
 
 
 class WeightRangeOptions(BaseModel):

@@ -40,12 +40,23 @@ class BlockWiseOptions(BaseModel):
     clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
 
 
-class EndToEndOptions(BaseModel):
-    """Settings of a stage that trains against the original model."""
+class RatedOptions(BaseModel):
+    """Settings of a stage with a learning rate for each kind of number (`*_rate`), of which 0 keeps the kind."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: NonNegativeInt = Field(0, description="0 leaves the stage out")
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
+            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
+        return self
+
+
+class EndToEndOptions(RatedOptions):
+    """Settings of a stage that trains against the original model."""
+
     batch: PositiveInt = Field(1, description="sequences in a step")
     objective: Objective = "jsd"
     top: PositiveInt = Field(1000, description="tokens of objective kl_top")
@@ -61,12 +72,6 @@ class EndToEndOptions(BaseModel):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
 
-    @model_validator(mode="after")
-    def _learns(self) -> Self:
-        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
-            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
-        return self
-
 
 class TransformTrainingOptions(EndToEndOptions):
     """Settings of stage 2, which trains the transforms as well."""
@@ -79,25 +84,23 @@ class TransformTrainingOptions(EndToEndOptions):
     rotation_rate: float = Field(1e-3, ge=0, description="of T_r; 0 keeps it")
 
 
-class CodeOptions(BaseModel):
+class CodeOptions(RatedOptions):
     """Settings of the stage that trains codes, scales and ranges of each rounded layer."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
+    activations: Literal["narrow", "all"] = Field(
+        "all", description="where the stage is run: narrow, with 4-bit inputs only"
+    )
     batch: PositiveInt = Field(2, description="calibration sequences in a step")
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
     code_rate: float = Field(1e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")
     weight_rate: float = Field(4e-3, ge=0, description="of log scales of weights")
     scale_rate: float = Field(1e-2, ge=0, description="of log scales of activations and KV")
     zero_point_rate: float = Field(0.1, ge=0, description="of zero points, in steps of the quantizer")
+    offset_rate: float = Field(
+        0.0, ge=0, description="of what is added to the products of shifted inputs, in sizes of products"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-
-    @model_validator(mode="after")
-    def _learns(self) -> Self:
-        if self.steps and not any(value for name, value in self if name.endswith("_rate")):
-            raise ValueError("every learning rate is 0: set steps to 0 to leave the stage out")
-        return self
 
 
 class TrainingData(BaseModel):

@@ -11,7 +11,7 @@ from fptquant.loading import Source
 from fptquant.recipe import Recipe
 from fptquant.run.sizes import linear_sizes
 from fptquant.transforms import TRANSFORMS, TransformSet
-from fptquant.wiring import Architecture
+from fptquant.wiring import Architecture, Projection
 
 
 def transform_obstacles(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -113,14 +113,25 @@ def float_patterns(architecture: Architecture) -> tuple[str, ...]:
 def expert_patterns(architecture: Architecture) -> tuple[str, ...]:
     """Patterns of the linear layers of experts, of a shared one too."""
     layers = re.escape(architecture.layers)
-    experts = {
-        re.sub(r"\d+", r"\\d+", re.escape(projection.path))
+    paths = {
+        in_every_expert(projection, projection.path)
         for groups in (architecture.mixtures or {}).values()
         for group in groups
         for projection in group.members
         if projection.expert is not None
     }
-    return tuple(rf"re:{layers}\.\d+\.{path}$" for path in sorted(experts))
+    return tuple(rf"re:{layers}\.\d+\.{path}$" for path in sorted(paths))
+
+
+def in_every_expert(projection: Projection, name: str) -> str:
+    """A regular expression of a projection's name that holds for all experts of the layer; a shared one's is its own.
+
+    Args:
+        projection: of an expert.
+        name: its path, or its full name.
+    """
+    before, number, after = name.rpartition(f".{projection.expert}.")
+    return rf"{re.escape(before)}\.\d+\.{re.escape(after)}" if number else re.escape(name)
 
 
 def float_layers(source: Source) -> list[str]:

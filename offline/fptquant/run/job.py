@@ -109,7 +109,7 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         recipe = recipe.changed("transforms", transforms=kept)
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
-    recipe = _with_starts(recipe)
+    recipe = _without_what_is_for_others(recipe)
     budget = recipe.budget
     if budget and budget.weights and source.architecture.mixtures and recipe.precision.activations.bits < 16:
         note = (
@@ -146,12 +146,14 @@ def _kv_cache(source: Source, recipe: Recipe) -> KVCacheScheme:
     return plain.model_copy(update={"shift": True}) if shift else plain
 
 
-def _with_starts(recipe: Recipe) -> Recipe:
-    """Without a start that is measured for a KV cache that nothing quantizes."""
-    if recipe.precision.kv_cache.bits < 16:
-        return recipe
-    options = {name: found.without_cache().model_dump(mode="json") for name, found in recipe.transforms.items()}
-    return recipe.changed("transforms", transforms=options)
+def _without_what_is_for_others(recipe: Recipe) -> Recipe:
+    """Without what a recipe has for other precisions: a start for the KV cache, training for 4-bit inputs."""
+    if recipe.precision.kv_cache.bits == 16:
+        options = {name: found.without_cache().model_dump(mode="json") for name, found in recipe.transforms.items()}
+        recipe = recipe.changed("transforms", transforms=options)
+    if recipe.codes.activations == "narrow" and recipe.precision.activations.bits > 4:
+        recipe = recipe.changed("codes", codes={"steps": 0})
+    return recipe
 
 
 def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:

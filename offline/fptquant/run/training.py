@@ -177,7 +177,7 @@ def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
             first = 0 if job.config.sink is None else 1
             positions = None
             if job.config.kv_cache.shift:
-                positions = job.recipe.kv_range.positions or job.source.config.max_position_embeddings
+                positions = job.recipe.kv_range.positions_of(job.source.config)
             start_from_activations(model, architecture, job.transforms, job.windows, first, positions)
     return model
 

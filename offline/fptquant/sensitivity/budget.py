@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from fptquant.format import Override, WeightScheme, row_bytes
 from fptquant.options.sensitivity import INPUTS, WEIGHTS
 from fptquant.progress import Stages
 from fptquant.recipe import BudgetOptions
+from fptquant.run.checks import in_every_expert
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.sizes import linear_sizes
 from fptquant.sensitivity.measure import WIDE_INPUT, Effect, Probe, widened
@@ -232,5 +232,4 @@ def _patterns(job: Job, site: Site) -> Iterator[str]:
         if projection.expert in (None, SHARED):
             yield name
         else:
-            before, _, after = name.rpartition(f".{projection.expert}.")
-            yield rf"re:{re.escape(before)}\.\d+\.{re.escape(after)}$"
+            yield f"re:{in_every_expert(projection, name)}$"

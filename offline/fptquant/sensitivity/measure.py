@@ -38,13 +38,12 @@ from fptquant.wiring import InputGroup
 
 WIDE_INPUT = ActivationScheme(bits=8)  # symmetric, as the presets with 8-bit activations are
 
+WIDE_WEIGHTS = WeightScheme(bits=7)
+
 
 def widened(scheme: ActivationScheme) -> ActivationScheme:
     """What inputs of more bits are quantized to, in the place of `scheme`."""
     return WIDE_INPUT.model_copy(update={"shift": scheme.shift})
-
-
-WIDE_WEIGHTS = WeightScheme(bits=7)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class CodeTraining:
             "scale": (options.scale_rate, student.range_parameters("log_scale")),
             "zero_point": (options.zero_point_rate, student.range_parameters("zero_point")),
             "weight": (options.weight_rate, {k: p for k, p in weights.items() if k.endswith(".log_scale")}),
+            "offset": (options.offset_rate, student.offset_parameters()),
             "code": (options.code_rate, {k: p for k, p in weights.items() if k.endswith(".position")}),
         }
 

@@ -97,6 +97,29 @@ def test_codes_stay_without_their_rate(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_offsets_alone(tmp_path: Path) -> None:
+    """What is added behind shifted inputs brings layers closer, where nothing else has a rate."""
+    rates = {name: 0.0 for name in CodeOptions.model_fields if name.endswith("_rate")}
+    codes = {**FIELDS["codes"], **rates, "offset_rate": 1e-2}
+    fields = {**FIELDS, "activation_range": {"shift": "narrow"}, "codes": codes}
+    pipeline.quantize(make_job("gqa", tmp_path, **fields), tmp_path / "out")
+    pipeline.quantize(make_job("gqa", tmp_path, **{**fields, "codes": {"steps": 0}}), tmp_path / "rounded")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "out"))
+    changed = {name for name in before if "layers.0." in name and not torch.allclose(before[name], after[name])}
+    assert changed == {name for name in before if "layers.0." in name and name.endswith("output_offset")}
+    losses = losses_of(tmp_path / "out")[0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("precision", "steps"), [("w4a4kv4", 30), ("w4a8kv8", 0), ("w4a16", 0)])
+def test_narrow_activations_only(precision: str, steps: int, tmp_path: Path) -> None:
+    job = make_job(
+        "gqa", tmp_path, **{**FIELDS, "precision": precision, "codes": {**FIELDS["codes"], "activations": "narrow"}}
+    )
+    assert job.recipe.codes.steps == steps
+    assert job.follows_original == bool(steps)
+
+
 def rounded(job: Job) -> tuple[Any, dict[str, torch.Tensor]]:
     """A simulation whose layers are rounded, and what was rounded."""
     floats = {
