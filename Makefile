@@ -16,7 +16,7 @@ YAML_FILES  := mkdocs.yml docker/compose.yaml benchmarks/quick.yaml $(wildcard o
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test newest image-check release-check bench results docs lint typecheck format clean
+.PHONY: help setup demo test newest oldest image-check release-check bench results docs lint typecheck format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,12 +32,16 @@ demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
 
 test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones, TEST_JOBS=1 one by one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --no-loadscope-reorder $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(BIN)/python scripts/compatibility.py test)
 
 newest:  ## check the quantizer in an environment of its own with the newest versions that pyproject.toml allows
-	$(PYTHON) scripts/check_newest.py
+	$(PYTHON) scripts/check_versions.py newest
+
+oldest:  ## the same with the oldest versions (7 GB of disk while it runs where there is no CPU build of that torch)
+	$(PYTHON) scripts/check_versions.py oldest
 
 release-check:  ## build what is to be uploaded into dist/, install the source archive in a fresh environment and use it
-	$(PYTHON) scripts/check_newest.py --release
+	$(PYTHON) scripts/check_versions.py release
 
 image-check: $(STAMP)  ## carry out docker/Dockerfile.cpu without Docker and use the result (root, debootstrap, minutes)
 	$(BIN)/python scripts/check_image.py
@@ -66,5 +70,5 @@ format: $(STAMP)  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format $(CODE)
 
 clean:  ## remove what the targets above built, .venv included
-	rm -rf $(VENV) .venv-newest .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -113,7 +113,7 @@ def finished(usage: Usage, log: Path) -> Usage:
 
 def make_environment() -> None:
     """Installs llm-compressor and the torch that we run; kept until either changes."""
-    from check_newest import TORCH_INDEX_URL, WITHOUT_WAITING
+    from environments import TORCH_INDEX_URL, WITHOUT_WAITING
 
     wanted = f"{PEER} torch=={version('torch')}"
     if STAMP.is_file() and STAMP.read_text() == wanted:

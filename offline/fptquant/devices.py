@@ -9,6 +9,7 @@ import torch
 
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line
+from fptquant.options.device import no_device
 
 CPU = torch.device("cpu")
 
@@ -32,9 +33,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise FPTQuantError(
-            f"--device: '{name}' is no device: give auto, cpu, cuda, or one of several, as cuda:1"
-        ) from None
+        raise no_device(name) from None
     if device.type == "cpu":
         return CPU
     accelerator = torch.accelerator.current_accelerator() if present else None

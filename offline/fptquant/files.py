@@ -89,6 +89,14 @@ def require_model(name: str) -> Path | None:
     return None
 
 
+def require_original(name: str) -> None:
+    """Raises FPTQuantError where `name` is no model, or the directory of one that says that it is quantized."""
+    path = require_model(name)
+    config = path and path / "config.json"
+    if config and config.is_file() and read_json(config).get("quantization_config") is not None:
+        raise FPTQuantError(f"'{path}' is quantized already: give the original model")
+
+
 def takes_files(folder: Path) -> bool:
     """Whether a directory can be made in `folder`, space apart.
 

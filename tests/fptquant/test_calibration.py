@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fptquant.calibration.sources import require_source
 from fptquant.calibration.text import calibration_windows, fingerprint, leading_tokens
 from fptquant.errors import FPTQuantError
 from fptquant.options.calibration import CalibrationOptions
@@ -165,6 +166,16 @@ def test_broken_dataset_file(
 def test_missing_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, datasets_cache: None) -> None:
     with pytest.raises(FPTQuantError, match="none.txt' is neither a text file nor a dataset"):
         windows_of(tokenizer, tmp_path / "none.txt")
+
+
+def test_missing_source_is_found_before_datasets_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for source in ("none.txt", "none.jsonl.gz", "here/none.csv", "./none", "a/b/none", str(tmp_path / "none")):
+        with pytest.raises(FPTQuantError, match="is neither a text file nor a dataset: there is no such file"):
+            require_source(CalibrationOptions(source=source))
+    for source in ("wikitext", "org/data", "org/data.json", "here", str(TEXT), f"text:{TEXT}", "builtin"):
+        require_source(CalibrationOptions(source=source))
 
 
 # -- layer by layer --

@@ -245,8 +245,8 @@ def test_sensitivity_where_a_transform_starts_from_activations(run: Run, model_d
     [
         (["--kinds", "down"], "unknown site kind 'down': did you mean 'down_input'?"),
         (["--precision", "w4a8", "--kinds", "keys"], "quantizes none of these sites"),
-        (["--windows", "5"], "was cut into 4 sequences of 512 tokens: lower --windows or --length"),
-        (["--length", "600"], "was cut into 4 sequences of 512 tokens"),
+        (["--windows", "5"], "is cut into 4 sequences of 512 tokens: lower --windows or --length"),
+        (["--length", "600"], "is cut into 4 sequences of 512 tokens"),
         (["--text", "missing.txt"], "missing.txt' can't be read"),
         (["--json", "no/such/x.json"], "--json: "),
         (["--plot", "no/such/x.png"], "--plot: "),
@@ -752,7 +752,7 @@ def test_evaluate_bad_input(
 
 
 def test_verify_bad_input(run: Run, quantized: Path, model_dir: Path, tmp_path: Path) -> None:
-    assert "is missing" in one_error(verify(run, model_dir, model_dir))
+    assert "is no checkpoint of fptquant" in one_error(verify(run, model_dir, model_dir))
     assert "is no model" in one_error(verify(run, tmp_path, model_dir))
     assert "is quantized already" in one_error(verify(run, quantized, quantized))
 
@@ -764,6 +764,8 @@ def test_the_module_runs_as_a_program() -> None:
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: '/no/such/model' is no model")
 
 
+CHECKPOINT = str(Path(__file__).parents[1] / "golden" / "w4a8kv8")
+ROWS = Path(CHECKPOINT) / "config.json"
 FINE = [["--version"], ["recipes"], ["recipes", "rtn"], ["recipes", "--fields"]]
 # A command line and what it prints; none of it needs torch or transformers.
 QUICK: list[tuple[list[str], str]] = [
@@ -782,26 +784,46 @@ QUICK: list[tuple[list[str], str]] = [
     *(
         (["quantize", "org/model", "-o", "new", *map(str, options)], message)
         for case, (options, message) in BAD_OPTIONS.items()
-        if case not in ("short text", "text missing", "field of a text")  # found by reading the text
+        if case != "short text"  # found by its tokens
     ),
     (["quantize", "org/model", "-o", "."], "'.' exists"),
+    (["quantize", CHECKPOINT, "-o", "new"], "is quantized already"),
+    (["quantize", "org/model", "-o", "new", "--device", "cuda0"], "--device: 'cuda0' is no device"),
+    (["quantize", "org/model", "-o", "new", "--calibration", "no/such/file"], "nor a dataset: there is no such file"),
+    (["quantize", "org/model", "-o", "new", "--calibration", "./file"], "nor a dataset: there is no such file"),
+    (["quantize", "org/model", "-o", "new", "--calibration", "text:no"], "'no' can't be read"),
     (["quantize", "org/model", "-o", "new", "--residency", "x"], "Invalid value"),
     (["quantize", "org/model", "-o", "new", "--quiet", "--verbose"], "give one of them"),
     (["quantize", "org/model", "-o", "new", "--log-file", "no/such/file"], "--log-file: "),
-    (["verify", "/no/such", "--against", "org/model"], "'/no/such' is no model"),
+    (["verify", "/no/such", "--against", "org/model"], "'/no/such' is not a directory"),
+    (["verify", CHECKPOINT, "--against", CHECKPOINT], "is quantized already"),
     (["evaluate", "/no/such", "--text", "x"], "'/no/such' is no model"),
     (["evaluate", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["evaluate", "org/model", "--text", str(ROWS)], "is json, not text"),
+    (["evaluate", "org/model", "--text", str(TEXT), "--device", "cuda0"], "--device: 'cuda0' is no device"),
+    (["evaluate", "org/model", "--tasks", "x", "--include-path", "no"], "--include-path: 'no' is not a directory"),
     (["sensitivity", "org/model", "--rounding", "up"], "error: --rounding: "),
     (["sensitivity", "org/model", "--kinds", "down"], "did you mean 'down_input'?"),
     (["sensitivity", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["sensitivity", "org/model", "--calibration", "no.txt"], "nor a dataset: there is no such file"),
+    (["sensitivity", "org/model", "--windows", "99999"], "is cut into"),
+    (["sensitivity", CHECKPOINT], "is quantized already"),
     (["sensitivity", "org/model", "--json", "no/such/file"], "--json: "),
     (["sensitivity", "org/model", "--plot", "no/such/x.png"], "--plot: "),
-    (["verify", "org/model", "--against", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["verify", CHECKPOINT, "--against", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
+    (["verify", CHECKPOINT, "--against", "org/model", "--device", "GPU"], "--device: 'GPU' is no device"),
+    (["export", "/no/such", "-o", "new"], "'/no/such' is not a directory"),
+    (["export", CHECKPOINT, "-o", "new", "--format", "gguf"], "--format gguf: "),
+    (["export", CHECKPOINT, "-o", "new", "--format", "float", "--online", "keep"], "--online keep: "),
+    (["export", CHECKPOINT, "-o", f"{CHECKPOINT}/new"], "is inside the checkpoint's directory"),
+    (["report", CHECKPOINT, "-o", str(TEXT)], "is no report of fptquant"),
     (["serve", "/no/such"], "'/no/such' is not a directory"),
     (["serve", "."], "is no model"),
+    (["chat", "/no/such"], "'/no/such' is not a directory"),
     (["chat"], "give either a checkpoint or --server"),
     (["inspect", "/no/such"], "'/no/such' is not a directory"),
     (["push", "/no/such", "org/name"], "'/no/such' is not a directory"),
+    (["push", CHECKPOINT, "name"], "'name' is no repository: give ORG/NAME"),
 ]
 
 

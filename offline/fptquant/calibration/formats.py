@@ -91,6 +91,24 @@ def looks_like_json(text: str) -> bool:
     return 0 < at == len(text)
 
 
+def require_text(source: str | Path) -> Path:
+    """The file that a source names, with or without `text:` in front, of which only the start is read.
+
+    Raises:
+        FPTQuantError: unreadable, or no text.
+    """
+    path = Path(str(source).removeprefix(AS_TEXT))
+    kind = recognise(path)
+    if kind != "text" and not str(source).startswith(AS_TEXT):
+        raise FPTQuantError(f"'{path}' is {kind}, not text: {as_text_hint(str(path))}")
+    return path
+
+
+def is_named_like_a_file(path: Path) -> bool:
+    """Whether a name ends as that of a text, of rows, or of a compressed file."""
+    return _suffix(path) in (".txt", *_SUFFIXES) or path.suffix.lower() in _COMPRESSED
+
+
 def read_text(source: str | Path) -> str:
     """The content of a UTF-8 text file, which may be compressed.
 
@@ -100,10 +118,7 @@ def read_text(source: str | Path) -> str:
     Raises:
         FPTQuantError: unreadable, or no text.
     """
-    path = Path(str(source).removeprefix(AS_TEXT))
-    kind = recognise(path)
-    if kind != "text" and not str(source).startswith(AS_TEXT):
-        raise FPTQuantError(f"'{path}' is {kind}, not text: {as_text_hint(str(path))}")
+    path = require_text(source)
     content = _read(path)
     if b"\0" in content:
         raise FPTQuantError(f"'{path}' is binary (it holds NUL bytes): give UTF-8 text")

@@ -11,7 +11,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fptquant.calibration.formats import AS_TEXT, as_text_hint, looks_like_json, read_text, recognise
+from fptquant.calibration.formats import (
+    AS_TEXT,
+    as_text_hint,
+    is_named_like_a_file,
+    looks_like_json,
+    read_text,
+    recognise,
+    require_text,
+)
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.options.calibration import CalibrationOptions
 
@@ -39,24 +47,30 @@ class Chat:
 Row = str | Chat | list[int]
 
 
+def require_source(options: CalibrationOptions) -> None:
+    """Finds what is wrong with a source without the library datasets, and without asking the hub.
+
+    Raises:
+        FPTQuantError: unreadable, no such file, or a text with options of a dataset.
+    """
+    source = options.source
+    if _kind(options) == "text":
+        if source != "builtin":
+            require_text(source)
+    elif not os.path.exists(source) and not _may_be_on_the_hub(source):
+        raise FPTQuantError(
+            f"calibration source '{source}' is neither a text file nor a dataset: there is no such file"
+        )
+
+
 def rows(options: CalibrationOptions, seed: int) -> Iterator[Row]:
     """What a source holds: a text file in one piece, a dataset row by row in random order, without empty rows.
 
     Raises:
         FPTQuantError: unreadable, or of a type that is neither text, chat nor token ids.
     """
-    path = options.source.removeprefix(AS_TEXT)
-    kind = None
-    if options.source == "builtin":
-        kind = "text"
-    elif os.path.isfile(path):
-        kind = "text" if path != options.source else recognise(Path(path))
+    path, kind = options.source.removeprefix(AS_TEXT), _kind(options)
     if kind == "text":
-        for name in ("config", "split", "field"):
-            if getattr(options, name) != CalibrationOptions.model_fields[name].default:
-                raise FPTQuantError(
-                    f"calibration.{name}: only a dataset has one, and '{options.source}' is a text: leave it out"
-                )
         builtin = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))
         yield read_text(builtin if options.source == "builtin" else options.source)
         return
@@ -70,6 +84,30 @@ def rows(options: CalibrationOptions, seed: int) -> Iterator[Row]:
             f"themselves, for example as JSON lines in a .jsonl file; {as_text_hint(path)}"
         )
     yield from chain(first, found)
+
+
+def _kind(options: CalibrationOptions) -> str | None:
+    """What a file holds, as `recognise` says; None for what may be a dataset."""
+    if options.source != "builtin" and not options.source.startswith(AS_TEXT):
+        if not os.path.isfile(options.source):
+            return None
+        kind = recognise(Path(options.source))
+        if kind != "text":
+            return kind
+    for name in ("config", "split", "field"):
+        if getattr(options, name) != CalibrationOptions.model_fields[name].default:
+            raise FPTQuantError(
+                f"calibration.{name}: only a dataset has one, and '{options.source}' is a text: leave it out"
+            )
+    return "text"
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether a source that isn't there may be ORG/NAME, or the name of an old dataset, which has no organization."""
+    folder = os.path.dirname(name)
+    if name.startswith((".", "/", "~")) or "/" in folder:
+        return False
+    return not is_named_like_a_file(Path(name)) or (folder != "" and not os.path.isdir(folder))
 
 
 def _dataset_rows(options: CalibrationOptions, path: str, kind: str | None, seed: int) -> Iterator[Row]:

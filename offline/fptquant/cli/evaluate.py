@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fptquant
-from fptquant.calibration.formats import AS_TEXT, recognise
+from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Backend, Device, Model, given, listed
 from fptquant.console import RichStages, err, grid, log, out, show_notes, verbose
 from fptquant.errors import FPTQuantError
+from fptquant.evaluation.vllm_backend import require_vllm
 from fptquant.files import require_model, require_writable
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ def evaluate(
         raise FPTQuantError("--device: with --backend vllm, vLLM chooses the device itself: leave it out")
     if dtype is not None and (backend is not Backend.vllm or text is None or dtype not in _DTYPES):
         raise FPTQuantError(f"--dtype: goes with --backend vllm and --text, and is one of {', '.join(_DTYPES)}")
+    if backend is Backend.vllm:
+        require_vllm()
     if text is not None:
-        recognise(Path(str(text).removeprefix(AS_TEXT)))
+        require_text(text)
         results = [_perplexity(name, text, windows, length, backend, special_tokens, device, dtype) for name in models]
         content = _show_perplexity(results, models, text, backend, special_tokens)
     else:
@@ -89,10 +92,12 @@ def evaluate(
 
 def _open(model: str, backend: Backend, device: str) -> Source:
     from fptquant.devices import CPU, choose_device
+
+    place = CPU if backend is Backend.vllm else choose_device(device)
     from fptquant.loading import open_source
 
     quiet_transformers()
-    source = open_source(model, device=CPU if backend is Backend.vllm else choose_device(device))
+    source = open_source(model, device=place)
     show_notes(source)
     if backend is Backend.vllm:
         source.weights.require_alone()
@@ -109,12 +114,12 @@ def _perplexity(
     device: str,
     dtype: str | None,
 ) -> Perplexity:
+    source = _open(model, backend, device)
     from fptquant.calibration.text import require_known
     from fptquant.evaluation.perplexity import evaluation_windows, layer_by_layer, measure
     from fptquant.evaluation.vllm_backend import VLLMEngine
     from fptquant.loading import load_model
 
-    source = _open(model, backend, device)
     source.require_length("--length", length, generated=int(backend is Backend.vllm))
     tokens = evaluation_windows(source.tokenizer, text, windows, length, special_tokens=special_tokens)
     require_known(int(tokens.max()), source.config.vocab_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fptquant.calibration.formats import AS_TEXT, recognise
+from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import Checkpoint, Device, require_checkpoint
 from fptquant.console import RichStages, err, facts, info, out
@@ -66,20 +66,23 @@ def export(
     """Write CHECKPOINT for stock vLLM and transformers: what they can't compute is replaced, listed and measured."""
     from fptquant.export.formats import require_format
 
-    require_format(target)
+    require_format(target, online=online.value)
     require_checkpoint(checkpoint)
     empty = output.expanduser().is_dir() and not any(output.expanduser().iterdir())
-    Publication(output, overwrite=overwrite or empty)
+    Publication(output, overwrite=overwrite or empty).require_apart(checkpoint.expanduser(), "the checkpoint")
     if text is not None and quality:
-        recognise(Path(str(text).removeprefix(AS_TEXT)))
+        require_text(text)
 
     from fptquant.devices import choose_device
+
+    place = choose_device(device)
+
     from fptquant.export.write import prepare
     from fptquant.loading import open_source
 
     quiet_transformers()
     with err.status("checking the checkpoint"):
-        source = open_source(checkpoint.expanduser(), device=choose_device(device))
+        source = open_source(checkpoint.expanduser(), device=place)
         exporter = prepare(source, output, format=target, online=online.value, overwrite=overwrite or empty)
         tokens = _tokens(source, quality, text, length)
     _show(exporter.run(tokens, RichStages()), output)

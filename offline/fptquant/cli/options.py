@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fptquant.calibration.sources import require_source
 from fptquant.errors import FPTQuantError, unknown
-from fptquant.files import read_json, require_model
+from fptquant.files import read_json, require_model, require_original
+from fptquant.options.device import require_device_name
 from fptquant.options.transforms import TRANSFORM_OPTIONS
 from fptquant.recipe import PRECISIONS, Recipe
 
@@ -34,7 +36,8 @@ Rounding = Annotated[str | None, typer.Option(show_default=OF_RECIPE, help="weig
 Device = Annotated[
     str,
     typer.Option(
-        help="what computes: auto (torch's accelerator, else the CPU), cpu, cuda, cuda:1, ...; only run on CPUs so far"
+        callback=require_device_name,
+        help="what computes: auto (torch's accelerator, else the CPU), cpu, cuda, cuda:1, ...; only run on CPUs so far",
     ),
 ]
 # by the recipe's field that it sets
@@ -77,7 +80,7 @@ def require_start(
     kv_strategy: str | None = None,
     without: Iterable[str] = (),
 ) -> Recipe:
-    """The recipe with what options say of it, once the model is known to be there: before anything that takes seconds.
+    """The recipe with what options say of it, once model and calibration text are known to be there: takes no seconds.
 
     Args:
         model: directory or hub name.
@@ -89,7 +92,7 @@ def require_start(
     Raises:
         FPTQuantError: one line that names the option.
     """
-    require_model(model)
+    require_original(model)
     chosen = Recipe.load(recipe).changed("options", OPTIONS, **fields)
     transforms = chosen.to_dict()["transforms"]
     for name in without:
@@ -103,6 +106,7 @@ def require_start(
             raise FPTQuantError("--kv-strategy: the KV cache is not quantized at this precision: leave it out")
         kept["kv_cache"]["strategy"] = kv_strategy
         chosen = chosen.changed(options={"precision.kv_cache.strategy": "--kv-strategy"}, precision=kept)
+    require_source(chosen.calibration)
     return chosen
 
 

@@ -27,6 +27,7 @@ from fptquant.cli.options import (
 )
 from fptquant.console import RichStages, err, facts, info, needs_table, out, plan_table, show_notes
 from fptquant.errors import FPTQuantError
+from fptquant.files import require_model
 from fptquant.recipe_files import shipped_recipes
 from fptquant.run.publication import Publication
 from fptquant.units import duration, megabytes, parse_size
@@ -130,16 +131,21 @@ def quantize(
         fields["budget"] = {name: value}
     chosen = require_start(model, recipe, fields, kv_strategy=kv_strategy, without=listed(without))
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
-    Publication(output, overwrite=overwrite)
+    publication, folder = Publication(output, overwrite=overwrite), require_model(model)
+    if folder is not None:
+        publication.require_apart(folder)
+
+    from fptquant.devices import choose_device
+
+    place = choose_device(device)
 
     from fptquant import parallel, pipeline
-    from fptquant.devices import choose_device
     from fptquant.progress import Stages
     from fptquant.run.job import open_job
     from fptquant.run.memory import choose_residency, room_for
     from fptquant.run.times import expected_seconds
 
-    place = parallel.start(choose_device(device))
+    place = parallel.start(place)
     quiet_transformers()
     checking = err.status("checking model, recipe and calibration text")
     with checking if parallel.is_main() else nullcontext():

@@ -12,6 +12,7 @@ from fptquant.cli.options import Checkpoint, require_checkpoint
 from fptquant.console import out
 from fptquant.errors import FPTQuantError
 from fptquant.files import first_line, require_writable
+from fptquant.report.ours import require_ours
 
 
 @command()
@@ -44,8 +45,9 @@ def report(
     require_writable("--output", file)
     if sensitivity is not None and not sensitivity.is_file():
         raise FPTQuantError(f"--sensitivity: '{sensitivity}' is not a file")
+    require_ours(file)
+
     from fptquant.report import page
 
-    page.require_ours(file)
     page.write(page.render(folder, sensitivity), file)
     out.print(f"{file}", markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fptquant.calibration.formats import AS_TEXT, recognise
+from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
 from fptquant.cli.options import (
     Calibration,
@@ -74,16 +74,25 @@ def sensitivity(
         fields["rounding"] = {"method": rounding}
     chosen = require_start(model, recipe, fields)
     require_kinds(listed(kinds))
+    data = chosen.calibration
     if text is not None:
-        recognise(Path(str(text).removeprefix(AS_TEXT)))
+        require_text(text)
+    elif windows > data.sequences or length > data.length:
+        raise FPTQuantError(
+            f"the calibration text is cut into {data.sequences} sequences of {data.length} tokens: "
+            "lower --windows or --length, or give a --text"
+        )
     if json_file:
         require_writable("--json", json_file)
     if plot_file:
         check_plot(plot_file)
 
+    from fptquant.devices import choose_device
+
+    place = choose_device(device)
+
     from fptquant import pipeline
     from fptquant.calibration.text import fingerprint
-    from fptquant.devices import choose_device
     from fptquant.evaluation.perplexity import evaluation_windows
     from fptquant.layers.scratch import scratch_in
     from fptquant.run.job import open_job
@@ -93,7 +102,6 @@ def sensitivity(
     from fptquant.sensitivity.results import Results, measure_all, missing, plot
 
     quiet_transformers()
-    place = choose_device(device)
     job = open_job(model, chosen, leave_out=recipe in shipped_recipes(), device=place)
     show_notes(job.source)
     require_measurable(job)
@@ -107,11 +115,6 @@ def sensitivity(
         tokens = tokens.to(place)
     else:
         tokens = job.windows[:windows, :length]
-        if tokens.shape != (windows, length):
-            raise FPTQuantError(
-                f"the calibration text was cut into {job.windows.shape[0]} sequences of {job.windows.shape[1]} tokens: "
-                "lower --windows or --length, or give a --text"
-            )
     settings = {
         "model": job.source.fingerprint(),
         "recipe": job.recipe.digest(),

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fptquant.calibration.formats import AS_TEXT, recognise
+from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
-from fptquant.cli.options import Checkpoint, Device
+from fptquant.cli.options import Checkpoint, Device, require_checkpoint
 from fptquant.console import err, grid, out
-from fptquant.files import require_model
+from fptquant.files import require_original
 
 
 @command()
@@ -27,14 +27,20 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Check that a checkpoint is what it claims to be; exit status 1 when a figure is out of tolerance."""
-    require_model(str(checkpoint))
-    require_model(against)
+    require_checkpoint(checkpoint)
+    require_original(against)
     if text is not None:
-        recognise(Path(str(text).removeprefix(AS_TEXT)))
+        require_text(text)
+
+    from fptquant.devices import CPU, choose_device
+    from fptquant.evaluation.vllm_backend import VLLMEngine, on_gpu, vllm_installed
+
+    vllm = vllm and vllm_installed()
+    # vLLM wants nearly all of a GPU's memory for itself
+    place = CPU if device == "auto" and vllm and on_gpu() else choose_device(device)
 
     from importlib import resources
 
-    from fptquant.devices import CPU, choose_device
     from fptquant.evaluation.equivalence import (
         check_function_preserved,
         check_greedy,
@@ -45,16 +51,12 @@ def verify(
         check_unaltered,
     )
     from fptquant.evaluation.perplexity import evaluation_windows, transformers_scorer
-    from fptquant.evaluation.vllm_backend import VLLMEngine, on_gpu, vllm_installed
     from fptquant.loading import open_source
     from fptquant.run.job import job_of
     from fptquant.simulate.install import set_exact
 
     quiet_transformers()
-    vllm = vllm and vllm_installed()
     open_source(checkpoint).require_length("--length", length, generated=int(vllm))
-    # vLLM wants nearly all of a GPU's memory for itself
-    place = CPU if device == "auto" and vllm and on_gpu() else choose_device(device)
     job = job_of(checkpoint, against, device=place)
     if text is None:
         text = Path(str(resources.files("fptquant") / "data" / "wiki.calib.txt"))

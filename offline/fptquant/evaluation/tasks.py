@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fptquant.errors import FPTQuantError, is_out_of_memory
 from fptquant.evaluation.vllm_backend import engine_settings
 from fptquant.files import first_line
-from fptquant.loading import Source, load_model
+
+if TYPE_CHECKING:
+    from fptquant.loading import Source
 
 LONGEST = 4096  # tokens of a context and its answer, where the model takes more
 _NO_METRICS = {"alias", "name", "sample_len", "sample_count"}
@@ -45,10 +47,10 @@ class Tasks:
             FPTQuantError: lm-eval is not installed, or a task is not known.
         """
         require_harness()
-        from lm_eval.tasks import TaskManager
-
         if include_path is not None and not include_path.is_dir():
             raise FPTQuantError(f"--include-path: '{include_path}' is not a directory")
+        from lm_eval.tasks import TaskManager
+
         self.names = list(names)
         folder = None if include_path is None else str(include_path)
         if folder is not None:  # lm-eval's own files are thousands, and take seconds to look through
@@ -119,6 +121,8 @@ def _length(source: Source) -> int:
 
 def _simulated(source: Source) -> Any:
     from lm_eval.models.huggingface import HFLM
+
+    from fptquant.loading import load_model
 
     model = load_model(source)
     return HFLM(

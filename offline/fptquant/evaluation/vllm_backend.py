@@ -1,4 +1,4 @@
-"""Scoring windows through vLLM, as served."""
+"""Scoring windows through vLLM, as served; importing this imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fptquant.errors import FPTQuantError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def vllm_installed() -> bool:
@@ -20,8 +20,16 @@ def vllm_installed() -> bool:
     return find_spec("vllm") is not None
 
 
+def require_vllm() -> None:
+    """Raises FPTQuantError where vLLM is not installed."""
+    if not vllm_installed():
+        raise FPTQuantError("vLLM is not installed: run scripts/install.sh (--backend gpu on a GPU)")
+
+
 def on_gpu() -> bool:
     """Whether vLLM serves on a GPU here: in 16 bits, which its kernels need, and without the exact mode."""
+    import torch
+
     return torch.cuda.is_available()
 
 
@@ -44,8 +52,7 @@ def engine_settings() -> Iterator[dict[str, Any]]:
     Raises:
         FPTQuantError: vLLM is not installed.
     """
-    if not vllm_installed():
-        raise FPTQuantError("vLLM is not installed: run scripts/install.sh (--backend gpu on a GPU)")
+    require_vllm()
     dtype, environment = "float32", {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if on_gpu():
         # Asking torch for a GPU is enough for CUDA to refuse to work in a fork of this process.
@@ -81,6 +88,7 @@ class VLLMEngine:
 
     def score(self, window: Tensor) -> Tensor:
         """Log probabilities (L - 1,) of a window's tokens, each given those before."""
+        import torch
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)

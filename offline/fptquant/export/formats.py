@@ -14,9 +14,11 @@ _IMPOSSIBLE = {
 }
 
 
-def require_format(name: str) -> None:
-    """Raises FPTQuantError: a format that nothing is exported to, and why."""
+def require_format(name: str, *, online: str = "undo") -> None:
+    """Raises FPTQuantError: a format that nothing is exported to, or not with online Hadamards, and why."""
     if name in _IMPOSSIBLE:
         raise FPTQuantError(f"--format {name}: {_IMPOSSIBLE[name]}")
     if name not in FORMATS:
         raise unknown("format", name, FORMATS)
+    if name == FLOAT and online == "keep":
+        raise FPTQuantError("--online keep: nothing but compressed-tensors has Hadamards that stay: leave it out")

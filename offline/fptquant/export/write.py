@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fptquant
 from fptquant.errors import FPTQuantError
-from fptquant.export.formats import COMPRESSED_TENSORS, FLOAT
+from fptquant.export.formats import COMPRESSED_TENSORS, require_format
 from fptquant.export.hf_config import stock_config
 from fptquant.export.plan import Online, Plan, make_plan
 from fptquant.export.quality import measure_export
@@ -105,8 +105,7 @@ def prepare(
         FPTQuantError: it can't be exported, or the output not be written.
     """
     architecture = source.architecture
-    if format == FLOAT and online == "keep":
-        raise FPTQuantError("--online keep: nothing but compressed-tensors has Hadamards that stay: leave it out")
+    require_format(format, online=online)
     if architecture.fused:
         raise FPTQuantError(
             f"export: {architecture.class_name} has projections that are one weight elsewhere, and aren't exported: "

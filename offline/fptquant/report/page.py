@@ -15,13 +15,13 @@ from fptquant.errors import FPTQuantError
 from fptquant.files import first_line, replace_text
 from fptquant.report.charts import Line, heat_map, line_chart
 from fptquant.report.inspection import inspect
+from fptquant.report.ours import GENERATOR
 from fptquant.report.ranges import relative
 from fptquant.report.records import Ranges, Step, read_records
 from fptquant.report.training import NAMES, running_mean
 from fptquant.sensitivity.results import Results
 from fptquant.units import duration, megabytes
 
-GENERATOR = "fptquant report"  # marks a page as ours, which may be written anew
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SITES = 20  # of a sensitivity measurement, in the table
 _RANGE_STYLES = ("before", "after", "clip")  # in the order of `relative`
@@ -76,19 +76,6 @@ def write(page: str, file: Path) -> None:
         replace_text(file, page)
     except OSError as error:
         raise FPTQuantError(f"'{file}' can't be written to: {first_line(error)}") from None
-
-
-def require_ours(file: Path) -> None:
-    """Raises FPTQuantError where `file` is something else than a report, which would be lost."""
-    if not file.exists():
-        return
-    try:
-        with file.open(encoding="utf-8") as opened:
-            ours = f'<meta name="generator" content="{GENERATOR}' in opened.read(1000)
-    except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
-        raise FPTQuantError(f"'{file}' is no report of fptquant, and would be lost: name another file with --output")
 
 
 def _source(provenance: Mapping[str, Any]) -> dict[str, Any]:
