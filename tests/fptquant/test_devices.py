@@ -203,12 +203,15 @@ def test_a_device_that_isnt_there(name: str, message: str) -> None:
 
 
 def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:
-    config = tmp_path / "config.json"
-    config.write_text("{}")  # of a model whose files nobody has looked at yet
-    for command in (("quantize", tmp_path, "-o", tmp_path / "out"), ("evaluate", tmp_path, "--text", config)):
+    model = tmp_path / "model"
+    model.mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("A text.")
+    (model / "config.json").write_text("{}")  # of a model whose files nobody has looked at yet
+    for command in (("quantize", model, "-o", tmp_path / "out"), ("evaluate", model, "--text", text)):
         result = run(*command, "--device", "cuda")
         assert result.code == 2 and "--device: 'cuda' is not here" in " ".join(result.err.split())
-    result = run("evaluate", tmp_path, "--text", config, "--backend", "vllm", "--device", "cpu")
+    result = run("evaluate", model, "--text", text, "--backend", "vllm", "--device", "cpu")
     assert result.code == 2 and "vLLM chooses the device itself" in " ".join(result.err.split())
 
 

@@ -53,10 +53,10 @@ def require_source(options: CalibrationOptions) -> None:
     Raises:
         FPTQuantError: unreadable, no such file, or a text with options of a dataset.
     """
-    source = options.source
+    source = options.source.removeprefix(AS_TEXT)
     if _kind(options) == "text":
         if source != "builtin":
-            require_text(source)
+            require_text(options.source)
     elif not os.path.exists(source) and not _may_be_on_the_hub(source):
         raise FPTQuantError(
             f"calibration source '{source}' is neither a text file nor a dataset: there is no such file"
@@ -88,10 +88,12 @@ def rows(options: CalibrationOptions, seed: int) -> Iterator[Row]:
 
 def _kind(options: CalibrationOptions) -> str | None:
     """What a file holds, as `recognise` says; None for what may be a dataset."""
-    if options.source != "builtin" and not options.source.startswith(AS_TEXT):
-        if not os.path.isfile(options.source):
-            return None
-        kind = recognise(Path(options.source))
+    path = options.source.removeprefix(AS_TEXT)
+    if options.source != "builtin":
+        if path == options.source:
+            kind = recognise(Path(path)) if os.path.isfile(path) else None
+        else:
+            kind = None if os.path.isdir(path) else "text"
         if kind != "text":
             return kind
     for name in ("config", "split", "field"):
