@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
 import pytest
 
+from fptquant.loading import Source
 from vllm_server import Server, serve
 
 pytestmark = pytest.mark.vllm
 
 MODEL = "smollm2-int4"
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Berlin", "Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+PARSER = ("--tool-call-parser", "hermes")
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather in a city", "parameters": CITY}}
 
 
 @pytest.fixture(scope="module")
 def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ["--enforce-eager", "--max-model-len", "512"]
+    options = ["--enforce-eager", "--max-model-len", "512", *PARSER]
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     program = [sys.executable, "-m", "fptquant"]
     with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log, program=program) as running:
@@ -84,3 +95,63 @@ def test_wrong_model_name(client: openai.OpenAI) -> None:
 def test_prompt_too_long(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="512"):
         client.completions.create(model=MODEL, prompt="word " * 600, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def others(
+    source: Source, default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, openai.OpenAI]]:
+    """By name, servers of stock vLLM beside ours: of the model before it was quantized, and of the export."""
+    folder = tmp_path_factory.mktemp("others")
+    options = ("-o", str(folder / "export"), "--quality", "0")
+    command = [sys.executable, "-m", "fptquant", "export", str(default_checkpoint), *options]
+    subprocess.run(command, capture_output=True, check=True)
+    amx = "amx_int8" in Path("/proc/cpuinfo").read_text()  # its kernel multiplies in 16 bits only
+    models = {"float": (source.path, "float32"), "export": (folder / "export", "bfloat16" if amx else "float32")}
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+
+        def start(name: str) -> openai.OpenAI:
+            path, dtype = models[name]
+            options = [
+                "--dtype",
+                dtype,
+                "--enforce-eager",
+                "--max-model-len",
+                "512",
+                "--served-model-name",
+                MODEL,
+                *PARSER,
+            ]
+            running = stack.enter_context(serve(path, *options, log=folder / f"{name}.log", env={"VLLM_PLUGINS": ""}))
+            return openai.OpenAI(base_url=running.base_url, api_key="none", timeout=120, max_retries=0)
+
+        yield dict(zip(models, pool.map(start, models), strict=True))
+
+
+@pytest.fixture(scope="module")
+def clients(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> dict[str, openai.OpenAI]:
+    return {"ours": client, **others}
+
+
+def test_json_schema(clients: dict[str, openai.OpenAI]) -> None:
+    """What is asked for in prose comes back as JSON, from every form of the model the same."""
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
+    for name, client in clients.items():
+        answer = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, response_format=form
+        )
+        assert json.loads(answer.choices[0].message.content or "") == {"city": "Paris"}, name
+
+
+def test_named_tool(clients: dict[str, openai.OpenAI]) -> None:
+    asked = [{"role": "user", "content": "What is the weather in Rome?"}]
+    choice = {"type": "function", "function": {"name": "weather"}}
+    found = {}
+    for name, client in clients.items():
+        answer = client.chat.completions.create(
+            model=MODEL, messages=asked, max_tokens=40, temperature=0, tools=[TOOL], tool_choice=choice
+        )
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.function.name == "weather"
+        found[name] = json.loads(call.function.arguments)
+    assert found["ours"] == found["export"] == found["float"] == {"city": "Rome"}
