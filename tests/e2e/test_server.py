@@ -26,16 +26,15 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-PARSER = ("--tool-call-parser", "hermes")
+OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL, "--tool-call-parser", "hermes")
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather in a city", "parameters": CITY}}
 
 
 @pytest.fixture(scope="module")
 def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ["--enforce-eager", "--max-model-len", "512", *PARSER]
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     program = [sys.executable, "-m", "fptquant"]
-    with serve(default_checkpoint, *options, "--served-model-name", MODEL, log=log, program=program) as running:
+    with serve(default_checkpoint, *OPTIONS, log=log, program=program) as running:
         yield running
         # before it is stopped: vLLM's processes don't always stop in the order that they expect
         assert "Traceback" not in running.log.read_text()
@@ -112,17 +111,9 @@ def others(
 
         def start(name: str) -> openai.OpenAI:
             path, dtype = models[name]
-            options = [
-                "--dtype",
-                dtype,
-                "--enforce-eager",
-                "--max-model-len",
-                "512",
-                "--served-model-name",
-                MODEL,
-                *PARSER,
-            ]
-            running = stack.enter_context(serve(path, *options, log=folder / f"{name}.log", env={"VLLM_PLUGINS": ""}))
+            running = stack.enter_context(
+                serve(path, "--dtype", dtype, *OPTIONS, log=folder / f"{name}.log", env={"VLLM_PLUGINS": ""})
+            )
             return openai.OpenAI(base_url=running.base_url, api_key="none", timeout=120, max_retries=0)
 
         yield dict(zip(models, pool.map(start, models), strict=True))
