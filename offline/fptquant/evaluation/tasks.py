@@ -46,9 +46,9 @@ class Tasks:
         Raises:
             FPTQuantError: lm-eval is not installed, or a task is not known.
         """
-        require_harness()
         if include_path is not None and not include_path.is_dir():
             raise FPTQuantError(f"--include-path: '{include_path}' is not a directory")
+        require_harness()
         from lm_eval.tasks import TaskManager
 
         self.names = list(names)
