@@ -26,7 +26,16 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL, "--tool-call-parser", "hermes")
+OPTIONS = (
+    "--enforce-eager",
+    "--max-model-len",
+    "512",
+    "--served-model-name",
+    MODEL,
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
+    "hermes",
+)
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather in a city", "parameters": CITY}}
 
 

@@ -55,6 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "seed": 1,  # with 0, a code turns before any training end to end
         "precision": "w4a4kv4",
         "end_to_end": {"steps": 3, "batch": 4, "weights": "float"},
+        "codes": {"steps": 0},  # a run of their own, above
         "scales": {"steps": 3, "batch": 3},
     },
 }
