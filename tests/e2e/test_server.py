@@ -26,17 +26,7 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-OPTIONS = (
-    "--enforce-eager",
-    "--max-model-len",
-    "512",
-    "--served-model-name",
-    MODEL,
-    "--enable-auto-tool-choice",
-    "--tool-call-parser",
-    "hermes",
-)
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather in a city", "parameters": CITY}}
+OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -128,30 +118,11 @@ def others(
         yield dict(zip(models, pool.map(start, models), strict=True))
 
 
-@pytest.fixture(scope="module")
-def clients(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> dict[str, openai.OpenAI]:
-    return {"ours": client, **others}
-
-
-def test_json_schema(clients: dict[str, openai.OpenAI]) -> None:
+def test_json_schema(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> None:
     """What is asked for in prose comes back as JSON, from every form of the model the same."""
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
-    for name, client in clients.items():
-        answer = client.chat.completions.create(
+    for name, asked in {"ours": client, **others}.items():
+        answer = asked.chat.completions.create(
             model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, response_format=form
         )
         assert json.loads(answer.choices[0].message.content or "") == {"city": "Paris"}, name
-
-
-def test_named_tool(clients: dict[str, openai.OpenAI]) -> None:
-    asked = [{"role": "user", "content": "What is the weather in Rome?"}]
-    choice = {"type": "function", "function": {"name": "weather"}}
-    found = {}
-    for name, client in clients.items():
-        answer = client.chat.completions.create(
-            model=MODEL, messages=asked, max_tokens=40, temperature=0, tools=[TOOL], tool_choice=choice
-        )
-        (call,) = answer.choices[0].message.tool_calls or []
-        assert call.function.name == "weather"
-        found[name] = json.loads(call.function.arguments)
-    assert found["ours"] == found["export"] == found["float"] == {"city": "Rome"}
