@@ -80,7 +80,8 @@ class GpuLinear(torch.nn.Module):
             self.register_buffer("shift", weights.online[0]["input_shift"], persistent=False)
             self.register_buffer("offset", offset, persistent=False)
             self.outputs = tuple(step for step in steps.outputs if not isinstance(step, Offset))
-        read = {tensor.name for step in self.outputs for tensor in step.tensors(1, 1)}
+        out_features, in_features = weights.codes.shape
+        read = {tensor.name for step in self.outputs for tensor in step.tensors(in_features, out_features)}
         self.online = [sorted(read & tensors.keys()) for tensors in weights.online]  # names; the tensors are buffers
         for part, names in enumerate(self.online):
             for name in names:
