@@ -25,10 +25,16 @@ from fptquant.format.steps import Arrangement, Hadamard
 from tests.vllm_fptquant.layers import steps_of
 from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
+from vllm_fptquant.kernels.onednn import OnednnKernel
 from vllm_fptquant.kernels.operator import CHUNK, PreparedLinear, _prepared, linear, register_prepared
 from vllm_fptquant.kernels.reference import ReferenceKernel
 
-KERNELS = [FbgemmKernel, ReferenceKernel]
+HAS_VNNI = torch.cpu._is_vnni_supported()
+KERNELS = [
+    FbgemmKernel,
+    ReferenceKernel,
+    pytest.param(OnednnKernel, marks=pytest.mark.skipif(not HAS_VNNI, reason="needs AVX512-VNNI")),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,7 +89,7 @@ def layers(draw: st.DrawFn) -> tuple[LinearWeights, Tensor]:
     bits = draw(st.sampled_from([4, 8]))
     limit = 2 ** (bits - 1)
     zero_point = draw(st.none() | st.integers(-limit, limit - 1))
-    m, k, n = draw(st.integers(1, 40)), draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    m, k, n = draw(st.integers(1, 40) | st.just(CHUNK + 3)), draw(st.integers(1, 300)), draw(st.integers(1, 70))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     scale = float(torch.tensor(draw(st.floats(1e-4, 1e3)), dtype=torch.float32))
     weights = weights_of(bits, torch.randint(-8, 8, (n, k)), zero_point=zero_point, scale=scale)

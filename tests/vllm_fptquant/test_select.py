@@ -11,9 +11,10 @@ import torch
 from fptquant.errors import FPTQuantError
 from fptquant.format import ActivationScheme, LinearScheme, WeightScheme
 from fptquant.recipe import PRECISIONS
-from vllm_fptquant.kernels.base import LinearSpec
+from vllm_fptquant.kernels.base import CpuKernel, LinearSpec
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel
+from vllm_fptquant.kernels.onednn import OnednnKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.select import select_kernel
 from vllm_fptquant.options import ServingOptions
@@ -24,21 +25,39 @@ def spec(weights: int = 4, activations: int = 8, device: str = "cpu") -> LinearS
     return LinearSpec(scheme, 64, 64, torch.float32, device)
 
 
-def test_fastest_kernel_that_is_exact() -> None:
-    assert select_kernel(spec(), None, "x")[0] is FbgemmKernel
-    assert select_kernel(spec(activations=4), None, "x")[0] is FbgemmKernel
+@pytest.fixture
+def vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU is said to have AVX512-VNNI."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("vnni", [True, False], indirect=True)
+def test_fastest_kernel_that_is_exact(vnni: bool) -> None:
+    narrow: type[CpuKernel] = OnednnKernel if vnni else FbgemmKernel
+    assert select_kernel(spec(), None, "x")[0] is narrow
+    assert select_kernel(spec(activations=4), None, "x")[0] is narrow
     assert select_kernel(spec(activations=16), None, "x")[0] is ReferenceKernel
-    assert select_kernel(spec(weights=8), None, "x")[0] is ReferenceKernel
+    assert select_kernel(spec(weights=8), None, "x")[0] is (OnednnKernel if vnni else ReferenceKernel)
     for precision in GROUPED:
         scheme = LinearScheme(weights=PRECISIONS[precision].weights, activations=ActivationScheme())
-        assert select_kernel(replace(spec(), scheme=scheme), None, "x")[0] is FbgemmKernel
+        assert select_kernel(replace(spec(), scheme=scheme), None, "x")[0] is narrow
+
+
+@pytest.mark.parametrize("vnni", [True], indirect=True)
+@pytest.mark.parametrize(("features", "kernel"), [(2**14, OnednnKernel), (2**14 + 8, FbgemmKernel)])
+def test_sums_that_float32_does_not_hold_go_elsewhere(vnni: bool, features: int, kernel: type[CpuKernel]) -> None:
+    scheme = LinearScheme(weights=WeightScheme(), activations=ActivationScheme(symmetric=False))
+    assert select_kernel(replace(spec(), scheme=scheme, in_features=features), None, "x")[0] is kernel
+    assert select_kernel(replace(spec(), in_features=features), None, "x")[0] is OnednnKernel
 
 
 def test_reason_names_what_was_passed_over() -> None:
     assert "not fbgemm" in select_kernel(spec(activations=16), None, "x")[1]
 
 
-def test_without_fbgemm_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("vnni", [False], indirect=True)
+def test_without_fbgemm_the_reference_takes_over(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_fptquant.kernels.fbgemm.ENGINE", "none")
     assert select_kernel(spec(), None, "x")[0] is ReferenceKernel
 

@@ -138,9 +138,16 @@ class Kernel(ABC):
 
 
 class CpuKernel(Kernel):
-    """A kernel behind the operator `fptquant::linear`: its packed weights are no tensors."""
+    """A kernel behind the operator `fptquant::linear`: its packed weights are no tensors.
+
+    Attributes:
+        code_type: of what it multiplies.
+        code_offset: added to `q - z`, where that needs more than a byte.
+    """
 
     device = "cpu"
+    code_type: ClassVar[torch.dtype] = torch.float32
+    code_offset: float = 0.0
 
     @abstractmethod
     def __init__(self, weights: LinearWeights) -> None:
@@ -151,7 +158,8 @@ class CpuKernel(Kernel):
         """Multiplies and scales.
 
         Args:
-            codes: (M, K), float32 integers `q - z`; the input itself where activations are not quantized.
+            codes: (M, K) of `code_type`, integers `q - z` plus `code_offset`; the input itself where activations are
+                not quantized.
 
         Returns:
             float32 (M, N), without bias.

@@ -40,7 +40,8 @@ class PreparedLinear:
         self.input_scale = weights.input_scale
         self.low, self.high = (bound.item() for bound in weights.bounds)
         scale = None if self.input_scale is None else self.input_scale.item()
-        self.quantizer = scale, self.low, self.high  # of the input: layers that have the same make the same codes
+        # of the input: layers that have the same make the same codes
+        self.quantizer = scale, self.low, self.high, kernel.code_type
 
     def __call__(self, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
         """Computes (..., N) of the type of `x` (..., K), rounded to it once.
@@ -67,10 +68,10 @@ class PreparedLinear:
         return output.to(x.dtype)
 
     def codes(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What the kernel multiplies, for `x` (M, K): float32 (M, K)."""
+        """What the kernel multiplies, for `x` (M, K): (M, K) of its `code_type`."""
         if len(x) <= CHUNK:
             return self._quantized(self._online(x, scale))
-        codes = torch.empty(x.shape)
+        codes = torch.empty(x.shape, dtype=self.kernel.code_type)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
             self._quantized(self._online(x[rows], None if scale is None else scale[rows]), codes[rows])
@@ -86,7 +87,13 @@ class PreparedLinear:
     def _quantized(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self.input_scale is None:
             return x.float() if out is None else out.copy_(x)
-        return quantize_per_tensor(x, self.input_scale, self.low, self.high, out)
+        code_type = self.kernel.code_type
+        if code_type == torch.float32:
+            return quantize_per_tensor(x, self.input_scale, self.low, self.high, out)
+        codes = quantize_per_tensor(x, self.input_scale, self.low, self.high)
+        if self.kernel.code_offset:
+            codes += self.kernel.code_offset
+        return codes.to(code_type) if out is None else out.copy_(codes)
 
 
 _prepared: dict[int, PreparedLinear] = {}

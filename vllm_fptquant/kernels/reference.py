@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from fptquant.format import quantized_linear
-from fptquant.format.arithmetic import accumulator_bound
+from fptquant.format.arithmetic import EXACT_FLOAT32, accumulator_bound
 from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights
-
-EXACT_FLOAT32 = 2**24  # every integer up to here is a float32
 
 
 class ReferenceKernel(CpuKernel):

@@ -9,6 +9,7 @@ from vllm_fptquant.kernels.experts import MarlinExperts, MarlinInt8Experts
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.humming import HummingInt4Kernel, HummingInt8Kernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
+from vllm_fptquant.kernels.onednn import OnednnKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 
@@ -23,6 +24,7 @@ KERNELS: tuple[type[Kernel], ...] = (
     MarlinKernel,
     MarlinInt8Experts,
     MarlinExperts,
+    OnednnKernel,
     FbgemmKernel,
     ReferenceKernel,
 )

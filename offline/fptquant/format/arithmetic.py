@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+EXACT_FLOAT32 = 2**24  # every integer up to here is a float32
+
 
 def code_bounds(zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of `q - z`, as float32 tensors of the shape of `zero_point`."""
