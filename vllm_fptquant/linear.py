@@ -229,9 +229,9 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             on_gpu: Tensor = layer.fptquant_gpu(x, bias)
             return on_gpu
         assert isinstance(x, Tensor)
-        if torch.compiler.is_compiling():
+        prepared: PreparedLinear = layer.fptquant_prepared
+        if torch.compiler.is_compiling() and not prepared.kernel.traced:
             return linear(x, layer.fptquant_handle, bias, layer.fptquant_out_features)
-        prepared: PreparedLinear = layer.fptquant_prepared  # eager: without the operator's way through the dispatcher
         return prepared(x, bias)
 
     @staticmethod

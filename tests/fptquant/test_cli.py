@@ -916,10 +916,16 @@ def test_long_paths_are_whole(run: Run, model: Path, calibration: Path, tmp_path
         assert str(long) in result.out and "…" not in result.out
 
 
-def test_serve_prints_what_it_runs(run: Run, quantized: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_serve_prints_what_it_runs(
+    run: Run, quantized: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
     shown = run("serve", quantized, "--print", "--port", 8001).out.split()
-    assert shown[0] == "$" and shown[1].endswith("vllm") and shown[2:4] == ["serve", str(quantized)]
-    assert shown[4:] == ["--quantization", "fptquant", "--dtype", "float32", "--port", "8001"]
+    assert shown[:2] == ["$", "VLLM_USE_AOT_COMPILE=0"] and shown[2].endswith("vllm")
+    assert shown[3:5] == ["serve", str(quantized)]
+    assert shown[5:] == ["--quantization", "fptquant", "--dtype", "float32", "--port", "8001"]
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")  # the user's own word
+    assert run("serve", quantized, "--print").out.split()[1].endswith("vllm")
     assert run("serve", quantized, "--print", "--dtype=bfloat16").out.split()[-1] == "--dtype=bfloat16"
     assert "is no checkpoint of fptquant" in one_error(run("serve", model_dir, "--print"))
     damaged = Path(shutil.copytree(quantized, tmp_path / "damaged"))

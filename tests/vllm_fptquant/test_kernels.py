@@ -233,6 +233,36 @@ class TestOperator:
             assert torch.equal(compiled(x, handle_b), b(x * 2, None) + 1)
         assert len(graphs) <= 2  # one for a single row, one for any number
 
+    @pytest.mark.skipif(not HAS_VNNI, reason="needs AVX512-VNNI")
+    @pytest.mark.parametrize(
+        ("bits", "zero_points"), [(8, (None, None)), (8, (-3, 90)), (4, (None, None)), (4, (-8, 5))], ids=str
+    )
+    def test_traced_kernel_meets_the_weights_that_are_there(
+        self, bits: int, zero_points: tuple[int | None, int | None]
+    ) -> None:
+        """As vLLM compiles: without guards, so that a number baked into the graph would stay the first one."""
+
+        class Layer(torch.nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.prepared(x * 2, None) + 1
+
+        def prepared(seed: int, zero_point: int | None) -> PreparedLinear:
+            torch.manual_seed(seed)
+            codes = torch.randint(-8, 8, (48, 64))
+            weights = weights_of(bits, codes, zero_point=zero_point, scale=0.01 * (seed + 1))
+            return PreparedLinear(OnednnKernel(weights), weights, with_block(weights, 16))
+
+        torch._dynamo.reset()  # without guards, a graph of another case would do for this one
+        layer = Layer()
+        compiled = torch.compile(
+            layer, fullgraph=True, dynamic=True, options={"guard_filter_fn": lambda guards: [False for _ in guards]}
+        )
+        for seed, zero_point in enumerate(zero_points):
+            layer.prepared = prepared(seed, zero_point)
+            for rows in (5, 9, CHUNK + 1):
+                x = torch.randn(rows, 64)
+                assert torch.equal(compiled(x), layer(x))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @pytest.mark.parametrize("rows", [(7,), (2, 3), (0,), (CHUNK + 1,)], ids=str)

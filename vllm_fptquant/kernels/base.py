@@ -138,16 +138,19 @@ class Kernel(ABC):
 
 
 class CpuKernel(Kernel):
-    """A kernel behind the operator `fptquant::linear`: its packed weights are no tensors.
+    """A kernel whose packed weights are no tensors.
 
     Attributes:
         code_type: of what it multiplies.
-        code_offset: added to `q - z`, where that needs more than a byte.
+        code_offset: float32 (), added to `q - z` where that needs more than a byte; else None.
+        traced: whether a compiler traces `matmul`, down to an operator that takes the weights by a tensor. It sees of
+            other kernels the operator `fptquant::linear`.
     """
 
     device = "cpu"
     code_type: ClassVar[torch.dtype] = torch.float32
-    code_offset: float = 0.0
+    code_offset: Tensor | None = None
+    traced: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, weights: LinearWeights) -> None:

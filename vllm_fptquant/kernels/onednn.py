@@ -9,6 +9,8 @@ from vllm import _custom_ops as ops
 from fptquant.format.arithmetic import EXACT_FLOAT32
 from vllm_fptquant.kernels.base import CpuKernel, LinearSpec, LinearWeights, holds_zero_point, is_there
 
+ONE = torch.ones((), dtype=torch.float32)  # scale of integer codes
+
 
 class OnednnKernel(CpuKernel):
     """Feeds integer codes to vLLM's static W8A8 product with an input scale of one.
@@ -20,6 +22,7 @@ class OnednnKernel(CpuKernel):
 
     name = "onednn"
     code_type = torch.int8
+    traced = True
 
     @classmethod
     def can_implement(cls, spec: LinearSpec) -> str | None:
@@ -42,16 +45,17 @@ class OnednnKernel(CpuKernel):
         self.rest: tuple[Tensor, Tensor] | None = None  # what z gives (N,), and the output scale
         scale = weights.output_scale
         if weights.codes_hold_zero_point:
-            self.rest = weights.zero_point.float() * weights.codes.sum(-1, dtype=torch.float32), scale
-            self.code_offset = float(weights.zero_point)
+            self.code_offset = weights.zero_point.float()
+            self.rest = self.code_offset * weights.codes.sum(-1, dtype=torch.float32), scale
             scale = torch.ones_like(scale)
-        self.one, self.scale = torch.ones(()), scale  # the handler points to the scales
+        self.scale = scale  # the handler points to it
+        self.out_features = len(scale)
         self.handler = ops.create_onednn_scaled_mm(weights.codes.t(), scale, torch.float32, False, False)
 
     def matmul(self, codes: Tensor) -> Tensor:
         """Multiplies codes int8 (M, K): exact integer sums, scaled to float32 (M, N)."""
-        output = torch.empty(len(codes), len(self.scale))
-        torch.ops._C.onednn_scaled_mm.default(output, codes, self.one, None, None, None, self.handler.handler_tensor)
+        output = torch.empty(codes.shape[0], self.out_features, dtype=torch.float32)
+        torch.ops._C.onednn_scaled_mm.default(output, codes, ONE, None, None, None, self.handler.handler_tensor)
         if self.rest is not None:
             shift, scale = self.rest
             output.sub_(shift).mul_(scale)

@@ -1,8 +1,8 @@
-"""The quantized linear layer as one custom operator, `fptquant::linear`, for eager mode and torch.compile.
+"""The quantized linear layer on CPUs, and the custom operator `fptquant::linear` that hides it from torch.compile.
 
 Packed weights are no tensors, so a compiled graph cannot hold them. It holds a *handle* instead, an int64
-tensor that is a buffer of the layer: a graph from vLLM's compile cache therefore always meets the weights of
-the model that is running, and no scale of a checkpoint is baked into a graph.
+tensor: of the layer where the operator hides it, of the weights where the kernel is traced. A graph therefore always
+meets the weights of the model that is running, and no number of a checkpoint's tensors is baked into a graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fptquant.format import quantize_per_tensor
+from fptquant.format import quantize, quantize_per_tensor
 from fptquant.format.steps import Arrangement, Offset
 from vllm_fptquant.kernels.base import CpuKernel, LinearWeights, run_outputs
 from vllm_fptquant.kernels.library import register
@@ -39,6 +39,8 @@ class PreparedLinear:
         self.undone = steps.undone
         self.input_scale = weights.input_scale
         self.low, self.high = (bound.item() for bound in weights.bounds)
+        # what a graph clamps to, where that hangs on a tensor of the checkpoint
+        self.traced_bounds = None if weights.input_zero_point is None else weights.bounds
         scale = None if self.input_scale is None else self.input_scale.item()
         # of the input: layers that have the same make the same codes
         self.quantizer = scale, self.low, self.high, kernel.code_type
@@ -69,7 +71,7 @@ class PreparedLinear:
 
     def codes(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What the kernel multiplies, for `x` (M, K): (M, K) of its `code_type`."""
-        if len(x) <= CHUNK:
+        if torch.compiler.is_compiling() or len(x) <= CHUNK:
             return self._quantized(self._online(x, scale))
         codes = torch.empty(x.shape, dtype=self.kernel.code_type)
         for start in range(0, len(x), CHUNK):
@@ -90,8 +92,11 @@ class PreparedLinear:
         code_type = self.kernel.code_type
         if code_type == torch.float32:
             return quantize_per_tensor(x, self.input_scale, self.low, self.high, out)
-        codes = quantize_per_tensor(x, self.input_scale, self.low, self.high)
-        if self.kernel.code_offset:
+        if torch.compiler.is_compiling() and self.traced_bounds is not None:
+            codes = quantize(x, self.input_scale, *self.traced_bounds)
+        else:
+            codes = quantize_per_tensor(x, self.input_scale, self.low, self.high)
+        if self.kernel.code_offset is not None:
             codes += self.kernel.code_offset
         return codes.to(code_type) if out is None else out.copy_(codes)
 

@@ -37,10 +37,12 @@ def serve(
     from fptquant.weight_files import WeightFiles
 
     WeightFiles.of(checkpoint.expanduser())  # damaged ones are said here; vLLM takes a minute, and a hundred lines
-    line = serve_command(str(checkpoint), *context.args)
-    (out if show else info).print(f"$ {shlex.join(line)}", markup=False, highlight=False, soft_wrap=True)
+    line, environment = serve_command(str(checkpoint), *context.args), serve_environment()
+    settings = "".join(f"{name}={value} " for name, value in environment.items())
+    (out if show else info).print(f"$ {settings}{shlex.join(line)}", markup=False, highlight=False, soft_wrap=True)
     if show:
         return
+    os.environ.update(environment)
     sys.stdout.flush()
     os.execvp(line[0], line)
 
@@ -64,6 +66,18 @@ def serve_command(checkpoint: str, *extra: str) -> list[str]:
         elif _capability() <= _TURING:
             found += ["--dtype", "float16"]
     return [*found, *extra]
+
+
+def serve_environment() -> dict[str, str]:
+    """What vLLM should find in its environment on this machine; without what the user has set.
+
+    On CPUs, vLLM 0.32 can't load the graphs that it stores ahead of time, and compiles for minutes at every start.
+    Without them torch's own cache serves from the second start on.
+    """
+    from fptquant.evaluation.vllm_backend import on_gpu
+
+    wanted = {} if on_gpu() else {"VLLM_USE_AOT_COMPILE": "0"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _program() -> str:
