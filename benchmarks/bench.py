@@ -12,11 +12,14 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,6 +37,7 @@ CHECKPOINTS = {
 }
 BASELINE = "float32"
 NATIVE = "compressed-tensors W8A8 static"
+BUSY = 0.1  # cores that other processes use, from which on the table says so
 METRICS = ("prefill_tokens_per_second", "decode_1_tokens_per_second", "decode_8_tokens_per_second", "resident_bytes")
 
 
@@ -132,9 +136,10 @@ def export_compressed_tensors(source: Path, output: Path) -> None:
 
 
 def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
-    """Runs `measure_speed.py` on one checkpoint."""
+    """Runs `measure_speed.py` on one checkpoint; adds how many cores other processes used in the meantime."""
     environment = {
         "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -143,9 +148,23 @@ def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
     }
     command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(model)]
     command += ["--compiled"] if compiled else []
+    start, busy, own = time.perf_counter(), busy_seconds(), child_seconds()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    others = (busy_seconds() - busy - (child_seconds() - own)) / (time.perf_counter() - start)
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return result | {"others": others}
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together have worked since the machine was started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def child_seconds() -> float:
+    """Seconds of CPU that finished child processes took."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def print_table(results: dict[str, list[dict[str, float]]], threads: int, compiled: bool) -> None:
@@ -161,6 +180,9 @@ def print_table(results: dict[str, list[dict[str, float]]], threads: int, compil
     for name, row in middle.items():
         cells = [f"{row[m]:.1f} ({row[m] / base[m]:.2f}x)" for m in METRICS[:3]]
         print(f"| {name} | {' | '.join(cells)} | {row['resident_bytes'] / 1e6:.0f} |")
+    others = max(run["others"] for runs in results.values() for run in runs)
+    if others > BUSY:
+        print(f"\n**The machine was busy**: other processes used up to {others:.1f} cores while a row was measured.")
     for precision in ("w4a8kv8", "w4a4kv4"):
         with_all, without = middle.get(f"fptquant {precision}"), middle.get(f"{precision}, no transform")
         if with_all and without:
