@@ -46,6 +46,13 @@ class RatedOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: NonNegativeInt = Field(0, description="0 leaves the stage out")
+    activations: Literal["narrow", "all"] = Field(
+        "all", description="where the stage is run: narrow, with 4-bit inputs only"
+    )
+
+    def runs_at(self, bits: int) -> bool:
+        """Whether the stage may run where inputs have so many bits."""
+        return self.activations == "all" or bits <= 4
 
     @model_validator(mode="after")
     def _learns(self) -> Self:
@@ -88,9 +95,6 @@ class CodeOptions(RatedOptions):
     """Settings of the stage that trains codes, scales and ranges of each rounded layer."""
 
     steps: NonNegativeInt = Field(0, description="for each layer; 0 leaves it out")
-    activations: Literal["narrow", "all"] = Field(
-        "all", description="where the stage is run: narrow, with 4-bit inputs only"
-    )
     batch: PositiveInt = Field(2, description="calibration sequences in a step")
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
     code_rate: float = Field(1e-2, ge=0, description="learning rate of weights, in steps of their grid; 0 keeps codes")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from fptquant.format.schema import EXTRAS
 from fptquant.layers.residency import Residency
 from fptquant.loading import Source, open_source
 from fptquant.options.quantize import is_shifted
+from fptquant.options.train import RatedOptions
 from fptquant.recipe import Recipe
 from fptquant.run.checks import (
     expert_patterns,
@@ -151,9 +153,10 @@ def _without_what_is_for_others(recipe: Recipe) -> Recipe:
     if recipe.precision.kv_cache.bits == 16:
         options = {name: found.without_cache().model_dump(mode="json") for name, found in recipe.transforms.items()}
         recipe = recipe.changed("transforms", transforms=options)
-    if recipe.codes.activations == "narrow" and recipe.precision.activations.bits > 4:
-        recipe = recipe.changed("codes", codes={"steps": 0})
-    return recipe
+    stages: dict[str, RatedOptions] = {name: getattr(recipe, name) for name in ("end_to_end", "codes", "scales")}
+    bits = recipe.precision.activations.bits
+    left_out: dict[str, Any] = {name: {"steps": 0} for name, stage in stages.items() if not stage.runs_at(bits)}
+    return recipe.changed("stages", **left_out) if left_out else recipe
 
 
 def _job(source: Source, recipe: Recipe, windows: Tensor, training_windows: Tensor) -> Job:

@@ -97,13 +97,14 @@ def test_codes_stay_without_their_rate(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("precision", "steps"), [("w4a4kv4", 30), ("w4a8kv8", 0), ("w4a16", 0)])
-def test_narrow_activations_only(precision: str, steps: int, tmp_path: Path) -> None:
-    job = make_job(
-        "gqa", tmp_path, **{**FIELDS, "precision": precision, "codes": {**FIELDS["codes"], "activations": "narrow"}}
-    )
-    assert job.recipe.codes.steps == steps
-    assert job.follows_original == bool(steps)
+@pytest.mark.parametrize(("precision", "runs"), [("w4a4kv4", True), ("w4a8kv8", False), ("w4a16", False)])
+def test_narrow_activations_only(precision: str, runs: bool, tmp_path: Path) -> None:
+    stage = {"steps": 2, "activations": "narrow"}
+    fields = {**FIELDS, "precision": precision, "codes": {**FIELDS["codes"], "activations": "narrow"}}
+    job = make_job("gqa", tmp_path, **fields, end_to_end=stage, scales=stage)
+    steps = [getattr(job.recipe, name).steps for name in ("codes", "end_to_end", "scales")]
+    assert steps == ([30, 2, 2] if runs else [0, 0, 0])
+    assert job.follows_original == runs
 
 
 def rounded(job: Job) -> tuple[Any, dict[str, torch.Tensor]]:
