@@ -81,6 +81,8 @@ def test_tasks(
 def test_bad_tasks(tasks: Path, model_dir: Path, run: Run) -> None:
     options = ("evaluate", model_dir, "--include-path", tasks)
     assert "lm-eval knows no 'ending': did you mean 'endings'?" in one_error(run(*options, "--tasks", "ending"))
+    line = one_error(run("evaluate", model_dir, "--tasks", "arc_easie,arc_challenge"))
+    assert "lm-eval knows no 'arc_easie': did you mean 'arc_easy'?" in line
     assert "give either --text" in one_error(run(*options))
     (tasks / "rows.jsonl").unlink()
     assert "endings can't be run: " in run(*options, "--tasks", "endings").err.splitlines()[-1]
