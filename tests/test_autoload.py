@@ -20,7 +20,7 @@ from fptquant.format import MODEL_TYPE_PREFIX, QUANT_METHOD
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.wiring import FAMILIES
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [[5, 17, 40, 300, 7, 8]]
@@ -95,7 +95,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environm
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
-    calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
+    calibration = {"source": str(EXCERPT), "sequences": 4, "length": 32}
     model = save_model(folder / "model", "gqa")
     job = open_job(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
     pipeline.quantize(job, folder / "out")

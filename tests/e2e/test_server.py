@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 from fptquant.loading import Source
@@ -29,6 +33,27 @@ CITY = {
 OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL)
 
 
+def processes(server: Server) -> list[int]:
+    """Those of a server that run: it leads a group of its own."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == server.proc.pid and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def stop(server: Server, by: signal.Signals) -> None:
+    """Ends a server by a signal, as Ctrl-C and `docker stop` do: it says so with its exit code, and leaves nothing."""
+    assert len(processes(server)) > 1, "the engine has a process of its own"
+    server.proc.send_signal(by)
+    code = server.proc.wait(60)
+    deadline = time.monotonic() + 10
+    while processes(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert code == 0 and not processes(server), f"{by.name}, {code}: {server.log.read_text()[-3000:]}"
+
+
 @pytest.fixture(scope="module")
 def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "vllm.log"
@@ -37,7 +62,7 @@ def server(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield running
         # before it is stopped: vLLM's processes don't always stop in the order that they expect
         assert "Traceback" not in running.log.read_text()
-    assert running.proc.returncode == 0, f"no clean shutdown: {running.log.read_text()[-3000:]}"
+        stop(running, signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +131,25 @@ def others(
     folder = tmp_path_factory.mktemp("others")
     options = ("-o", str(folder / "export"), "--quality", "0")
     command = [sys.executable, "-m", "fptquant", "export", str(default_checkpoint), *options]
-    subprocess.run(command, capture_output=True, check=True)
+    exported = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "what could not be kept:" in exported.stdout and "first token" in exported.stdout
     cpu = Path("/proc/cpuinfo").read_text()
     models = {"float": (source.path, "float32")}
     if "avx512_vnni" in cpu:  # and AMX's kernel multiplies in 16 bits only
         models["export"] = (folder / "export", "bfloat16" if "amx_int8" in cpu else "float32")
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        running: dict[str, Server] = {}
 
         def start(name: str) -> openai.OpenAI:
             path, dtype = models[name]
-            running = stack.enter_context(
+            running[name] = stack.enter_context(
                 serve(path, "--dtype", dtype, *OPTIONS, log=folder / f"{name}.log", env={"VLLM_PLUGINS": ""})
             )
-            return openai.OpenAI(base_url=running.base_url, api_key="none", timeout=120, max_retries=0)
+            return openai.OpenAI(base_url=running[name].base_url, api_key="none", timeout=120, max_retries=0)
 
         yield dict(zip(models, pool.map(start, models), strict=True))
+        for other in running.values():
+            stop(other, signal.SIGTERM)
 
 
 def test_json_schema(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> None:

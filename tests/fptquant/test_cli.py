@@ -802,6 +802,16 @@ QUICK: list[tuple[list[str], str]] = [
     (["evaluate", "org/model", "--text", str(ROWS)], "is json, not text"),
     (["evaluate", "org/model", "--text", str(TEXT), "--device", "cuda0"], "--device: 'cuda0' is no device"),
     (["evaluate", "org/model", "--tasks", "x", "--include-path", "no"], "--include-path: 'no' is not a directory"),
+    (["evaluate", "org/model", "--tasks", "nonsense"], "error: --tasks: lm-eval "),  # knows none, or isn't installed
+    (["evaluate", "org/model", "--text", str(TEXT), "--device", "nonsense"], "--device: 'nonsense' is no device"),
+    *(
+        (["evaluate", "org/model", "--text", str(TEXT), *option], f"{option[0]}: is for --tasks, not for --text: leave")
+        for option in (["--limit", "3"], ["--shots", "0"], ["--include-path", "."])
+    ),
+    *(
+        (["evaluate", "org/model", "--tasks", "x", *option], f"{option[0]}: is for --text, not for --tasks: leave")
+        for option in (["--windows", "20"], ["--length", "512"], ["--special-tokens"])
+    ),
     (["sensitivity", "org/model", "--rounding", "up"], "error: --rounding: "),
     (["sensitivity", "org/model", "--kinds", "down"], "did you mean 'down_input'?"),
     (["sensitivity", "org/model", "--text", "no.txt"], "no.txt' can't be read"),
@@ -815,6 +825,11 @@ QUICK: list[tuple[list[str], str]] = [
     (["export", "/no/such", "-o", "new"], "'/no/such' is not a directory"),
     (["export", CHECKPOINT, "-o", "new", "--format", "gguf"], "--format gguf: "),
     (["export", CHECKPOINT, "-o", "new", "--format", "float", "--online", "keep"], "--online keep: "),
+    *(
+        (["export", CHECKPOINT, "-o", "new", "--quality", "0", *option], f"{option[0]}: is for a comparison, and")
+        for option in (["--text", str(TEXT)], ["--length", "512"])
+    ),
+    (["export", CHECKPOINT, "-o", "new", "--length", "512"], "--length: is for --text, and left-over windows"),
     (["export", CHECKPOINT, "-o", f"{CHECKPOINT}/new"], "is inside the checkpoint's directory"),
     (["report", CHECKPOINT, "-o", str(TEXT)], "is no report of fptquant"),
     (["serve", "/no/such"], "'/no/such' is not a directory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from fptquant.errors import FPTQuantError, is_device_lost, is_out_of_memory
 from fptquant.layers.ahead import ReadAhead
 from fptquant.layers.residency import Residency
 from fptquant.loading import load_model, open_source
+from fptquant.options.device import KINDS, require_device_name
 from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.report import ranges, training
@@ -200,6 +202,24 @@ def test_a_device_that_isnt_there(name: str, message: str) -> None:
     with pytest.raises(FPTQuantError, match=message):
         choose_device(name)
     assert choose_device("auto") == choose_device("cpu") == CPU
+
+
+def test_kinds_are_those_that_torch_names() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.device("nonsense")
+    listed = re.search("one of (.*) device type", str(error.value))
+    assert listed and set(listed[1].split(", ")) <= KINDS
+
+
+def test_kinds_that_a_package_brings_are_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FPTQuantError, match="'npu' is no device"):
+        require_device_name("npu")
+    package = tmp_path / "torch_npu-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert require_device_name("npu") == "npu"
 
 
 def test_the_device_is_chosen_before_any_work(tmp_path: Path, run: Run) -> None:

@@ -27,13 +27,13 @@ from fptquant.loading import attention_for, load_model, open_source
 from fptquant.progress import Stages
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import Role
-from tests.conftest import TEXT, VOCABULARY
+from tests.conftest import EXCERPT, VOCABULARY
 from tests.families import make_job
 from tests.fptquant.conftest import Run, one_error
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 TOKENS = torch.randint(0, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(5))
-MEASURE = ("--text", TEXT, "--quality", 1, "--length", 32)
+MEASURE = ("--text", EXCERPT, "--quality", 1, "--length", 32)
 
 
 def planned(checkpoint: Path, online: Any = "undo") -> Plan:

@@ -18,14 +18,14 @@ from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.simulate import SimulatedLinear
 from fptquant.wiring import FAMILIES, Architecture
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     model = save_model(folder / "model", "bias", torch.bfloat16)
-    calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
+    calibration = {"source": str(EXCERPT), "sequences": 4, "length": 32}
     job = open_job(model, Recipe.parse({"calibration": calibration, "precision": "w4a4kv4"}))
     pipeline.quantize(job, folder / "out")
     return folder / "out"

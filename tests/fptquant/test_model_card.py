@@ -200,7 +200,8 @@ def test_push(quantized: Path, run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     folder = Path(shutil.copytree(quantized, tmp_path / "out"))
     (folder / ".secret").write_text("x")
     result = run("push", folder, "org/name", "--dry-run")
-    assert result.code == 0 and "would go to org/name (private" in result.out and ".secret" not in result.out
+    assert result.code == 0 and ".secret" not in result.out
+    assert "would go to org/name, branch main (private" in result.out
     for name in ("README.md", "model.safetensors", "fptquant/recipe.yaml", "tokenizer.json"):
         assert name in result.out
     line = one_error(run("push", folder, "org/name"))  # tests are offline

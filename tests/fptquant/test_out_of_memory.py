@@ -14,7 +14,7 @@ import yaml
 
 import fptquant
 from fptquant.errors import is_out_of_memory
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ROOT = Path(fptquant.__file__).parents[1]
@@ -44,7 +44,7 @@ RECIPE = {
     "transforms": ["T_u"],
     "rounding": {"method": "nearest"},
     "head_bits": 16,
-    "calibration": {"source": str(TEXT), "sequences": 4, "length": 1024},
+    "calibration": {"source": str(EXCERPT), "sequences": 4, "length": 1024},
     "local": {"steps": 2},
     "training": {"sequences": 1, "length": 1024},
 }
@@ -123,7 +123,7 @@ def test_training_of_scales(model: Path, recipe: Callable[..., Path], tmp_path: 
 
 @pytest.mark.slow
 def test_evaluate(model: Path) -> None:
-    result = command("evaluate", 10, "evaluate", model, "--text", TEXT, "--windows", 1, "--length", 1024)
+    result = command("evaluate", 10, "evaluate", model, "--text", EXCERPT, "--windows", 1, "--length", 1024)
     assert last_line(result).startswith("error: out of memory in stage 'evaluate': free some memory, and run")
 
 

@@ -22,7 +22,7 @@ from fptquant.run.times import expected_seconds
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.wiring import FAMILIES
 from fptquant.wiring.llama import LLAMA
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 
 MakePlan = Callable[..., Job]
 LIMIT = 64  # positions of the model
@@ -34,7 +34,7 @@ def make_plan(tmp_path: Path, save_model: Callable[..., Path]) -> MakePlan:
 
     def make(fields: dict[str, Any], **changes: Any) -> Job:
         model = save_model(tmp_path / "model", "gqa", **{"max_position_embeddings": LIMIT, **changes})
-        calibration = {"source": str(TEXT), "sequences": 2, "length": 32, **fields.pop("calibration", {})}
+        calibration = {"source": str(EXCERPT), "sequences": 2, "length": 32, **fields.pop("calibration", {})}
         return open_job(model, Recipe.parse({"calibration": calibration, **fields}))
 
     return make
@@ -109,7 +109,7 @@ def test_a_transform_that_the_family_can_not_have(
 ) -> None:
     """An error where the recipe is the user's; of a shipped one it is left out, which plan, notes and records say."""
     model = save_model(tmp_path / "model", "gqa")
-    fields = {"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}}
+    fields = {"calibration": {"source": str(EXCERPT), "sequences": 2, "length": 32}}
     recipe = Recipe.load("fptquant").changed(**fields)
     why = "of queries and keys, one is normed before RoPE and the other isn't"
     with pytest.raises(FPTQuantError, match=f"^transforms: a LlamaForCausalLM can't have T_k .{why}.: leave it out"):
@@ -133,7 +133,7 @@ def test_what_takes_the_place_of_a_rotation(
     why = "no rotation here"
     monkeypatch.setattr(ResidualRotation, "obstacle", classmethod(lambda cls, architecture: why))
     model = save_model(tmp_path / "model", "gqa")
-    fields: dict[str, Any] = {"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}}
+    fields: dict[str, Any] = {"calibration": {"source": str(EXCERPT), "sequences": 2, "length": 32}}
     recipe = Recipe.load("quarot").changed(**fields)
     job = open_job(model, recipe, leave_out=True)
     assert job.left_out == {"T_r": f"{why}; T_h takes its place (--without T_r leaves both out)"}
@@ -149,7 +149,7 @@ def test_what_takes_the_place_of_a_rotation(
 
 
 def test_a_recipe_that_the_family_can_have_stays_as_it_is(tmp_path: Path, save_model: Callable[..., Path]) -> None:
-    recipe = Recipe.parse({"calibration": {"source": str(TEXT), "sequences": 2, "length": 32}})
+    recipe = Recipe.parse({"calibration": {"source": str(EXCERPT), "sequences": 2, "length": 32}})
     job = open_job(save_model(tmp_path / "model", "gqa"), recipe, leave_out=True)
     assert job.recipe is recipe and not job.left_out and not job.source.notes
 

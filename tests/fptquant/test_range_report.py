@@ -19,7 +19,7 @@ from fptquant.report.ranges import RangeObserver, Spread, relative
 from fptquant.run.job import Job, open_job
 from fptquant.sensitivity import Site
 from fptquant.simulate import SimulatedLinear
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 
 INPUT_OF = {
     "qkv_input": "self_attn.k_proj",
@@ -33,7 +33,7 @@ INPUT_OF = {
 @pytest.fixture
 def make_job(model_dir: Path) -> Callable[..., Job]:
     def make(**fields: Any) -> Job:
-        calibration = {"source": str(TEXT), "sequences": 4, "length": 32}
+        calibration = {"source": str(EXCERPT), "sequences": 4, "length": 32}
         return open_job(model_dir, Recipe.parse({"calibration": calibration, **fields}))
 
     return make

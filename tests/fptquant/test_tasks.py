@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fptquant import pipeline
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 from tests.fptquant.conftest import Run, one_error
 
 SENTENCES = ["The war began in", "He was born in the city of", "The river flows into the", "It is one of the largest"]
@@ -22,7 +22,7 @@ CHOICES = [" sea", " 1914", " Rome", " cities"]
 def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "out"
     recipe = Recipe.load("rtn").changed(
-        precision="w4a4kv4", calibration={"source": str(TEXT), "sequences": 4, "length": 32}
+        precision="w4a4kv4", calibration={"source": str(EXCERPT), "sequences": 4, "length": 32}
     )
     pipeline.quantize(open_job(model_dir, recipe), out)
     return out
@@ -81,6 +81,8 @@ def test_tasks(
 def test_bad_tasks(tasks: Path, model_dir: Path, run: Run) -> None:
     options = ("evaluate", model_dir, "--include-path", tasks)
     assert "lm-eval knows no 'ending': did you mean 'endings'?" in one_error(run(*options, "--tasks", "ending"))
+    line = one_error(run("evaluate", model_dir, "--tasks", "arc_easie,arc_challenge"))
+    assert "lm-eval knows no 'arc_easie': did you mean 'arc_easy'?" in line
     assert "give either --text" in one_error(run(*options))
     (tasks / "rows.jsonl").unlink()
     assert "endings can't be run: " in run(*options, "--tasks", "endings").err.splitlines()[-1]
@@ -92,7 +94,7 @@ def test_without_the_harness(model_dir: Path, run: Run, monkeypatch: pytest.Monk
 
 
 def test_perplexity_beside_another(model_dir: Path, quantized: Path, run: Run, tmp_path: Path) -> None:
-    options = ("--text", TEXT, "--windows", 2, "--length", 24, "--json", tmp_path / "found.json")
+    options = ("--text", EXCERPT, "--windows", 2, "--length", 24, "--json", tmp_path / "found.json")
     expected = []
     for path in (quantized, model_dir):
         assert run("evaluate", path, *options).code == 0

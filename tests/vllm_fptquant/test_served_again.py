@@ -15,7 +15,7 @@ from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.format import CheckpointConfig
 from fptquant.loading import load_model, open_source
 from fptquant.simulate.install import set_exact
-from tests.conftest import TEXT, build_tokenizer
+from tests.conftest import EXCERPT, build_tokenizer
 from tests.families import make_job
 from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, TRANSFORMS, altered
 from tests.vllm_fptquant.tiny_llama import HIDDEN, VOCAB, TinyLlama
@@ -62,7 +62,7 @@ def test_other_experts(tmp_path: Path, one_process: None) -> None:
     fields = {"precision": "w4a4kv4", "rounding": {"method": "nearest"}, "transforms": [*TRANSFORMS, "S_n"]}
     pipeline.quantize(make_job("qwen2_moe", tmp_path, **fields), tmp_path / "out")
     checkpoints = (tmp_path / "out", altered(tmp_path / "out"))
-    windows = evaluation_windows(open_source(checkpoints[0]).tokenizer, TEXT, 2, 40, special_tokens=True)
+    windows = evaluation_windows(open_source(checkpoints[0]).tokenizer, EXCERPT, 2, 40, special_tokens=True)
     engine = VLLMEngine(checkpoints[0], 128, exact=True, num_gpu_blocks_override=64)
     for served in checkpoints:
         if served is not checkpoints[0]:

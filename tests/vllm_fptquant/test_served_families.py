@@ -16,7 +16,7 @@ from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.run.job import Job
 from fptquant.simulate.install import set_exact
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 from tests.families import BY_FAMILY, SHIFTED, WINDOW, family_of, make_job, possible
 
 LENGTH = 60  # of prompts
@@ -80,7 +80,7 @@ def require_served(job: Job, tmp_path: Path) -> None:
     model = load_model(source)
     set_exact(model)
     engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64)
-    windows = evaluation_windows(source.tokenizer, TEXT, 2, LENGTH, special_tokens=True)
+    windows = evaluation_windows(source.tokenizer, EXCERPT, 2, LENGTH, special_tokens=True)
     checks = (
         check_served_exactly(transformers_scorer(model), engine.score, windows),
         check_greedy(model, engine, windows[:, : LENGTH // 2], new_tokens=WINDOW),
@@ -99,7 +99,7 @@ def test_windows_on_stock_attention(variant: str, tmp_path: Path, one_process: N
     pipeline.quantize(job, tmp_path / "out")
     source = open_source(tmp_path / "out")
     engine = VLLMEngine(tmp_path / "out", 128, num_gpu_blocks_override=64)
-    windows = evaluation_windows(source.tokenizer, TEXT, 3, LENGTH, special_tokens=True)
+    windows = evaluation_windows(source.tokenizer, EXCERPT, 3, LENGTH, special_tokens=True)
     simulated = transformers_scorer(load_model(source))
     difference = torch.stack([engine.score(window) - simulated(window) for window in windows]).abs()
     engine.close()
@@ -120,7 +120,7 @@ def test_a_constant_first_token_that_leaves_windows(variant: str, tmp_path: Path
     set_exact(model)
     options = {"max_num_batched_tokens": CHUNK, "enable_prefix_caching": True, "block_size": BLOCK}
     engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64, **options)
-    windows = evaluation_windows(source.tokenizer, TEXT, 2, CHUNKED, special_tokens=True)
+    windows = evaluation_windows(source.tokenizer, EXCERPT, 2, CHUNKED, special_tokens=True)
     exact = check_served_exactly(transformers_scorer(model), engine.score, windows)
     greedy = [check_greedy(model, engine, windows, new_tokens=WINDOW) for _ in range(2)]
     assert exact.passed and all(check.passed for check in greedy), (exact, greedy)

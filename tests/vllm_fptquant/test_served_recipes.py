@@ -12,7 +12,7 @@ from fptquant.evaluation.perplexity import evaluation_windows, transformers_scor
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.simulate.install import set_exact
-from tests.conftest import TEXT
+from tests.conftest import EXCERPT
 from tests.fptquant.test_shipped_recipes import SERVED, short
 from tests.fptquant.train.test_training import make_job
 
@@ -31,7 +31,7 @@ def test_served_equals_simulated(name: str, tmp_path: Path, one_process: None) -
     model = load_model(source)
     set_exact(model)
     engine = VLLMEngine(tmp_path / "out", 128, exact=True, num_gpu_blocks_override=64)
-    windows = evaluation_windows(source.tokenizer, TEXT, 3, 80, special_tokens=False)
+    windows = evaluation_windows(source.tokenizer, EXCERPT, 3, 80, special_tokens=False)
     exact = check_served_exactly(transformers_scorer(model), engine.score, windows)
     engine.close()
     assert exact.passed, exact

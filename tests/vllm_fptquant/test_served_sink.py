@@ -15,7 +15,7 @@ from fptquant.evaluation.perplexity import evaluation_windows, transformers_scor
 from fptquant.evaluation.vllm_backend import VLLMEngine
 from fptquant.loading import load_model, open_source
 from fptquant.simulate.install import set_exact
-from tests.conftest import TEXT, bound
+from tests.conftest import EXCERPT, bound
 from tests.vllm_fptquant.serving import TRANSFORMS, quantized
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -50,7 +50,7 @@ def test_served_equals_simulated(
     set_exact(model)
     engine = VLLMEngine(out, 128, exact=True, num_gpu_blocks_override=64, **options)
     for special_tokens in (True, False):
-        windows = evaluation_windows(source.tokenizer, TEXT, 3, 80, special_tokens=special_tokens)
+        windows = evaluation_windows(source.tokenizer, EXCERPT, 3, 80, special_tokens=special_tokens)
         assert bool((windows[:, 0] == 0).all()) is special_tokens
         exact = check_served_exactly(transformers_scorer(model), engine.score, windows)
         greedy = check_greedy(model, engine, windows[:, :40], new_tokens=8)
@@ -62,7 +62,7 @@ def test_the_constants_matter(checkpoints: dict[bool, Path], tmp_path: Path) -> 
     """Guards the test above: other constants give other predictions, at the token itself and behind it."""
     out = Path(shutil.copytree(checkpoints[False], tmp_path / "out"))
     source = open_source(out)
-    windows = evaluation_windows(source.tokenizer, TEXT, 1, 60, special_tokens=True)
+    windows = evaluation_windows(source.tokenizer, EXCERPT, 1, 60, special_tokens=True)
     before = transformers_scorer(load_model(source))(windows[0])
     tensors = load_file(out / "model.safetensors")
     for changed, where in (

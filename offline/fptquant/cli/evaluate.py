@@ -13,7 +13,7 @@ import typer
 import fptquant
 from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
-from fptquant.cli.options import Backend, Device, Model, given, listed
+from fptquant.cli.options import Backend, Device, Model, given, listed, refuse_given
 from fptquant.console import RichStages, err, grid, log, out, show_notes, verbose
 from fptquant.errors import FPTQuantError
 from fptquant.evaluation.vllm_backend import require_vllm
@@ -29,6 +29,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @command()
 def evaluate(
+    context: typer.Context,
     model: Model,
     text: Annotated[
         Path | None, typer.Option(show_default="none", help="for perplexity: UTF-8 text file, compressed or not")
@@ -72,6 +73,10 @@ def evaluate(
         require_writable("--json", json_file)
     if (text is None) == (not names):
         raise FPTQuantError("evaluate: give either --text, for perplexity, or --tasks")
+    if text is not None:
+        refuse_given(context, ("limit", "shots", "include_path"), "is for --tasks, not for --text")
+    else:
+        refuse_given(context, ("windows", "length", "special_tokens"), "is for --text, not for --tasks")
     if backend is Backend.vllm and device != "auto":
         raise FPTQuantError("--device: with --backend vllm, vLLM chooses the device itself: leave it out")
     if dtype is not None and (backend is not Backend.vllm or text is None or dtype not in _DTYPES):

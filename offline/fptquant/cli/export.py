@@ -11,7 +11,7 @@ import typer
 
 from fptquant.calibration.formats import require_text
 from fptquant.cli.app import command, quiet_transformers
-from fptquant.cli.options import Checkpoint, Device, require_checkpoint
+from fptquant.cli.options import Checkpoint, Device, refuse_given, require_checkpoint
 from fptquant.console import RichStages, err, facts, info, out
 from fptquant.errors import FPTQuantError
 from fptquant.run.publication import Publication
@@ -33,6 +33,7 @@ class Online(StrEnum):
 
 @command()
 def export(
+    context: typer.Context,
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the export to")],
     target: Annotated[
@@ -66,11 +67,15 @@ def export(
     """Write CHECKPOINT for stock vLLM and transformers: what they can't compute is replaced, listed and measured."""
     from fptquant.export.formats import require_format
 
+    if not quality:
+        refuse_given(context, ("text", "length"), "is for a comparison, and --quality 0 makes none")
+    if text is None:
+        refuse_given(context, ("length",), "is for --text, and left-over windows have the calibration's length")
     require_format(target, online=online.value)
     require_checkpoint(checkpoint)
     empty = output.expanduser().is_dir() and not any(output.expanduser().iterdir())
     Publication(output, overwrite=overwrite or empty).require_apart(checkpoint.expanduser(), "the checkpoint")
-    if text is not None and quality:
+    if text is not None:
         require_text(text)
 
     from fptquant.devices import choose_device

@@ -120,6 +120,20 @@ def require_checkpoint(directory: Path) -> None:
         raise FPTQuantError(f"'{directory}' is no checkpoint of fptquant: quantize it first")
 
 
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raises FPTQuantError where the command line has an option that would have no effect.
+
+    Args:
+        context: of the subcommand.
+        names: of its parameters.
+        why: they have none.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise FPTQuantError(f"{parameter.opts[0]}: {why}: leave it out")
+
+
 def listed(names: str) -> list[str]:
     """The parts of a list with commas between."""
     return [part.strip() for part in names.split(",") if part.strip()]

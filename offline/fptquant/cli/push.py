@@ -44,7 +44,8 @@ def push(
         out.print(shown)
         total = megabytes(sum(file.stat().st_size for file in files))
         visible = "public" if public else "private"
-        out.print(f"dry run: {len(files)} files, {total}, would go to {repository} ({visible}, if it is new)")
+        place = f"{repository}, branch {revision} ({visible}, if it is new)"
+        out.print(f"dry run: {len(files)} files, {total}, would go to {place}")
         return
     from huggingface_hub import HfApi
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fptquant.errors import FPTQuantError, is_out_of_memory
+from fptquant.evaluation.task_names import require_named, unknown_task
 from fptquant.evaluation.vllm_backend import engine_settings
 from fptquant.files import first_line
 
@@ -31,10 +31,19 @@ class Score:
     samples: int | None
 
 
-def require_harness() -> None:
-    """Raises FPTQuantError where lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
+def require_tasks(names: Sequence[str], include_path: Path | None = None) -> None:
+    """What can be wrong with a choice of tasks as far as it is seen without importing lm-eval; takes no second.
+
+    Raises:
+        FPTQuantError: no such directory, lm-eval is not installed, or a name that no task file mentions.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise FPTQuantError(f"--include-path: '{include_path}' is not a directory")
+    harness = find_spec("lm_eval")
+    if harness is None:
         raise FPTQuantError("--tasks: lm-eval is not installed: pip install 'vllm-fptquant[eval]'")
+    own = [Path(place) / "tasks" for place in harness.submodule_search_locations or ()]
+    require_named(names, own if include_path is None else [include_path, *own])
 
 
 class Tasks:
@@ -46,9 +55,7 @@ class Tasks:
         Raises:
             FPTQuantError: lm-eval is not installed, or a task is not known.
         """
-        if include_path is not None and not include_path.is_dir():
-            raise FPTQuantError(f"--include-path: '{include_path}' is not a directory")
-        require_harness()
+        require_tasks(names, include_path)
         from lm_eval.tasks import TaskManager
 
         self.names = list(names)
@@ -59,9 +66,7 @@ class Tasks:
             self._manager = TaskManager(include_path=folder)
         for name in names:
             if not self._manager.match_tasks([name]):
-                near = get_close_matches(name, self._manager.all_tasks, n=1)
-                hint = f": did you mean '{near[0]}'?" if near else ": `lm-eval ls tasks` lists what there is"
-                raise FPTQuantError(f"--tasks: lm-eval knows no '{name}'{hint}")
+                raise unknown_task(name, self._manager.all_tasks)
 
     def run(
         self, source: Source, *, vllm: bool = False, limit: int | None = None, shots: int | None = None
