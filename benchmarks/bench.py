@@ -20,9 +20,6 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -67,72 +64,18 @@ def prepare(work: Path) -> dict[str, Path]:
     """Directory of each row's checkpoint, made if it isn't there."""
     from fetch_smollm2 import fetch
 
-    source = fetch()
+    source, fptquant = fetch(), Path(sys.executable).parent / "fptquant"
     models = {BASELINE: source}
     for name, options in CHECKPOINTS.items():
         output = work / name.replace(" ", "-").replace(",", "")
         if not output.is_dir():
-            fptquant = Path(sys.executable).parent / "fptquant"
             subprocess.run([fptquant, "quantize", source, "-o", output, *QUICK, *options], check=True)
         models[name] = output
     native = work / "compressed-tensors-w8a8"
     if not native.is_dir():
-        export_compressed_tensors(models["w4a8, no transform"], native)
+        subprocess.run([fptquant, "export", models["w4a8, no transform"], "-o", native, "--quality", "0"], check=True)
     models[NATIVE] = native
     return models
-
-
-def export_compressed_tensors(source: Path, output: Path) -> None:
-    """Rewrites a w4a8 checkpoint without transforms as compressed-tensors `int-quantized` W8A8 static.
-
-    The INT4 codes go into int8 containers, which is what vLLM's own static path on CPUs can run.
-    """
-    from fptquant.format import CheckpointConfig, per_column, unpack_codes
-    from fptquant.format.binding import BINDING
-
-    config = json.loads((source / "config.json").read_text())
-    schemes = CheckpointConfig.parse(config["quantization_config"])
-    tensors = {}
-    with safe_open(source / "model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            if name == BINDING:  # to our config.json
-                continue
-            parent, _, leaf = name.rpartition(".")
-            tensor = file.get_tensor(name)
-            scheme = schemes.scheme_for(parent)
-            if leaf == "weight_packed" and scheme is not None:
-                shape = file.get_tensor(f"{parent}.weight_shape")
-                codes = unpack_codes(tensor, scheme.weights.bits, torch.Size(shape.tolist()))
-                if scheme.weights.group_size is not None:
-                    codes *= per_column(file.get_tensor(f"{parent}.weight_multiplier"), codes.shape[1])
-                if parent == "lm_head":  # that path leaves the head in floating point
-                    codes = codes * file.get_tensor(f"{parent}.weight_scale")
-                tensors[f"{parent}.weight"] = codes
-            elif leaf == "input_scale" and parent != "lm_head":
-                tensors[name] = tensor.reshape(1)
-            elif parent != "lm_head" and leaf not in ("weight_shape", "weight_multiplier"):
-                tensors[name] = tensor
-    arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**arguments, "strategy": "channel"},
-                "input_activations": {**arguments, "strategy": "tensor"},
-            }
-        },
-    }
-    output.mkdir(parents=True)
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    for file in source.iterdir():
-        if file.is_file() and file.name not in ("model.safetensors", "config.json"):
-            (output / file.name).write_bytes(file.read_bytes())
-    (output / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:

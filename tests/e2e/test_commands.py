@@ -12,7 +12,7 @@ import pytest
 
 from fptquant.loading import Source
 
-SAMPLES = 8
+SAMPLES = 4
 
 
 def run(*arguments: object) -> str:
