@@ -30,7 +30,12 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL)
+TOOL = {
+    "type": "function",
+    "function": {"name": "show_city", "description": "Shows a city on a map", "parameters": CITY, "strict": True},
+}
+TOOL_OPTIONS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL, *TOOL_OPTIONS)
 
 
 def processes(server: Server) -> list[int]:
@@ -160,3 +165,15 @@ def test_json_schema(client: openai.OpenAI, others: dict[str, openai.OpenAI]) ->
             model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, response_format=form
         )
         assert json.loads(answer.choices[0].message.content or "") == {"city": "Paris"}, name
+
+
+def test_named_tool(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> None:
+    """Every form of the model calls the tool that was named, with the same arguments."""
+    choice = {"type": "function", "function": {"name": "show_city"}}
+    for name, asked in {"ours": client, **others}.items():
+        answer = asked.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=100, temperature=0, tools=[TOOL], tool_choice=choice
+        )
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.function.name == "show_city", name
+        assert json.loads(call.function.arguments) == {"city": "Paris"}, name
