@@ -30,7 +30,9 @@ def test_no_systematic_difference_as_users_run_it(checkpoint: Path, windows: tor
     assert check.passed, check
 
 
-def test_bits_perplexity_and_greedy_tokens_of_20_prompts(checkpoint: Path, windows: torch.Tensor) -> None:
+def test_bits_perplexity_and_greedy_tokens_of_20_prompts(
+    checkpoint: Path, windows: torch.Tensor, one_process: None
+) -> None:
     """Log probabilities; then decoding, batched and with the KV cache, against one prefill of the simulation."""
     model = load_model(open_source(checkpoint))
     set_exact(model)
