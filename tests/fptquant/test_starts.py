@@ -9,12 +9,16 @@ import torch
 
 from fptquant.calibration.starts import start_from_activations, start_is_measured
 from fptquant.errors import FPTQuantError
+from fptquant.progress import Stages
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
+from fptquant.run.models import folded
 from fptquant.run.needs import expected_needs
+from fptquant.run.training import start_transforms
 from fptquant.transforms import TransformSet
 from fptquant.wiring.llama import LLAMA
 from tests.conftest import build_model
+from tests.fptquant.train.test_training import make_job
 from tests.merging import merge_transforms
 
 WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -23,8 +27,12 @@ WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) -> None:
-    """eq. 4 on what the merged model's norms put out: after it, max|x|^(1-alpha) max|w|^-(1-alpha) is left of x."""
+@pytest.mark.parametrize("centered", [False, True])
+def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int, centered: bool) -> None:
+    """eq. 4 on what the merged model's norms put out: after it, max|x|^(1-alpha) max|w|^-(1-alpha) is left of x.
+
+    Of x without its mean where that will be taken off, which at alpha 1 gives all channels the same range (RepQuant).
+    """
     model = build_model("gqa")
     shape = LLAMA.shape(model.config)
     others = Recipe.parse({"transforms": ["T_r"] * rotated})
@@ -35,7 +43,7 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) 
         pass
     for _ in merge_transforms(model, LLAMA, TransformSet({}, shape, 0)):
         pass
-    start_from_activations(model, LLAMA, transforms, WINDOWS, first)
+    start_from_activations(model, LLAMA, transforms, WINDOWS, first, centered=centered)
     for index, layer in enumerate(merged.model.layers):
         for which, (norm, readers) in enumerate(
             (
@@ -47,11 +55,22 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int) 
             handle = norm.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
             merged(WINDOWS)
             handle.remove()
-            largest = outputs[0][:, first:].abs().amax((0, 1))
+            output = outputs[0][:, first:]
+            largest = (output - output.mean((0, 1)) if centered else output).abs().amax((0, 1))
             weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
             expected = largest**alpha / weights ** (1 - alpha)
             found = transforms.transforms["T_s"].log_scale[index, which].exp()
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shift", ["none", "all"])
+def test_inputs_that_are_shifted_start_t_s_without_their_mean(shift: str, tmp_path: Path) -> None:
+    job = make_job("gqa", tmp_path, transforms={"T_s": {"alpha": 1.0}}, sink="none", activation_range={"shift": shift})
+    start_transforms(job, Stages())
+    others = TransformSet(job.recipe.transforms, LLAMA.shape(job.source.config), 0)
+    start_from_activations(folded(job), LLAMA, others, job.windows, 0, centered=shift == "all")
+    found, expected = (x.transforms["T_s"].log_scale for x in (job.transforms, others))
+    assert torch.equal(found, expected) and bool(found.any())
 
 
 @pytest.mark.parametrize("precision", ["w4a8kv8", "w4a8"])

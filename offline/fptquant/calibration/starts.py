@@ -34,6 +34,7 @@ def start_from_activations(
     windows: Tensor,
     first: int,
     positions: int | None = None,
+    centered: bool = False,
 ) -> None:
     """Gives the transforms of which `start_is_measured` their starting values.
 
@@ -44,12 +45,13 @@ def start_from_activations(
         windows: (sequences, length) tokens.
         first: tokens of a sequence before this one do not count.
         positions: over which the mean is taken that keys will lose; None where they keep it.
+        centered: whether inputs will lose the mean of each channel.
     """
     for transform in transforms:
         if not transform.start_is_measured:
             continue
         if isinstance(transform, NormScale):
-            _start_norm_scale(transform, model, architecture, transforms, windows, first)
+            _start_norm_scale(transform, model, architecture, transforms, windows, first, centered)
         else:
             assert isinstance(transform, KeyScale)
             _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, positions)
@@ -105,14 +107,19 @@ def _start_norm_scale(
     transforms: TransformSet,
     windows: Tensor,
     first: int,
+    centered: bool,
 ) -> None:
-    """From the largest magnitude of every channel of what a norm puts out, rotated as the residual is."""
-    largest: dict[Place, Tensor] = {}
+    """From the largest magnitude of every channel of what a norm puts out, rotated as the residual is.
+
+    Of what is left of it, where the channel loses its mean.
+    """
+    seen: dict[Place, _Channels] = {}
 
     def watch(key: Place) -> Callable[..., None]:
+        seen[key] = _Channels(centered)
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found = transforms.inputs(EMBEDDING, output[:, first:].flatten(0, 1)).abs().amax(0)
-            largest[key] = torch.maximum(largest[key], found) if key in largest else found
+            seen[key].see(transforms.inputs(EMBEDDING, output[0, first:]))
 
         return hook
 
@@ -132,8 +139,32 @@ def _start_norm_scale(
                 members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
                 weights = [_before(scale, transforms, place, weight).abs().amax(0) for place, weight in members]
                 first_place = group.first.at(index)
-                found = parallel.joined(largest[first_place][None]).amax(0)
-                scale.start(first_place, found, torch.stack(weights).amax(0))
+                scale.start(first_place, seen[first_place].largest(), torch.stack(weights).amax(0))
+
+
+class _Channels:
+    """What each channel reaches, and where it loses its mean, that in every sequence."""
+
+    def __init__(self, centered: bool) -> None:
+        """Whether it is the distance from the mean that counts."""
+        self._centered = centered
+        self._low = self._high = torch.zeros(())
+        self._means: list[Tensor] = []
+
+    def see(self, values: Tensor) -> None:
+        """Takes a sequence (tokens, hidden)."""
+        low, high = torch.aminmax(values, dim=0)
+        started = self._low.dim() > 0
+        self._low = torch.minimum(self._low, low) if started else low
+        self._high = torch.maximum(self._high, high) if started else high
+        if self._centered:
+            self._means.append(values.mean(0))
+
+    def largest(self) -> Tensor:
+        """Largest magnitude (hidden,) of each channel in all processes; the same bits, however many they are."""
+        low, high = parallel.joined(self._low[None]).amin(0), parallel.joined(self._high[None]).amax(0)
+        center = parallel.joined(torch.stack(self._means)).mean(0) if self._centered else torch.zeros_like(low)
+        return torch.maximum(high - center, center - low)
 
 
 def _before(scale: NormScale, transforms: TransformSet, place: Place, weight: Tensor) -> Tensor:

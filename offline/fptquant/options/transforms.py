@@ -52,7 +52,11 @@ class NormScaleOptions(TransformOptions):
     """Where T_s starts."""
 
     alpha: float | None = Field(
-        None, ge=0, le=1, description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text; none: at one"
+        None,
+        ge=0,
+        le=1,
+        description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text, of x without its mean where "
+        "inputs are shifted; none: at one",
     )
 
 
