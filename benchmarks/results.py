@@ -92,6 +92,7 @@ RECIPES = (
     "mergequant",
     "repquant",
     "quarot",
+    "mambaquant",
     "quest",
     "omniquant",
     "affinequant",

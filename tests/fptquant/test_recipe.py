@@ -22,8 +22,8 @@ def test_shipped_recipes_parse(name: str) -> None:
 
 
 def test_the_default_recipe_has_everything() -> None:
-    known = "affinequant fptquant fptquant-best fptquant-light gptq mergequant oac omniquant ostquant quantease quarot"
-    others = "quest repquant rtn smoothquant spinquant"
+    known = "affinequant fptquant fptquant-best fptquant-light gptq mambaquant mergequant oac omniquant ostquant"
+    others = "quantease quarot quest repquant rtn smoothquant spinquant"
     assert set(f"{known} {others}".split()) <= set(shipped_recipes())
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"

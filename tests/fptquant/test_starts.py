@@ -1,11 +1,13 @@
-"""T_s as SmoothQuant sets it."""
+"""T_s as SmoothQuant sets it, T_r from principal axes."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fptquant.calibration.starts import start_from_activations, start_is_measured
 from fptquant.errors import FPTQuantError
@@ -22,6 +24,7 @@ from tests.fptquant.train.test_training import make_job
 from tests.merging import merge_transforms
 
 WINDOWS = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(1))
+SHAPE = LLAMA.shape(build_model("gqa").config)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -61,6 +64,38 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int, 
             expected = largest**alpha / weights ** (1 - alpha)
             found = transforms.transforms["T_s"].log_scale[index, which].exp()
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_klt_makes_all_channels_equally_large(centered: bool, tokens: Tensor, float64_norms: None) -> None:
+    """T_r then spreads what norms put out evenly, and not without; it is as orthogonal as ever, also behind a save."""
+    spreads = []
+    for start in ("hadamard", "klt"):
+        model = build_model("gqa").double()
+        expected = model(tokens).logits
+        transforms = TransformSet(Recipe.parse({"transforms": {"T_r": {"start": start}}}).transforms, SHAPE, 0)
+        before = transforms.transforms["T_r"].rotation(torch.float64).clone()
+        original = copy.deepcopy(model)
+        for _ in merge_transforms(model, LLAMA, TransformSet({}, SHAPE, 0)):
+            pass
+        start_from_activations(model.float(), LLAMA, transforms, WINDOWS, 0, centered=centered)
+        assert torch.equal(before, transforms.transforms["T_r"].rotation(torch.float64)) == (start == "hadamard")
+        for _ in merge_transforms(original, LLAMA, transforms):
+            pass
+        assert (original(tokens).logits - expected).abs().max() < 1e-11 * expected.abs().max()
+        outputs: list[Tensor] = []
+        for layer in original.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
+        original(WINDOWS)
+        values = [x.flatten(0, 1) - (x.mean((0, 1)) if centered else 0) for x in outputs]
+        sizes = torch.stack([x.square().mean(0) for x in values]).mean(0)
+        spreads.append(float(sizes.max() / sizes.min()))
+        loaded = TransformSet(Recipe.parse({"transforms": {"T_r": {"start": start}}}).transforms, SHAPE, 1)
+        loaded.transforms["T_r"].rotation(torch.float64)  # fills the cache, which loading must invalidate
+        loaded.load_state_dict(transforms.state_dict())
+        assert torch.equal(*(x.transforms["T_r"].rotation(torch.float64) for x in (loaded, transforms)))
+    assert spreads[1] < 1.001 < 1.2 < spreads[0]
 
 
 @pytest.mark.parametrize("shift", ["none", "all"])

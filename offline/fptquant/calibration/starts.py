@@ -1,4 +1,4 @@
-"""Starts that are taken from activations: T_s's from what norms put out, T_k's from keys."""
+"""Starts that are taken from activations: T_r's and T_s's from what norms put out, T_k's from keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fptquant import parallel
@@ -16,6 +16,7 @@ from fptquant.layers.residency import entered
 from fptquant.transforms import TransformSet
 from fptquant.transforms.norm_scale import NormScale
 from fptquant.transforms.query_key import KeyScale
+from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.wiring import EMBEDDING, Architecture, Place
 
 KEY_SEQUENCES = 16  # that keys are looked at on
@@ -52,6 +53,8 @@ def start_from_activations(
             continue
         if isinstance(transform, NormScale):
             _start_norm_scale(transform, model, architecture, transforms, windows, first, centered)
+        elif isinstance(transform, ResidualRotation):
+            transform.align(_covariance(model, architecture, windows, first, centered))
         else:
             assert isinstance(transform, KeyScale)
             _start_key_scale(transform, model, architecture, windows[:KEY_SEQUENCES], first, positions)
@@ -115,31 +118,70 @@ def _start_norm_scale(
     """
     seen: dict[Place, _Channels] = {}
 
-    def watch(key: Place) -> Callable[..., None]:
-        seen[key] = _Channels(centered)
+    def see(place: Place, values: Tensor) -> None:
+        seen.setdefault(place, _Channels(centered)).see(transforms.inputs(EMBEDDING, values))
 
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[key].see(transforms.inputs(EMBEDDING, output[0, first:]))
-
-        return hook
-
-    layers = architecture.layer_modules(model)
-    handles = [
-        layer.get_submodule(norm).register_forward_hook(watch(group.first.at(index)))
-        for index, layer in enumerate(layers)
-        for group, norm in architecture.normed_groups(index)
-    ]
-    for _ in through_layers(model, architecture, first_inputs(model, architecture, parallel.part(windows), batch=1)):
-        pass
-    for handle in handles:
-        handle.remove()
-    for index, layer in enumerate(layers):
+    _watch_norms(model, architecture, windows, first, see)
+    for index, layer in enumerate(architecture.layer_modules(model)):
         with entered(layer):
             for group, _ in architecture.normed_groups(index):
                 members = [(m.at(index), layer.get_submodule(m.path).get_parameter("weight")) for m in group.members]
                 weights = [_before(scale, transforms, place, weight).abs().amax(0) for place, weight in members]
                 first_place = group.first.at(index)
                 scale.start(first_place, seen[first_place].largest(), torch.stack(weights).amax(0))
+
+
+def _covariance(
+    model: PreTrainedModel, architecture: Architecture, windows: Tensor, first: int, centered: bool
+) -> Tensor:
+    """Sum over the norms of layers of the second moments (hidden, hidden) of what they put out, float64.
+
+    About the mean of each channel behind each norm, where the channel loses it.
+    """
+    total = torch.zeros(2 * [architecture.shape(model.config).hidden], device=windows.device)
+    sums: dict[Place, Tensor] = {}
+
+    def see(place: Place, values: Tensor) -> None:
+        total.addmm_(values.T, values)
+        sums[place] = sums.get(place, torch.zeros_like(values[0])) + values.sum(0)
+
+    _watch_norms(model, architecture, windows, first, see)
+    moment = parallel.summed(total).double()
+    if centered:
+        totals = parallel.summed(torch.stack(list(sums.values()))).double()  # (norms, hidden)
+        moment -= totals.T @ totals / (len(windows) * (windows.shape[1] - first))
+    return moment
+
+
+def _watch_norms(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    windows: Tensor,
+    first: int,
+    see: Callable[[Place, Tensor], None],
+) -> None:
+    """Calls `see` with what each norm of a layer puts out, a sequence (tokens, hidden) at a time.
+
+    Args:
+        model: norms folded.
+        architecture: its family.
+        windows: (sequences, length) tokens, of which this process takes its part.
+        first: tokens before this one are left out.
+        see: takes the place of the first layer that reads the norm, and the values.
+    """
+
+    def watch(place: Place) -> Callable[..., None]:
+        return lambda module, args, output: see(place, output[0, first:])
+
+    handles = [
+        layer.get_submodule(norm).register_forward_hook(watch(group.first.at(index)))
+        for index, layer in enumerate(architecture.layer_modules(model))
+        for group, norm in architecture.normed_groups(index)
+    ]
+    for _ in through_layers(model, architecture, first_inputs(model, architecture, parallel.part(windows), batch=1)):
+        pass
+    for handle in handles:
+        handle.remove()
 
 
 class _Channels:

@@ -45,7 +45,10 @@ class ValueOptions(TransformOptions):
 class RotationOptions(TransformOptions):
     """Where T_r starts."""
 
-    start: Literal["identity", "hadamard"] = "hadamard"
+    start: Literal["identity", "hadamard", "klt"] = Field(
+        "hadamard",
+        description="identity, hadamard, or klt: principal axes of activations on the calibration text, then hadamard",
+    )
 
 
 class NormScaleOptions(TransformOptions):
