@@ -88,6 +88,7 @@ RECIPES = (
     "gptq",
     "quantease",
     "oac",
+    "qfx",
     "smoothquant",
     "mergequant",
     "repquant",

@@ -15,7 +15,7 @@ from fptquant.recipe import Recipe
 from fptquant.recipe_files import shipped_recipes
 from fptquant.run.job import job_of
 from fptquant.run.models import transformed
-from tests.fptquant.train.test_training import TOKENS, make_job
+from tests.fptquant.train.test_training import TOKENS, make_job, quantized
 
 
 def short(name: str) -> dict[str, object]:
@@ -48,3 +48,12 @@ def test_recipe_keeps_the_function(name: str, precision: str, tmp_path: Path) ->
 
 def test_every_kind_of_recipe_is_served() -> None:
     assert {kind(Recipe.load(name)) for name in shipped_recipes()} == {kind(Recipe.load(name)) for name in SERVED}
+
+
+@pytest.mark.parametrize("name", ["gptq", "qfx"])
+def test_scales_of_qfx_are_powers_of_two(name: str, tmp_path: Path) -> None:
+    model = quantized(make_job("gqa", tmp_path, **{**short(name), "precision": "w4a4kv4"}))
+    scales = {key: value for key, value in model.state_dict().items() if key.endswith("_scale")}
+    assert {key.split(".")[-1] for key in scales} == {"weight_scale", "input_scale", "k_scale", "v_scale"}
+    found = {key: bool((torch.frexp(value).mantissa == 0.5).all()) for key, value in scales.items()}
+    assert set(found.values()) == {name == "qfx"}
