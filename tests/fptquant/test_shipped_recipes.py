@@ -27,11 +27,12 @@ def short(name: str) -> dict[str, object]:
 
 
 def kind(recipe: Recipe) -> tuple[bool, ...]:
-    """What of a recipe the server has to do: T_d, S_n, gains in norms, a constant first token."""
-    return (*(name in recipe.transforms for name in ("T_d", "S_n", "T_s")), recipe.sink != "none")
+    """What of a recipe the server has to do: T_d, S_n, gains in norms, a constant first token, shifts of inputs."""
+    transforms = (name in recipe.transforms for name in ("T_d", "S_n", "T_s"))
+    return (*transforms, recipe.sink != "none", recipe.activation_range.shift != "none")
 
 
-SERVED = ("rtn", "smoothquant", "quarot", "ostquant", "fptquant-light")
+SERVED = ("rtn", "smoothquant", "repquant", "quarot", "ostquant", "fptquant-light")
 
 
 @pytest.mark.parametrize("precision", ["w4a8kv8", "w4a4kv4"])
