@@ -115,6 +115,14 @@ def test_keys_are_looked_at_where_they_are_quantized(precision: str, model_dir: 
     assert ("measure activations" in expected_needs(job, "resident", 1 << 30)) == (precision == "w4a8kv8")
 
 
+def test_principal_axes_take_memory(model_dir: Path) -> None:
+    needs = []
+    for start in ("hadamard", "klt"):
+        job = open_job(model_dir, Recipe.parse({"transforms": {"T_r": {"start": start}, "T_s": {"alpha": 0.5}}}))
+        needs.append(expected_needs(job, "resident", 1 << 30)["measure activations"].memory)
+    assert needs[1] - needs[0] == 4 * 8 * job.source.config.hidden_size**2
+
+
 def test_norm_scales_and_residual_scale_exclude_each_other(model_dir: Path) -> None:
     with pytest.raises(FPTQuantError, match="T_s is in the norms' gains, which S_n does away with"):
         open_job(model_dir, Recipe.parse({"transforms": ["T_s", "S_n"]}))
