@@ -138,19 +138,20 @@ def _covariance(
 
     About the mean of each channel behind each norm, where the channel loses it.
     """
-    total = torch.zeros(2 * [architecture.shape(model.config).hidden], device=windows.device)
+    size = architecture.shape(model.config).hidden
+    total = torch.zeros(size, size, dtype=torch.float64, device=windows.device)
     sums: dict[Place, Tensor] = {}
 
     def see(place: Place, values: Tensor) -> None:
-        total.addmm_(values.T, values)
-        sums[place] = sums.get(place, torch.zeros_like(values[0])) + values.sum(0)
+        total.add_(values.T @ values)  # sums of float32, so exact: the same, however many processes there are
+        sums[place] = sums.get(place, torch.zeros_like(total[0])) + values.sum(0)
 
     _watch_norms(model, architecture, windows, first, see)
-    moment = parallel.summed(total).double()
+    parallel.summed(total)
     if centered:
-        totals = parallel.summed(torch.stack(list(sums.values()))).double()  # (norms, hidden)
-        moment -= totals.T @ totals / (len(windows) * (windows.shape[1] - first))
-    return moment
+        totals = parallel.summed(torch.stack(list(sums.values())))  # (norms, hidden)
+        total -= totals.T @ totals / (len(windows) * (windows.shape[1] - first))
+    return total
 
 
 def _watch_norms(
