@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "starts": {
         **short("smoothquant"),
         "transforms": {"T_r": {"start": "klt"}, "T_s": {"alpha": 0.5}},
-        "rounding": {"method": "nearest"},  # GPTQ takes columns by their size, which principal axes make all the same
+        "rounding": {"method": "nearest"},  # in GPTQ, a code that turns turns those behind it
     },
     "gptq": {**short("gptq"), "precision": "w4a4kv4"},
     "budget": {
