@@ -173,6 +173,23 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _keeps_powers_of_two(self) -> Recipe:
+        ranges = ("weight_range", "activation_range", "kv_range")
+        on = [name for name in ranges if getattr(self, name).power_of_two]
+        training = ["codes", "scales"] if on else []
+        if "weight_range" in on:
+            training += ["block_wise"] + ["end_to_end"] * (self.end_to_end.weights == "quantized")
+            schemes = (self.precision.weights, *(override.weights for override in self.overrides))
+            if any(scheme is not None and scheme.group_size is not None for scheme in schemes):
+                raise ValueError("weight_range.power_of_two: not with groups, which multiply a scale by 1 to 8")
+        for name in training:
+            if getattr(self, name).steps:
+                raise ValueError(
+                    f"{on[0]}.power_of_two: {name} trains scales, which are any number then: set {name}.steps to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _computes(self) -> Recipe:
         if self.training.compute_dtype == "bfloat16" and not (self.end_to_end.steps or self.scales.steps):
             raise ValueError("training.compute_dtype is bfloat16, but nothing is trained end to end: leave it out")

@@ -1,7 +1,7 @@
 """Quantizing a tiny model in memory, and running the command."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fptquant.quantize.rounding
 from fptquant import cli
@@ -114,3 +115,14 @@ def simulate() -> Callable[..., LlamaForCausalLM]:
         return model
 
     return run
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """RMSNorm in the dtype of its input; the original computes in float32, which hides errors below 1e-7."""
+
+    def forward(self: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    yield

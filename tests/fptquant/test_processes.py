@@ -38,7 +38,11 @@ from tests.fptquant.train.test_training import make_job
 
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {**short("rtn"), "precision": "w4a4kv4"},
-    "smoothquant": {**short("smoothquant"), "rounding": {"method": "nearest"}},
+    "starts": {
+        **short("smoothquant"),
+        "transforms": {"T_r": {"start": "klt"}, "T_s": {"alpha": 0.5}},
+        "rounding": {"method": "nearest"},  # in GPTQ, a code that turns turns those behind it
+    },
     "gptq": {**short("gptq"), "precision": "w4a4kv4"},
     "budget": {
         **short("gptq"),
@@ -62,7 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RUNS: list[tuple[str, Residency]] = [
     ("rtn", "streamed"),
-    ("smoothquant", "resident"),
+    ("starts", "resident"),
     ("gptq", "resident"),
     ("gptq", "streamed"),
     ("budget", "resident"),
@@ -70,7 +74,7 @@ RUNS: list[tuple[str, Residency]] = [
     ("fptquant", "resident"),
     ("fptquant", "streamed"),
 ]
-TO_THE_BIT = ("rtn", "smoothquant")
+TO_THE_BIT = ("rtn", "starts")
 METHODS: tuple[Literal["minmax", "percentile", "lp"], ...] = ("minmax", "percentile", "lp")
 SHARES = {"even": 0.5, "uneven": 0.6, "outliers in one": 0.995}  # of the tokens, the first process's
 

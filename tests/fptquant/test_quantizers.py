@@ -195,7 +195,50 @@ def test_search_does_not_change_its_input() -> None:
     assert torch.equal(values, before)
 
 
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
+@settings(max_examples=50)
+def test_powers_of_two_hold_every_value_and_no_smaller_one_does(
+    bits: int, symmetric: bool, values: list[float]
+) -> None:
+    tensor = torch.tensor(values)
+    plain = search_range(tensor, bits, symmetric, MINMAX)[0]
+    scale, zero_point = search_range(tensor, bits, symmetric, RangeOptions(method="minmax", power_of_two=True))
+    assert torch.frexp(scale).mantissa == 0.5 and plain <= scale < 2 * plain
+    assert (fake_quantize(tensor, bits, scale, zero_point) - tensor).abs().max() <= scale * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits, symmetric", CASES)
+@pytest.mark.parametrize("size", [0.7, 0.9, 1.1, 1.3])
+def test_lp_takes_the_best_power_of_two(bits: int, symmetric: bool, size: float) -> None:
+    """Of all, whichever way the plain scale would be rounded; and others are no powers of two."""
+    values = size * normal(3000)
+    scale, zero_point = search_range(values, bits, symmetric, RangeOptions(power_of_two=True))
+    assert torch.frexp(scale).mantissa == 0.5
+    assert torch.frexp(search_range(values, bits, symmetric, LP)[0]).mantissa != 0.5
+    found = (fake_quantize(values, bits, scale, zero_point) - values).square().sum()
+    for exponent in range(-10, 2):
+        candidate = torch.tensor(2.0**exponent)
+        for zero in (0,) if symmetric else (-1, 0, 1):
+            error = (fake_quantize(values, bits, candidate, torch.tensor(zero)) - values).square().sum()
+            assert found <= error * 1.01
+
+
 # -- weights --
+
+
+@pytest.mark.parametrize("method", ["minmax", "lp"])
+def test_weight_scales_that_are_powers_of_two(method: Literal["minmax", "lp"]) -> None:
+    weight = normal(16, 96) * torch.logspace(-3, 2, 16)[:, None]
+    scales = weight_scales(weight, 4, WeightRangeOptions(method=method, power_of_two=True))
+    assert bool((torch.frexp(scales).mantissa == 0.5).all()) and torch.equal(scales, round_scale(scales))
+    holding = torch.ceil(torch.log2(weight.abs().amax(1, keepdim=True) / 7)).exp2()
+    if method == "minmax":
+        assert torch.equal(scales, holding)
+        return
+    errors = [(round_to_nearest(weight, s, 4) * s - weight).square().sum(1) for s in (scales, holding, holding / 2)]
+    assert torch.equal(errors[0], torch.minimum(errors[1], errors[2]))
+    assert not torch.equal(scales, holding) and not torch.equal(scales, holding / 2)
 
 
 def test_weight_scales_of_minmax_by_hand() -> None:

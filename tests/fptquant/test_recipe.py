@@ -22,8 +22,9 @@ def test_shipped_recipes_parse(name: str) -> None:
 
 
 def test_the_default_recipe_has_everything() -> None:
-    known = "fptquant fptquant-best fptquant-light gptq omniquant ostquant quarot rtn smoothquant spinquant"
-    assert set(known.split()) <= set(shipped_recipes())
+    known = "affinequant fptquant fptquant-best fptquant-light gptq mambaquant mergequant oac omniquant ostquant"
+    others = "qfx quantease quarot quest repquant rtn smoothquant spinquant"
+    assert set(f"{known} {others}".split()) <= set(shipped_recipes())
     recipe, light = Recipe.load("fptquant"), Recipe.load("fptquant-light")
     assert recipe.local.steps and recipe.end_to_end.steps and recipe.scales.steps and recipe.sink == "auto"
     assert light.codes.steps and light.codes.activations == "narrow" and not recipe.codes.steps
@@ -155,3 +156,25 @@ def test_changed_merges_mappings_and_leaves_the_original() -> None:
         FPTQuantError, match="^--precision: unknown precision.*; --length: Input.*; options: seed: Input"
     ):
         recipe.changed("options", named, calibration={"length": 1}, seed=-1, precision="w2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_range": {"power_of_two": True}, "scales": {"steps": 1}}, "kv_range.power_of_two: scales trains scales"),
+        ({"activation_range": {"power_of_two": True}, "codes": {"steps": 1}}, "set codes.steps to 0"),
+        ({"weight_range": {"power_of_two": True}, "block_wise": {"steps": 1}}, "set block_wise.steps to 0"),
+        ({"weight_range": {"power_of_two": True}, "end_to_end": {"steps": 1}}, "set end_to_end.steps to 0"),
+        ({"weight_range": {"power_of_two": True}, "precision": "w4a8kv8-g64"}, "not with groups"),
+    ],
+)
+def test_powers_of_two_are_refused_where_they_would_not_stay_any(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(FPTQuantError, match=message):
+        Recipe.parse(fields)
+    Recipe.parse({name: value for name, value in fields.items() if "range" not in name})  # it is the option's fault
+    Recipe.parse({name: value for name, value in fields.items() if "range" in name})
+
+
+def test_powers_of_two_stay_behind_training_that_searches_them_again() -> None:
+    on = {name: {"power_of_two": True} for name in ("weight_range", "activation_range", "kv_range")}
+    Recipe.parse({**on, "local": {"steps": 1}, "end_to_end": {"steps": 1, "weights": "float"}})

@@ -15,7 +15,7 @@ from fptquant.recipe import Recipe
 from fptquant.recipe_files import shipped_recipes
 from fptquant.run.job import job_of
 from fptquant.run.models import transformed
-from tests.fptquant.train.test_training import TOKENS, make_job
+from tests.fptquant.train.test_training import TOKENS, make_job, quantized
 
 
 def short(name: str) -> dict[str, object]:
@@ -27,11 +27,12 @@ def short(name: str) -> dict[str, object]:
 
 
 def kind(recipe: Recipe) -> tuple[bool, ...]:
-    """What of a recipe the server has to do: T_d, S_n, gains in norms, a constant first token."""
-    return (*(name in recipe.transforms for name in ("T_d", "S_n", "T_s")), recipe.sink != "none")
+    """What of a recipe the server has to do: T_d, S_n, gains in norms, a constant first token, shifts of inputs."""
+    transforms = (name in recipe.transforms for name in ("T_d", "S_n", "T_s"))
+    return (*transforms, recipe.sink != "none", recipe.activation_range.shift != "none")
 
 
-SERVED = ("rtn", "smoothquant", "quarot", "ostquant", "fptquant-light")
+SERVED = ("rtn", "smoothquant", "repquant", "quarot", "ostquant", "fptquant-light")
 
 
 @pytest.mark.parametrize("precision", ["w4a8kv8", "w4a4kv4"])
@@ -48,3 +49,12 @@ def test_recipe_keeps_the_function(name: str, precision: str, tmp_path: Path) ->
 
 def test_every_kind_of_recipe_is_served() -> None:
     assert {kind(Recipe.load(name)) for name in shipped_recipes()} == {kind(Recipe.load(name)) for name in SERVED}
+
+
+@pytest.mark.parametrize("name", ["gptq", "qfx"])
+def test_scales_of_qfx_are_powers_of_two(name: str, tmp_path: Path) -> None:
+    model = quantized(make_job("gqa", tmp_path, **{**short(name), "precision": "w4a4kv4"}))
+    scales = {key: value for key, value in model.state_dict().items() if key.endswith("_scale")}
+    assert {key.split(".")[-1] for key in scales} == {"weight_scale", "input_scale", "k_scale", "v_scale"}
+    found = {key: bool((torch.frexp(value).mantissa == 0.5).all()) for key, value in scales.items()}
+    assert set(found.values()) == {name == "qfx"}

@@ -6,7 +6,7 @@ A transform added to `TRANSFORMS` is tested here without a change.
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fptquant.errors import FPTQuantError
 from fptquant.format import InputHadamard, hadamard_factors
@@ -30,17 +29,6 @@ from tests.merging import merge_transforms
 NAMES = list(TRANSFORMS)
 SETS = [[name] for name in NAMES] + [NAMES]
 SET_IDS = [*NAMES, "all"]
-
-
-@pytest.fixture
-def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """RMSNorm in the dtype of its input; the original computes in float32, which hides errors below 1e-7."""
-
-    def forward(self: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    yield
 
 
 def transform_set(names: list[str], shape: Shape, seed: int = 0, **options: dict[str, Any]) -> TransformSet:

@@ -14,6 +14,9 @@ def is_shifted(shift: Shift, bits: int) -> bool:
     return bits < 16 and (shift == "all" or (shift == "narrow" and bits == 4))
 
 
+POWER_OF_TWO = "scales are powers of two, so that products are scaled by shifts (fixed point, as in QFX)"
+
+
 class RangeOptions(BaseModel):
     """How the clipping range of a static quantizer is chosen."""
 
@@ -23,6 +26,7 @@ class RangeOptions(BaseModel):
     p: float = Field(2.0, gt=0, description="exponent of the error norm (method lp)")
     percentile: float = Field(99.99, gt=50, le=100, description="of the values kept (method percentile)")
     grid: int = Field(32, ge=2, description="half the number of candidates for each end (method lp)")
+    power_of_two: bool = Field(False, description=POWER_OF_TWO)
 
 
 class InputRangeOptions(RangeOptions):
@@ -64,6 +68,7 @@ class WeightRangeOptions(BaseModel):
     p: float = Field(2.0, gt=0, description="exponent of the error norm")
     grid: int = Field(40, ge=2, description="candidate scales from the full range down to `smallest`")
     smallest: float = Field(0.3, gt=0, le=1)
+    power_of_two: bool = Field(False, description=f"{POWER_OF_TWO}; not with groups")
 
 
 class RoundingOptions(BaseModel):

@@ -36,6 +36,11 @@ class BlockWiseOptions(BaseModel):
     estimator: Estimator = Field("ste", description="gradient of rounding: ste, or trust (QuEST)")
     transform_rate: float = Field(5e-3, ge=0, description="learning rate of the transforms")
     weight_rate: float = Field(1e-2, ge=0, description="of the weights' log clipping")
+    mask: Literal["none", "gradual"] = Field(
+        "none",
+        description="gradual: rotations per head are trained in a band around their diagonal, which widens to all of "
+        "them (AffineQuant)",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     clip: float | None = Field(1.0, gt=0, description="largest norm of each group's gradient")
 

@@ -45,14 +45,21 @@ class ValueOptions(TransformOptions):
 class RotationOptions(TransformOptions):
     """Where T_r starts."""
 
-    start: Literal["identity", "hadamard"] = "hadamard"
+    start: Literal["identity", "hadamard", "klt"] = Field(
+        "hadamard",
+        description="identity, hadamard, or klt: principal axes of activations on the calibration text, then hadamard",
+    )
 
 
 class NormScaleOptions(TransformOptions):
     """Where T_s starts."""
 
     alpha: float | None = Field(
-        None, ge=0, le=1, description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text; none: at one"
+        None,
+        ge=0,
+        le=1,
+        description="start at max|x|^alpha / max|w|^(1 - alpha) on the calibration text, of x without its mean where "
+        "inputs are shifted; none: at one",
     )
 
 

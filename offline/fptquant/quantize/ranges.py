@@ -62,15 +62,30 @@ def search_input_range(values: Tensor, bits: int, symmetric: bool, options: Inpu
     return _search(_Observed(values.flatten().float(), runs), bits, symmetric, options)
 
 
-def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and (float) zero point that map [low, high] onto the code range; arguments broadcast."""
+def affine(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and (float) zero point that map [low, high] onto the code range, or into it; arguments broadcast.
+
+    With `power_of_two`, the scale is the smallest power of two for which it fits.
+    """
     half = 2.0 ** (bits - 1)
     tiny = torch.finfo(torch.float32).tiny * 1e6
     if symmetric:
         scale = torch.maximum(-low / half, high / (half - 1)).clamp_min(tiny)
-        return scale, torch.zeros_like(scale)
-    scale = ((high - low) / (2 * half - 1)).clamp_min(tiny)
-    return scale, torch.round(-half - low / scale).clamp(-half, half - 1)
+    else:
+        scale = ((high - low) / (2 * half - 1)).clamp_min(tiny)
+    zero_point = -half - low / scale
+    if power_of_two:
+        scale = power_of_two_from(scale)
+        zero_point = -0.5 - (low + high) / (2 * scale)  # codes that are left over are on both sides
+    return scale, torch.zeros_like(scale) if symmetric else torch.round(zero_point).clamp(-half, half - 1)
+
+
+def power_of_two_from(values: Tensor) -> Tensor:
+    """The smallest powers of two that are no smaller than `values`, which are positive."""
+    fraction, exponent = torch.frexp(values)  # fractions from 1/2 on
+    return torch.ldexp(torch.ones_like(values), exponent - (fraction == 0.5).to(exponent.dtype))
 
 
 class _Run(NamedTuple):
@@ -167,7 +182,7 @@ def _search(values: _Observed, bits: int, symmetric: bool, options: RangeOptions
         high = values.outermost(position, largest=True)[-1].clamp(min=0.0)
     elif options.method == "lp":
         low, high = _search_lp(values, low, high, bits, symmetric, options)
-    scale, zero_point = affine(low, high, bits, symmetric)
+    scale, zero_point = affine(low, high, bits, symmetric, power_of_two=options.power_of_two)
     return scale, zero_point.to(torch.int32)
 
 
@@ -184,7 +199,7 @@ def _search_lp(
     error = torch.empty_like(points)  # of one candidate at a time, which stays in the cache
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero = affine(lows, highs, bits, symmetric)
+        scale, zero = affine(lows, highs, bits, symmetric, power_of_two=options.power_of_two)
         half, total = 2.0 ** (bits - 1), []
         for s, smallest in zip(scale, (-half - zero).tolist(), strict=True):
             torch.div(points, s, out=error).round_().clamp_(smallest, smallest + 2 * half - 1).mul_(s).sub_(points)
@@ -192,9 +207,11 @@ def _search_lp(
         return torch.stack(total)
 
     lows, highs = low * shrink, high * shrink
-    if symmetric:
+    if symmetric or options.power_of_two:  # an end by itself doesn't get from one power of two to the next
         best = errors(lows, highs).argmin()
-        return lows[best], highs[best]
+        low, high = lows[best], highs[best]
+    if symmetric:
+        return low, high
     for _ in range(2):  # coordinate descent: upper end, lower end, twice
         high = highs[errors(low.expand_as(highs), highs).argmin()]
         low = lows[errors(lows, high.expand_as(lows)).argmin()]

@@ -10,6 +10,7 @@ from torch import Tensor
 from fptquant.format import per_column, round_scale
 from fptquant.format.packing import LARGEST_MULTIPLIER
 from fptquant.options.quantize import WeightRangeOptions
+from fptquant.quantize.ranges import power_of_two_from
 
 _IN_CACHE = 1 << 18  # weights handled at once, so that they and their errors stay in the cache
 # Candidates for a channel's scale, as shares of that which gives the largest of its groups the largest multiplier.
@@ -38,14 +39,18 @@ def weight_scales(weight: Tensor, bits: int, options: WeightRangeOptions, import
 
 def _search_scales(weight: Tensor, bits: int, options: WeightRangeOptions, importance: Tensor | None) -> Tensor:
     """`weight_scales` of a few rows, in float32."""
+
+    def exact(scale: Tensor) -> Tensor:
+        return round_scale(power_of_two_from(scale) if options.power_of_two else scale)
+
     full = weight.abs().amax(1, keepdim=True) / (2.0 ** (bits - 1) - 1)
-    best = round_scale(full)
+    best = exact(full)
     if options.method == "minmax":
         return best
     best_error = torch.full_like(full, torch.inf)
     error = torch.empty_like(weight)
     for shrink in torch.linspace(1.0, options.smallest, options.grid, device="cpu").tolist():
-        scale = round_scale(full * shrink)
+        scale = exact(full * shrink)
         total = _errors(weight, scale, bits, options.p, importance, error).sum(1, keepdim=True)
         better = total < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)

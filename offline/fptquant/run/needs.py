@@ -70,6 +70,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
                                  6 M; where codes are trained: 6 P + activations of a layer
         write, read back:        2 E + half a weight file
         teacher:                 hidden states + 2 P + 1.5 E
+        measured starts:         hidden states + 2 P, and four matrices of the residual's size in float64 for T_r's
         transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 times the rows of E that a step sees
         what else trains:        activations (of a layer, or of all) + 2 P, and 2 E where the loss is the model's
 
@@ -112,7 +113,8 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
         seen = 2 * in_memory(_FLOAT32 * job.training_windows.numel() * shape.hidden)
         found["teacher"] = Need(model + seen + pair + int(_FLOAT32 * 1.5 * sizes.ends), source)
     if transforms and start_is_measured(job.transforms):
-        found["measure activations"] = Need(model + hidden + pair, source)
+        axes = any(transform.shared and transform.start_is_measured for transform in job.transforms)
+        found["measure activations"] = Need(model + hidden + pair + axes * _FLOAT64 * 4 * shape.hidden**2, source)
     if in_weights and recipe.local.steps:
         rounds = -(-recipe.local.steps // recipe.local.turns_of(shape.layers))  # through all layers
         rows = min(sizes.ends, ROWS * shape.hidden)

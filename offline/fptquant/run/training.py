@@ -178,7 +178,8 @@ def start_transforms(job: Job, stages: Stages) -> PreTrainedModel:
             positions = None
             if job.config.kv_cache.shift:
                 positions = job.recipe.kv_range.positions_of(job.source.config)
-            start_from_activations(model, architecture, job.transforms, job.windows, first, positions)
+            centered = job.config.activations.shift
+            start_from_activations(model, architecture, job.transforms, job.windows, first, positions, centered)
     return model
 
 

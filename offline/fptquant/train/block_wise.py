@@ -65,6 +65,8 @@ def train_block_wise(
                     chosen = batch(optimization.step, options.batch, len(windows), seed + index)
                     try:
                         loss = _step(layer, inputs, expected, chosen, transforms, optimization.step)
+                        if options.mask == "gradual":
+                            _keep_to_the_band(optimization)
                         optimization.update()
                     except FPTQuantError as error:
                         raise FPTQuantError(f"{architecture.layer_name(index)}: {error}") from None
@@ -81,6 +83,19 @@ def _optimization(student: Student, transforms: TransformSet, options: BlockWise
     groups = transform_groups(transforms, options.transform_rate, rotation_rate=0.0)
     groups["weight"] = (options.weight_rate, clipping)
     return Optimization(groups, options.steps, warmup=options.warmup, clip=options.clip)
+
+
+def _keep_to_the_band(optimization: Optimization) -> None:
+    """Takes gradients of rotations per head off where they are too far from the diagonal.
+
+    AffineQuant (arXiv 2403.12544) masks its matrices so, with a band that widens by the step, for the sake of their
+    inverses. Products of rotations and scales have inverses; what is left of it is the order of training.
+    """
+    share = (optimization.step + 1) / optimization.steps
+    for name, parameter in optimization.parameters.items():
+        if name.endswith((".left", ".right")) and parameter.grad is not None:
+            index = torch.arange(parameter.shape[-1], device=parameter.device)
+            parameter.grad *= (index[:, None] - index).abs() <= share * len(index)
 
 
 def _step(

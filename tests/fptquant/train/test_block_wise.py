@@ -152,3 +152,20 @@ def test_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
     )
     with pytest.raises(FPTQuantError, match=r"model.layers.1: step 0: the loss is not finite; lower the learn"):
         list(steps)
+
+
+@pytest.mark.parametrize("mask", ["none", "gradual"])
+def test_a_gradual_mask_lets_rotations_move_near_their_diagonal_first(mask: str, tmp_path: Path) -> None:
+    job = make_job("gqa", tmp_path, **{**FIELDS, "transforms": {"T_v": {"start": "identity"}}})
+    options = BlockWiseOptions.model_validate({"steps": 8, "mask": mask})
+    steps = train_block_wise(
+        make_student(job), build_model("gqa"), job.transforms, options, job.training_windows, seed=0
+    )
+    left = job.transforms.transforms["T_v"].left
+    size = left.shape[-1]
+    distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+    for step in range(1, 9):
+        next(steps)
+        moved = left[0].detach().ne(0).any(0)  # of any head
+        band = distance <= (step / 8 * size if mask == "gradual" else size)
+        assert torch.equal(moved, band & (distance > 0))
