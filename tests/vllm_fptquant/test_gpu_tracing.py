@@ -193,7 +193,9 @@ def test_one_graph_without_breaks(case: tuple[str, int, int, bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["marlin-int8", "marlin-cutlass-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"])
+@pytest.mark.parametrize(
+    "kernel", ["marlin-int8", "marlin-cutlass-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"]
+)
 def test_inductor(kernel: str) -> None:
     """The compiler's code hands kernels what they need: contiguous codes and row scales."""
     torch._dynamo.reset()

@@ -19,9 +19,10 @@ from vllm_fptquant.kernels.library import register
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, multiply, pad_inputs
 
 # Compute capability to tokens of a step. A GPU that isn't here never widens.
-# 90: docs/performance.md, one H100, Llama-3-8B: Marlin's products take 384 ms for 16384 tokens, CUTLASS's 174 ms, so
-#     0.4 us more for each token and layer. Widening a layer (218 M weights) moves 1.2 GB, 0.4 ms at 3 TB/s and 0.7 ms at
-#     half of that: calculated, not measured. That is won back from 1000 to 1800 tokens on; with a margin of two, 4096.
+# 90: docs/performance.md, one H100, Llama-3-8B: Marlin's products take 384 ms for 16384 tokens, CUTLASS's 174 ms. That
+#     is 0.4 us more for each token and layer. Widening a layer (218 M weights) moves 1.2 GB, which takes 0.36 ms at the
+#     card's 3.35 TB/s and 0.72 ms at half of that: calculated, not measured. So it pays from 900 or 1800 tokens on, and
+#     twice that is on the safe side.
 # `python benchmarks/bench_gpu.py --widening` measures both ways.
 WIDEN_FROM: dict[int, int] = {90: 4096}
 
@@ -147,8 +148,8 @@ def _multiply_fake(
     return packed_scale.new_empty((codes.shape[0], channel_scale.shape[0]))
 
 
-# An operator of our own: a trace, which is for any number of tokens, doesn't see the choice. A captured CUDA graph is for
-# one number of tokens, and has one of the two ways.
+# An operator of our own: a trace, which is for any number of tokens, doesn't see the choice. A captured CUDA graph is
+# for one number of tokens, and has one of the two ways.
 register(
     "marlin_or_cutlass(Tensor codes, Tensor row_scale, Tensor packed, Tensor packed_scale, Tensor channel_scale, "
     "int widen_from) -> Tensor",
