@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--compile", choices=["eager", "aot_eager", "inductor"], help="torch.compile with this backend")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--kernel")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="of fptquant")
     parser.add_argument("--gpu", type=int, metavar="CAPABILITY", help="pretend to have it, and emulate its kernels")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     arguments = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> None:
         request["max_tokens"],
         dtype=arguments.dtype,
         tensor_parallel_size=arguments.tensor_parallel,
-        additional_config={"fptquant": {"kernel": arguments.kernel}} if arguments.kernel else {},
+        additional_config={"fptquant": arguments.options},
         **(compiled(arguments.compile) if arguments.compile else {}),
     )
     arguments.output.write_text(json.dumps(results))
