@@ -292,7 +292,7 @@ def test_layer(
     serving: Callable[..., None],
     widened: list[Tensor],
 ) -> None:
-    """A checkpoint's layer on Hopper, with bias and S: every number of tokens, loaded twice."""
+    """A checkpoint's layer on Hopper, with bias and S: one step of six tokens, and six of one."""
     pretend_gpu(90)
     serving(additional_config={"fptquant": {"widen_from": asked}})
     config = quant_config(
