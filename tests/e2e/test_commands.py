@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import endings
 import pytest
 
 from fptquant.loading import Source
+from tests import forkserver
 
 SAMPLES = 4
 
 
 def run(*arguments: object) -> str:
     """What the command prints."""
-    line = [sys.executable, "-m", "fptquant", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = forkserver.run(forkserver.fptquant, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import openai
@@ -18,6 +18,9 @@ import psutil
 import pytest
 
 from fptquant.loading import Source
+from tests import forkserver
+from tests.vllm_fptquant.serve_stock import write_chat
+from tests.vllm_fptquant.serve_tokens import ENVIRONMENT
 from vllm_server import Server, serve
 
 pytestmark = pytest.mark.vllm
@@ -30,7 +33,12 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL)
+TOOL = {
+    "type": "function",
+    "function": {"name": "show_city", "description": "Shows a city on a map", "parameters": CITY, "strict": True},
+}
+TOOL_OPTIONS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+OPTIONS = ("--enforce-eager", "--max-model-len", "512", "--served-model-name", MODEL, *TOOL_OPTIONS)
 
 
 def processes(server: Server) -> list[int]:
@@ -121,42 +129,49 @@ def test_prompt_too_long(client: openai.OpenAI) -> None:
 
 
 @pytest.fixture(scope="module")
-def others(
-    source: Source, default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, openai.OpenAI]]:
-    """By name, servers of stock vLLM beside ours: of the model before it was quantized, and of the export.
-
-    The export's only with VNNI: without it vLLM's products with 8-bit weights saturate (docs/export.md).
-    """
-    folder = tmp_path_factory.mktemp("others")
-    options = ("-o", str(folder / "export"), "--quality", "0")
-    command = [sys.executable, "-m", "fptquant", "export", str(default_checkpoint), *options]
-    exported = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "what could not be kept:" in exported.stdout and "first token" in exported.stdout
-    cpu = Path("/proc/cpuinfo").read_text()
-    models = {"float": (source.path, "float32")}
-    if "avx512_vnni" in cpu:  # and AMX's kernel multiplies in 16 bits only
-        models["export"] = (folder / "export", "bfloat16" if "amx_int8" in cpu else "float32")
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        running: dict[str, Server] = {}
-
-        def start(name: str) -> openai.OpenAI:
-            path, dtype = models[name]
-            running[name] = stack.enter_context(
-                serve(path, "--dtype", dtype, *OPTIONS, log=folder / f"{name}.log", env={"VLLM_PLUGINS": ""})
-            )
-            return openai.OpenAI(base_url=running[name].base_url, api_key="none", timeout=120, max_retries=0)
-
-        yield dict(zip(models, pool.map(start, models), strict=True))
-        for other in running.values():
-            stop(other, signal.SIGTERM)
+def original(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A server of stock vLLM beside ours: of the model before it was quantized."""
+    log = tmp_path_factory.mktemp("original") / "vllm.log"
+    with serve(source.path, "--dtype", "float32", *OPTIONS, log=log, env={"VLLM_PLUGINS": ""}) as running:
+        yield openai.OpenAI(base_url=running.base_url, api_key="none", timeout=120, max_retries=0)
+        stop(running, signal.SIGTERM)
 
 
-def test_json_schema(client: openai.OpenAI, others: dict[str, openai.OpenAI]) -> None:
-    """What is asked for in prose comes back as JSON, from every form of the model the same."""
+def test_json_schema(client: openai.OpenAI, original: openai.OpenAI) -> None:
+    """What is asked for in prose comes back as JSON, as from the original."""
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
-    for name, asked in {"ours": client, **others}.items():
+    for asked in (client, original):
         answer = asked.chat.completions.create(
             model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, response_format=form
         )
-        assert json.loads(answer.choices[0].message.content or "") == {"city": "Paris"}, name
+        assert json.loads(answer.choices[0].message.content or "") == {"city": "Paris"}, asked.base_url
+
+
+def test_named_tool(client: openai.OpenAI, original: openai.OpenAI) -> None:
+    """The model calls the tool that was named, as it does before it is quantized."""
+    choice = {"type": "function", "function": {"name": "show_city"}}
+    for asked in (client, original):
+        answer = asked.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=100, temperature=0, tools=[TOOL], tool_choice=choice
+        )
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.function.name == "show_city", asked.base_url
+        assert json.loads(call.function.arguments) == {"city": "Paris"}, asked.base_url
+
+
+def test_json_schema_of_the_export(default_checkpoint: Path, tmp_path: Path) -> None:
+    """The same by stock vLLM, without the plugin.
+
+    It answers only with VNNI: without it vLLM's products with 8-bit weights saturate (docs/export.md).
+    """
+    options = ("-o", tmp_path / "export", "--quality", 0)
+    exported = forkserver.run(forkserver.fptquant, "export", default_checkpoint, *options)
+    assert "what could not be kept:" in exported.stdout and "first token" in exported.stdout
+    cpu = Path("/proc/cpuinfo").read_text()
+    if "avx512_vnni" not in cpu:
+        return
+    dtype = "bfloat16" if "amx_int8" in cpu else "float32"  # AMX's kernel multiplies in 16 bits only
+    request = (tmp_path / "answer", tmp_path / "export", dtype, QUESTION, CITY)
+    process = forkserver.run(write_chat, *request, VLLM_PLUGINS="", **ENVIRONMENT)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    assert json.loads((tmp_path / "answer").read_text()) == {"city": "Paris"}

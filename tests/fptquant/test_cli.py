@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from fptquant.run.job import open_job
 from fptquant.run.publication import Publication
 from fptquant.run.state import RunState
 from fptquant.wiring import FAMILIES
+from tests import forkserver
 from tests.conftest import TEXT, bound
 from tests.fptquant.conftest import Result, Run, one_error
 
@@ -679,7 +679,7 @@ def test_disk_that_fills_up(
 
 
 def until_trained(arguments: tuple[object, ...], errors: Path) -> None:
-    """The command in this process, a fork: imports would take longer than the run. It waits where training ends."""
+    """The command in this process, whose imports would take longer than the run. It waits where training ends."""
     save = RunState.save
 
     def saved(self: RunState, name: str, *content: Any) -> None:
@@ -700,7 +700,7 @@ def test_a_run_that_is_stopped_leaves_nothing_that_looks_finished(
     errors = tmp_path / "errors"
     options = ("--calibration", calibration, *SMALL, "--recipe", "fptquant-light")
     command = ("quantize", model, "-o", tmp_path / "out", *options)
-    process = multiprocessing.get_context("spawn").Process(target=until_trained, args=(command, errors))
+    process = forkserver.context().Process(target=until_trained, args=(command, errors))
     process.start()
     deadline = time.monotonic() + 180
     trained = tmp_path / ".out.state" / "local.safetensors"

@@ -1,43 +1,30 @@
 """Memory that runs out: one line that names the stage and the setting, and finished work is kept."""
 
+import ctypes
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-import fptquant
+from fptquant import console
 from fptquant.errors import is_out_of_memory
+from tests import forkserver
 from tests.conftest import EXCERPT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-ROOT = Path(fptquant.__file__).parents[1]
 
-# The command, in a process that may take some MB more from the start of a stage on.
-LIMITED = """
-import resource, sys
-from fptquant import cli, console
-
-stage, megabytes, *arguments = sys.argv[1:]
-
-class Limited(console.RichStages):
-    def begin(self, name):
-        super().begin(name)
-        if name == stage:
-            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-            limit = used + int(megabytes) * 2**20
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-cli.quantize.RichStages = cli.evaluate.RichStages = Limited
-sys.argv = ["fptquant", *arguments]
-cli.main()
-"""
+# Of glibc's mallopt: what is freed goes back at once, or how much of earlier stages' memory a later one gets is chance.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+ALLOCATOR = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 131072, M_TRIM_THRESHOLD: 131072}
 
 RECIPE = {
     "precision": "w4a4kv4",
@@ -56,12 +43,27 @@ def model(tmp_path: Path, save_model: Callable[..., Path]) -> Path:
     return save_model(tmp_path / "model", "gqa", intermediate_size=4096)
 
 
+def limited(stage: str, megabytes: int, arguments: list[str]) -> None:
+    """The command, in this process, that may take some MB more from the start of a stage on."""
+    libc = ctypes.CDLL(None)
+    assert all(libc.mallopt(*option) for option in ALLOCATOR.items())
+    libc.malloc_trim(0)
+
+    class Limited(console.RichStages):
+        def begin(self, name: str) -> None:
+            super().begin(name)
+            if name == stage:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                limit = used + megabytes * 2**20
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    for name in ("quantize", "evaluate"):
+        import_module(f"fptquant.cli.{name}").RichStages = Limited
+    forkserver.fptquant(*arguments)
+
+
 def command(stage: str, megabytes: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    # What is freed goes back at once: how much of earlier stages' memory a later one gets would be chance otherwise.
-    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **allocator}
-    line = [sys.executable, "-c", LIMITED, stage, str(megabytes), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment)
+    return forkserver.run(limited, stage, megabytes, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

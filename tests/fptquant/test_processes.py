@@ -32,6 +32,7 @@ from fptquant.quantize.ranges import _EXTREMES, _SAMPLE
 from fptquant.report import ranges as range_report
 from fptquant.report import training as training_report
 from fptquant.run.job import Job
+from tests import forkserver
 from tests.fptquant.test_shipped_recipes import short
 from tests.fptquant.train.test_training import make_job
 
@@ -128,10 +129,11 @@ def one_of_two(rank: int, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what two processes made; not forks, which can hang on what tests before left of threads."""
+    """A directory with what two processes made; no forks of this one: those can hang on what tests left of threads."""
     path = tmp_path_factory.mktemp("pair")
     job("rtn", path)
-    multiprocessing.start_processes(one_of_two, (path,), nprocs=2, start_method="spawn")
+    method = forkserver.context().get_start_method()
+    multiprocessing.start_processes(one_of_two, (path,), nprocs=2, start_method=method)
     return path
 
 

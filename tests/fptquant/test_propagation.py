@@ -74,6 +74,17 @@ def test_tokens_count_as_often_as_they_weigh() -> None:
     assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, PARTS), atol=1e-3)
 
 
+@pytest.mark.parametrize("importance", [None, random(TOKENS).abs()], ids=["alike", "weighed"])
+def test_many_outputs_find_what_few_do(importance: Tensor | None) -> None:
+    """With more outputs than half the inputs, the product with the weights comes last; rows don't see it."""
+    weight, deviation = random(2 * HIDDEN, HIDDEN), Deviation(0.3 * SEEN + random(TOKENS, HIDDEN))
+    before = deviation.read.clone()
+    hessian, found = propagation._moments(weight, SEEN, deviation, importance, PARTS[0])
+    some = [propagation._moments(rows, SEEN, deviation, importance, PARTS[0]) for rows in weight.split(HIDDEN // 3)]
+    torch.testing.assert_close(found, torch.cat([rows for _, rows in some]), atol=1e-4, rtol=1e-5)
+    assert torch.equal(hessian, some[0][0]) and torch.equal(deviation.read, before)
+
+
 def test_one_sequence_is_nothing_to_try_it_on() -> None:
     deviation = Deviation(0.3 * SEEN)
     assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 1)) is WEIGHT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -54,28 +53,6 @@ def serving() -> Iterator[Callable[..., None]]:
     """Function that makes a `VllmConfig` with these arguments the current one."""
     with ExitStack() as stack:
         yield lambda **arguments: stack.enter_context(serving_config(**arguments))
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """VLLM's engine in this process, which has imported it; and nothing of it left.
-
-    VLLM freezes, unfreezes and collects the heap for each engine: most of a tiny one's time. Only imports are frozen.
-    """
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    from tests.vllm_fptquant.serve_tokens import ENVIRONMENT
-
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # a worker replaces it
-    for module in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_worker"):
-        monkeypatch.setattr(f"{module}.freeze_gc_heap", lambda: None)
-    monkeypatch.setattr(gc, "unfreeze", lambda: None)
-    gc.collect()
-    gc.freeze()
-    yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture

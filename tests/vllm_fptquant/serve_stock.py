@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from tests.vllm_fptquant.serve_tokens import ENVIRONMENT, serve_tokens
+from tests.vllm_fptquant.serve_tokens import serve_tokens
 
 
-def main() -> None:
-    """Reads a request, {"models": {directory: dtype}, "prompts": ..., "max_tokens": ...}, and writes the answers."""
-    os.environ.update(ENVIRONMENT | {"VLLM_PLUGINS": ""})
-    request = json.loads(Path(sys.argv[1]).read_text())
+def write_answers(output: Path, models: dict[str, str], prompts: list[list[int]], max_tokens: int) -> None:
+    """Serves models, by directory their dtype; writes answers, and which of the plugin's modules were imported."""
     answers = {
-        name: serve_tokens(Path(name), request["prompts"], request["max_tokens"], dtype=dtype, quantization=None)
-        for name, dtype in request["models"].items()
+        name: serve_tokens(Path(name), prompts, max_tokens, dtype=dtype, quantization=None)
+        for name, dtype in models.items()
     }
     ours = [name for name in sys.modules if name.partition(".")[0] == "vllm_fptquant"]
-    Path(sys.argv[2]).write_text(json.dumps({"answers": answers, "plugin": ours}))
+    output.write_text(json.dumps({"answers": answers, "plugin": ours}))
 
 
-if __name__ == "__main__":
-    main()
+def write_chat(
+    output: Path, model: Path, dtype: str, messages: list[dict[str, str]], schema: dict[str, object]
+) -> None:
+    """Writes what a model answers as JSON of a schema, in at most 40 tokens; greedily."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = LLM(str(model), dtype=dtype, enforce_eager=True, max_model_len=512)
+    form = StructuredOutputsParams(json=schema)
+    (answer,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40, structured_outputs=form))
+    output.write_text(answer.outputs[0].text)
+    llm.llm_engine.engine_core.shutdown()

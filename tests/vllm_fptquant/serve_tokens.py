@@ -1,9 +1,9 @@
-"""Serves one checkpoint on vLLM: log-probabilities and greedy tokens; as a program, in its own process, as JSON."""
+"""Serves one checkpoint on vLLM: log-probabilities and greedy tokens."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -59,39 +59,28 @@ def serve_tokens(checkpoint: Path, prompts: list[list[int]], max_tokens: int, **
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("request", type=Path, help="JSON: prompts (lists of token ids), max_tokens")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--compile", choices=["eager", "aot_eager", "inductor"], help="torch.compile with this backend")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="of fptquant")
-    parser.add_argument("--gpu", type=int, metavar="CAPABILITY", help="pretend to have it, and emulate its kernels")
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    arguments = parser.parse_args()
+def write_tokens(
+    output: Path, checkpoint: Path, prompts: list[list[int]], max_tokens: int, gpu: int | None, options: dict[str, Any]
+) -> None:
+    """`serve_tokens` in a process of its own; the answers go to a file, as JSON.
 
+    Args:
+        output: the file.
+        checkpoint: to serve.
+        prompts: token ids.
+        max_tokens: of each answer.
+        gpu: pretends to have one of this capability, and emulates its kernels.
+        options: of the engine; `workers`: how it starts them, "spawn" where that isn't said.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if arguments.gpu:
+    if gpu:
         from tests.vllm_fptquant import gpu_emulation
 
         gpu_emulation.define_operators()
-        for target, value in (gpu_emulation.WORKSPACE, *gpu_emulation.pretended_platform(arguments.gpu)):
-            patch(target, value).start()
-
-    request = json.loads(arguments.request.read_text())
-    results = serve_tokens(
-        arguments.model,
-        request["prompts"],
-        request["max_tokens"],
-        dtype=arguments.dtype,
-        tensor_parallel_size=arguments.tensor_parallel,
-        additional_config={"fptquant": arguments.options},
-        **(compiled(arguments.compile) if arguments.compile else {}),
-    )
-    arguments.output.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+        for target, found in (gpu_emulation.WORKSPACE, *gpu_emulation.pretended_platform(gpu)):
+            patch(target, found).start()
+    if workers := options.pop("workers", None):
+        context = multiprocessing.get_context(workers)
+        patch("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: context).start()
+    output.write_text(json.dumps(serve_tokens(checkpoint, prompts, max_tokens, **options)))

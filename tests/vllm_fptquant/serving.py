@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +14,46 @@ from safetensors.torch import load_file, save_file
 from fptquant import pipeline
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
-from tests.conftest import ROOT, TEXT, bound, build_model, build_tokenizer
-from tests.vllm_fptquant.serve_tokens import serve_tokens
+from tests import forkserver
+from tests.conftest import TEXT, bound, build_model, build_tokenizer
+from tests.vllm_fptquant.serve_tokens import serve_tokens, write_tokens
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 
-SERVE = Path(__file__).with_name("serve_tokens.py")
 NEW_TOKENS = 8
 TOLERANCE = 1e-4  # float32 against float64; one flipped 4-bit code would show as 1e-2
 TRANSFORMS = ["T_k", "T_v", "T_u", "T_r", "T_d"]
 
 
-def serve(checkpoint: Path, prompts: list[list[int]], *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs `serve_tokens.py` in a process of its own, which leaves its answers in `answer.json`."""
-    request = checkpoint / "request.json"
-    request.write_text(json.dumps({"prompts": prompts, "max_tokens": NEW_TOKENS}))
-    command = [sys.executable, str(SERVE), str(checkpoint), str(request), str(checkpoint / "answer.json"), *flags]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": paths})
+def serve(
+    checkpoint: Path, prompts: list[list[int]], *, gpu: int | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs `write_tokens` in a process of its own, which leaves its answers in `answer.json`."""
+    arguments = (checkpoint / "answer.json", checkpoint, prompts, NEW_TOKENS, gpu, options)
+    return forkserver.run(write_tokens, *arguments)
 
 
-def check_served(model: TinyLlama, directory: Path, *flags: str, **options: Any) -> None:
+def served_apart(checkpoint: Path, prompts: list[list[int]], **options: Any) -> list[dict[str, Any]]:
+    """The answers of `serve`."""
+    process = serve(checkpoint, prompts, **options)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    found: list[dict[str, Any]] = json.loads((checkpoint / "answer.json").read_text())
+    return found
+
+
+def check_served(model: TinyLlama, directory: Path, *, apart: bool = False, **options: Any) -> None:
     """Tokens and log-probabilities of `model` as vLLM serves it are those of the reference.
 
     Args:
         model: to serve.
         directory: to write it to.
-        flags: of `serve_tokens.py`, which is a process of its own; without any, the engine is in this one, which takes
-            a tenth of the time (fixture `one_process`).
-        options: of the engine in this process.
+        apart: the engine has a process of its own, or is in this one (fixture `one_process`).
+        options: of the engine.
     """
     checkpoint = model.write(directory / "checkpoint")
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in (3, 17, 40)]
-    if flags:
-        process = serve(checkpoint, prompts, *flags)
-        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-        answers = json.loads((checkpoint / "answer.json").read_text())
+    if apart:
+        answers = served_apart(checkpoint, prompts, **options)
     else:
         answers = serve_tokens(checkpoint, prompts, NEW_TOKENS, **options)
     for prompt, answer in zip(prompts, answers, strict=True):

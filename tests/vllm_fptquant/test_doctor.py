@@ -81,6 +81,7 @@ def test_wrong_gpu_kernel_is_found(emulated: None, monkeypatch: pytest.MonkeyPat
         return correct(self, codes, row_scale[:1].expand(row_scale.shape).contiguous())
 
     monkeypatch.setattr(MarlinInt8Kernel, "forward", wrong)
+    monkeypatch.setattr(doctor, "SCHEMES", {"w4a8": doctor.SCHEMES["w4a8"]})
     failed = [r for r in doctor.check_kernels() if r.status == "fail"]
     assert {r.kernel for r in failed} == {"marlin-int8"} and "units in the last place" in failed[0].detail
 
@@ -91,6 +92,7 @@ def test_wrong_hadamard_is_found(emulated: None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         torch.ops.fptquant, "mm_float32", lambda x, matrix: multiply(x, matrix).to(x.dtype).float(), raising=False
     )
+    monkeypatch.setattr(doctor, "SCHEMES", {})
     failed = [r for r in doctor.check_kernels() if r.status == "fail"]
     assert {r.layer for r in failed} == {"T_d, float16", "T_d, bfloat16"}
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,12 @@ from fptquant.export.write import Exporter, prepare
 from fptquant.format.arithmetic import block_hadamard, hadamard_factors
 from fptquant.loading import load_model, open_source
 from fptquant.progress import Stages
-from tests.conftest import ROOT, VOCABULARY
-from tests.vllm_fptquant.serve_tokens import serve_tokens
+from tests import forkserver
+from tests.conftest import VOCABULARY
+from tests.vllm_fptquant.serve_stock import write_answers
+from tests.vllm_fptquant.serve_tokens import ENVIRONMENT, serve_tokens
 from tests.vllm_fptquant.serving import quantized
 
-SERVE = Path(__file__).with_name("serve_stock.py")
 ALL = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
 # No matrix has sizes that AMX's kernel takes, which multiplies in 16 bits only.
 ODD = {"hidden": 40, "intermediate": 72}
@@ -71,12 +69,8 @@ def served(exports: dict[str, tuple[Path, Exporter]], tmp_path_factory: pytest.T
     """What stock vLLM answers for each, in one process that never imports the plugin."""
     folder = tmp_path_factory.mktemp("served")
     models = {str(path): "float16" if name == "packed" else "float32" for name, (path, _) in exports.items()}
-    request = {"models": models, "prompts": PROMPTS, "max_tokens": NEW_TOKENS}
-    (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, str(SERVE), str(folder / "request.json"), str(folder / "answers.json")]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    request = (models, PROMPTS, NEW_TOKENS)
+    process = forkserver.run(write_answers, folder / "answers.json", *request, VLLM_PLUGINS="", **ENVIRONMENT)
     assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
     found: dict[str, Any] = json.loads((folder / "answers.json").read_text())
     assert found["plugin"] == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ import torch
 from fptquant import pipeline
 from fptquant.loading import load_model, open_source
 from tests.families import make_job
-from tests.vllm_fptquant.serve_tokens import serve_tokens
-from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, serve
+from tests.vllm_fptquant.serve_tokens import compiled, serve_tokens
+from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, served_apart
 
 PROMPTS = [[0, 17, 5, 99, 3, 8, 120, 44, 7, 61], [7, 211, 30, 4, 4, 18, 9], [0, 300, 2, 71, 33]]
 
@@ -30,9 +30,7 @@ def test_served_is_simulated(variant: str, split: bool, tmp_path: Path, one_proc
     if split:
         answers = serve_tokens(tmp_path / "out", PROMPTS, NEW_TOKENS, tensor_parallel_size=2)
     else:
-        process = serve(tmp_path / "out", PROMPTS, "--compile", "eager")
-        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-        answers = json.loads((tmp_path / "out" / "answer.json").read_text())
+        answers = served_apart(tmp_path / "out", PROMPTS, **compiled("eager"))
     model, differences = load_model(open_source(tmp_path / "out")), []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
@@ -55,9 +53,9 @@ def test_expert_parallelism_is_refused() -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "flags"), [("qwen2_moe", ("--compile", "eager")), ("mixtral", ())], ids=["compiled", "eager"]
+    ("variant", "options"), [("qwen2_moe", compiled("eager")), ("mixtral", {})], ids=["compiled", "eager"]
 )
-def test_gpu_path(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_gpu_path(variant: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Inside vLLM's engine on emulated kernels, in 16 bits: see `test_served_tiny.py`, test_gpu_path.
 
     In float16, as vLLM 0.32's attention in bfloat16 ends with an illegal instruction on some virtual CPUs with AMX.
@@ -65,10 +63,9 @@ def test_gpu_path(variant: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     transforms = ["T_k", "T_v", "T_u", "T_r", "T_d", "S_n"]
     job = make_job(variant, tmp_path, precision="w4a8kv8", rounding={"method": "nearest"}, transforms=transforms)
     pipeline.quantize(job, tmp_path / "out")
-    process = serve(tmp_path / "out", PROMPTS, "--dtype", "float16", "--gpu", "80", *flags)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    answers = served_apart(tmp_path / "out", PROMPTS, gpu=80, dtype="float16", **options)
     model, differences = load_model(open_source(tmp_path / "out")), []
-    for prompt, answer in zip(PROMPTS, json.loads((tmp_path / "out" / "answer.json").read_text()), strict=True):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = model(torch.tensor([prompt + answer["tokens"]])).logits[0].log_softmax(-1)[:-1]
         differences.append((torch.tensor(answer["logprobs"]) - expected).abs().mean(-1))
     assert torch.cat(differences).mean() < 0.2, differences

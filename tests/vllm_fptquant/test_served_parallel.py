@@ -52,7 +52,7 @@ def test_served_equals_reference(
 ) -> None:
     """Biases, per-head KV scales, S_n, T_d and T_h; float32 sums of two ranks stay within the tolerance of one.
 
-    Inductor compiles a pipeline in test_served_sink.py; workers are spawned in the test below and for mixtures.
+    Inductor compiles a pipeline in test_served_sink.py; workers are spawned for mixtures.
     """
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=True, kv_heads=kv_heads)
     check_served(model, tmp_path, **options)
@@ -62,7 +62,7 @@ def test_split_hadamard_block_stops_the_engine_with_one_clear_line(tmp_path: Pat
     """96 channels in blocks of 32 are three blocks."""
     fields = {**EVERYTHING, "transforms": {"down_hadamard": {"block": 32}}}
     checkpoint = TinyLlama.random(CheckpointConfig.model_validate(fields)).write(tmp_path / "checkpoint")
-    process = serve(checkpoint, [[1, 2, 3]], "--tensor-parallel", "2")
+    process = serve(checkpoint, [[1, 2, 3]], tensor_parallel_size=2, workers="fork")
     assert process.returncode != 0
     message = "down_proj: tensor-parallel size 2 leaves 48 input features to a rank, which splits the Hadamard blocks"
     assert message in process.stdout + process.stderr

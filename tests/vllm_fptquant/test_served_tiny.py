@@ -14,8 +14,8 @@ from fptquant.errors import FPTQuantError
 from fptquant.format import CheckpointConfig
 from tests.conftest import bound
 from tests.vllm_fptquant import gpu_emulation
-from tests.vllm_fptquant.serve_tokens import serve_tokens
-from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, check_served, serve
+from tests.vllm_fptquant.serve_tokens import compiled, serve_tokens
+from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, check_served, served_apart
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
 from vllm_fptquant.kernels import marlin_cutlass
 
@@ -67,14 +67,14 @@ def test_served_equals_reference(
 @pytest.mark.slow
 def test_served_compiled(tmp_path: Path) -> None:
     model = TinyLlama.random(CheckpointConfig.model_validate(EVERYTHING), bias=True)
-    check_served(model, tmp_path, "--compile", "inductor")
+    check_served(model, tmp_path, apart=True, **compiled("inductor"))
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_gpu_path(
-    compiled: bool, tmp_path: Path, one_process: None, operators: None, monkeypatch: pytest.MonkeyPatch
+    backend: str | None, tmp_path: Path, one_process: None, operators: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU's linear layers inside vLLM's engine, their kernels emulated on the CPU, in 16 bits.
 
@@ -88,18 +88,15 @@ def test_gpu_path(
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=True)
     checkpoint = model.write(tmp_path / "checkpoint")
     prompt = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    options = {"kernel": "marlin-cutlass-int8", "widen_from": 8}
-    if compiled:
-        flags = ("--dtype", "float16", "--gpu", "80", "--options", json.dumps(options), "--compile", "aot_eager")
-        process = serve(checkpoint, [prompt], *flags)
-        assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
-        (answer,) = json.loads((checkpoint / "answer.json").read_text())
+    ours = {"kernel": "marlin-cutlass-int8", "widen_from": 8}
+    options = {"dtype": "float16", "additional_config": {"fptquant": ours}}
+    if backend:
+        (answer,) = served_apart(checkpoint, [prompt], gpu=80, **options, **compiled(backend))
     else:
         for target, platform in gpu_emulation.pretended_platform(80):
             monkeypatch.setattr(target, platform)
         monkeypatch.setattr(marlin_cutlass, "_buffers", {})
-        settings = {"dtype": "float16", "additional_config": {"fptquant": options}}
-        (answer,) = serve_tokens(checkpoint, [prompt], NEW_TOKENS, **settings)
+        (answer,) = serve_tokens(checkpoint, [prompt], NEW_TOKENS, **options)
         assert gpu_emulation.accumulators and marlin_cutlass._buffers
     expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
     served = torch.tensor(answer["logprobs"], dtype=torch.float64)

@@ -223,14 +223,21 @@ def _moments(
     weight: Tensor, seen: Tensor, deviation: Deviation, importance: Tensor | None, part: list[slice]
 ) -> tuple[Tensor, Tensor]:
     """H (K, K) and R (N, K), sums over some tokens of all processes."""
-    found = torch.zeros_like(weight)
+    outputs, inputs = weight.shape
+    # R = W E[(x - x^) x^^T] where nothing is added to it: fewer products where there are many outputs
+    weight_last = deviation.residual is None and inputs < 2 * outputs
+    found = weight.new_zeros(inputs if weight_last else outputs, inputs)
     for rows in part:
-        off = nn.functional.linear(deviation.read[rows], weight)
+        off = deviation.read[rows]
+        if not weight_last:
+            off = nn.functional.linear(off, weight)
         if deviation.residual is not None:
             off += deviation.residual[rows]
         if importance is not None:
-            off *= importance[rows, None]
+            off = off * importance[rows, None]
         found.addmm_(off.T, seen[rows])
+    if weight_last:
+        found = weight @ found
     return summed_squares(seen, importance, part), parallel.summed(found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
 from torch import Tensor
 
 
@@ -28,6 +27,9 @@ def starting_rotation(size: int, generator: torch.Generator) -> Tensor:
     A Hadamard matrix with random signs where one is known (powers of two times 12, 20, 28, 36, ...), otherwise a
     random orthogonal matrix.
     """
+    # it imports torch's compiler, seconds that whoever only loads or evaluates need not wait
+    from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
+
     try:
         hadamard: Tensor = random_hadamard_matrix(size, torch.float64, gen=generator)
     except ValueError:

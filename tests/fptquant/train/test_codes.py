@@ -168,10 +168,19 @@ def test_relative_error_counts_every_token_alike() -> None:
     assert float(relative_error(goal * torch.tensor([[1.0], [1.1]]), goal)) == pytest.approx(0.005)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole")
+    pipeline.quantize(make_job("gqa", path, **FIELDS), path / "out")
+    return path / "out"
+
+
 @pytest.mark.parametrize("at", [10, 30, 47])
-def test_killed_run_continues_to_the_same_checkpoint(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_continues_to_the_same_checkpoint(
+    at: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within a layer, behind one, and in the last; the other run is streamed."""
-    pipeline.quantize(make_job("gqa", tmp_path, **FIELDS), tmp_path / "whole")
     recorded = pipeline.MetricsFile.__call__
 
     def record(self: Any, name: str, step: int, values: dict[str, float]) -> None:
@@ -184,9 +193,9 @@ def test_killed_run_continues_to_the_same_checkpoint(at: int, tmp_path: Path, mo
         with pytest.raises(Killed):
             pipeline.quantize(make_job("gqa", tmp_path, **FIELDS), tmp_path / "out")
     pipeline.quantize(replace(make_job("gqa", tmp_path, **FIELDS), residency="streamed"), tmp_path / "out")
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    expected, found = (load_file(path / "model.safetensors") for path in (whole, tmp_path / "out"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    assert losses_of(tmp_path / "out") == losses_of(tmp_path / "whole")
+    assert losses_of(tmp_path / "out") == losses_of(whole)
 
 
 def test_a_layer_in_floating_point_is_not_trained(tmp_path: Path) -> None:
