@@ -2,6 +2,7 @@
 
     python benchmarks/bench_gpu.py --work DIR           # all rows; about 2 minutes each on an H100
     python benchmarks/bench_gpu.py --only bfloat16 "fptquant w4a8kv8" --profile
+    python benchmarks/bench_gpu.py --widening           # products alone: from how many tokens on weights are widened
 
 Random weights (`synthetic.py`), compiled, CUDA graphs, each row in a process of its own (`measure_speed.py`), its log
 beside the results.
@@ -19,6 +20,7 @@ from typing import Any
 
 import synthetic
 import torch
+import widening
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, LENGTH, BATCHES = 8, 2048, (1, 16, 128)
@@ -28,7 +30,12 @@ DUMMY = {"load_format": "dummy"}
 
 def kernel(name: str) -> dict[str, Any]:
     """Engine arguments that ask for one of our kernels."""
-    return {"additional_config": {"fptquant": {"kernel": name}}}
+    return option(kernel=name)
+
+
+def option(**given: Any) -> dict[str, Any]:
+    """Engine arguments with options of ours."""
+    return {"additional_config": {"fptquant": given}}
 
 
 W4A8, W4A4 = synthetic.fptquant_config(8, 8), synthetic.fptquant_config(4, 4)
@@ -37,6 +44,8 @@ ROWS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     BASELINE: ("plain", None, DUMMY),
     "fptquant w4a8kv8": ("w4a8kv8", W4A8, {}),
     "fptquant w4a4kv4": ("w4a4kv4", W4A4, {}),
+    "fptquant w4a8kv8, never widened": ("w4a8kv8", W4A8, option(widen_from="never")),
+    "fptquant w4a8kv8, widened from 1024": ("w4a8kv8", W4A8, option(widen_from=1024)),
     "fptquant w4a8kv8, cutlass-int8": ("w4a8kv8", W4A8, kernel("cutlass-int8")),
     "compressed-tensors W4A16": ("ct-w4a16", synthetic.W4A16, {}),
     "compressed-tensors W8A8, dynamic": ("ct-w8a8", synthetic.W8A8, {}),
@@ -51,9 +60,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench-gpu", help="checkpoints, logs and results")
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--profile", action="store_true", help="which operators take the time, in the rows' logs")
+    parser.add_argument("--widening", action="store_true", help="time products with widened weights, and nothing else")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU here; on a CPU: make bench")
+    if arguments.widening:
+        widening.print_sweep()
+        return
     arguments.work.mkdir(parents=True, exist_ok=True)
     kept = arguments.work / "results.json"
     results: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}

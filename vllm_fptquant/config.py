@@ -165,6 +165,8 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if options.exact:
                 raise FPTQuantError("--additional-config, key 'fptquant': exact serves on CPUs only: leave it out")
             keep_division_exact(vllm_config)
+        elif options.widen_from is not None:
+            raise FPTQuantError("--additional-config, key 'fptquant': widen_from is for GPUs only: leave it out")
         if prefix == CLASSIFIER:
             return ClassifierMethod()
         if isinstance(layer, LinearBase):
@@ -180,6 +182,7 @@ class FPTQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 exact=options.exact,
                 fast_hadamard=options.fast_hadamard,
                 experts=self.stacks_experts,
+                widen_from=options.widen_from,
             )
         if isinstance(layer, ParallelLMHead):
             steps = self.checkpoint.steps_for(prefix)

@@ -25,6 +25,7 @@ from fptquant.format import (
 from fptquant.format.steps import RowScale, Undo, arrange, linear_steps
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, Kernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
+from vllm_fptquant.kernels.marlin_cutlass import widening_threshold
 from vllm_fptquant.kernels.operator import PreparedLinear
 from vllm_fptquant.kernels.select import KERNELS, select_kernel
 from vllm_fptquant.linear import device_capability
@@ -45,6 +46,7 @@ SCHEMES = {
 }
 OUT, IN = 512, 1024
 ROWS = (1, 37, 300)
+WIDEN_FROM = 100  # rows: both ways of a kernel that widens weights are checked
 FLOAT_TOLERANCE = 5e-3  # of weight-only layers, relative to the largest output: they multiply 16-bit numbers
 BLOCKS = (256, 1024)  # of T_d
 HADAMARD_TOLERANCE = 1e-5  # relative to the largest output: it sums in float32
@@ -99,7 +101,9 @@ def check_kernels() -> Iterator[Result]:
     dtypes = [torch.float32] if kind == "cpu" else [torch.float16, torch.bfloat16]
     for layer, scheme in SCHEMES.items():
         for dtype in dtypes:
-            spec = LinearSpec(scheme, IN, OUT, dtype, kind, device_capability())
+            capability = device_capability()
+            served = widening_threshold(None, capability)
+            spec = LinearSpec(scheme, IN, OUT, dtype, kind, capability, widen_from=served)
             title = layer if kind == "cpu" else f"{layer}, {str(dtype).removeprefix('torch.')}"
             try:
                 chosen: type[Kernel] | None = select_kernel(spec, None, title)[0]
@@ -108,7 +112,8 @@ def check_kernels() -> Iterator[Result]:
                 yield Result("none", title, True, "not here", str(error))
             for kernel in KERNELS:
                 if kernel.device == kind:
-                    yield check_kernel(kernel, replace(spec, experts=kernel.experts), title, kernel is chosen)
+                    checked = replace(spec, experts=kernel.experts, widen_from=WIDEN_FROM)
+                    yield check_kernel(kernel, checked, title, kernel is chosen)
     if kind != "cpu":
         yield from map(check_hadamard, dtypes)
 
@@ -120,7 +125,7 @@ def check_kernel(kernel: type[Kernel], spec: LinearSpec, title: str, chosen: boo
         return Result(kernel.name, title, chosen, "not here", refusal)
     try:
         weights = random_weights(spec)
-        layer = _prepared(kernel, weights, spec.dtype)
+        layer = _prepared(kernel, weights, spec)
         deviation = max(_deviation(layer, weights, spec, rows, scaled) for rows in ROWS for scaled in (False, True))
     except Exception as error:  # whatever a kernel or its compiler raises is the finding
         return Result(kernel.name, title, chosen, "fail", f"{type(error).__name__}: {str(error).splitlines()[0]}")
@@ -150,13 +155,15 @@ def check_hadamard(dtype: torch.dtype) -> Result:
     return Result("torch", title, True, "pass" if passed else "fail", f"relative difference {deviation:.1e}")
 
 
-def _prepared(kernel: type[Kernel], weights: LinearWeights, dtype: torch.dtype) -> GpuLinear | PreparedLinear:
+def _prepared(kernel: type[Kernel], weights: LinearWeights, spec: LinearSpec) -> GpuLinear | PreparedLinear:
     """A layer as it would be served, on this device."""
     if issubclass(kernel, GpuKernel):
         tensors = {name: value.to(torch_device()) for name, value in vars(weights).items() if isinstance(value, Tensor)}
         moved = LinearWeights(**{**vars(weights), **tensors})
         around = (RowScale(), Undo())  # S is in the kernel's row scale
-        return GpuLinear(kernel(moved, dtype), moved, arrange(linear_steps(weights.scheme, around)))
+        built = kernel(moved, spec.dtype)
+        built.widen_from = spec.widen_from
+        return GpuLinear(built, moved, arrange(linear_steps(weights.scheme, around)))
     assert issubclass(kernel, CpuKernel)
     return PreparedLinear(kernel(weights), weights, arrange(linear_steps(weights.scheme)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from fptquant.format.steps import Hadamard, Step, StepTensor, arrange
 from vllm_fptquant.dummy import fill_linear, has_dummy_weights
 from vllm_fptquant.kernels.base import CpuKernel, GpuKernel, LinearSpec, LinearWeights
 from vllm_fptquant.kernels.gpu import GpuLinear, ScaledInput, require_hadacore
+from vllm_fptquant.kernels.marlin_cutlass import widening_threshold
 from vllm_fptquant.kernels.operator import PreparedLinear, linear, register_prepared, replace_prepared
 from vllm_fptquant.kernels.select import select_kernel
 from vllm_fptquant.loading import Loaded, ShardParameter, consume, is_consumed, recording
@@ -47,6 +48,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         exact: bool = False,
         fast_hadamard: bool = False,
         experts: bool = False,
+        widen_from: int | Literal["never"] | None = None,
     ) -> None:
         """Describes the layer.
 
@@ -57,6 +59,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             exact: compute online steps in float64, see `vllm_fptquant.exact`.
             fast_hadamard: compute T_d in 16 bits, on GPUs.
             experts: whether it is one of many experts that a GPU computes together.
+            widen_from: tokens of a step from which on 4-bit weights are widened, on GPUs; None for the shipped table.
 
         Raises:
             FPTQuantError: a step that the plugin doesn't know.
@@ -69,6 +72,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.exact = exact
         self.fast_hadamard = fast_hadamard
         self.experts = experts
+        self.widen_from = widen_from
         self.place: Callable[[GpuLinear], None] | None = None  # takes what was prepared, of an expert on a GPU
         self.loaded = Loaded()
         self.handle: Tensor | None = None  # of what was prepared, on CPUs
@@ -99,10 +103,17 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.output_partition_sizes = output_partition_sizes
         self.in_features = input_size
         capability = device_capability()
-        spec = LinearSpec(
-            self.scheme, in_features, out_features, params_dtype, current_platform.device_type, capability, self.experts
+        self.spec = LinearSpec(
+            self.scheme,
+            in_features,
+            out_features,
+            params_dtype,
+            current_platform.device_type,
+            capability,
+            self.experts,
+            widening_threshold(self.widen_from, capability),
         )
-        self.kernel_class, reason = select_kernel(spec, self.kernel, ", ".join(self.shards))
+        self.kernel_class, reason = select_kernel(self.spec, self.kernel, ", ".join(self.shards))
         kind = "+".join(name.rpartition(".")[2] for name in self.shards)
         bits = f"{weights.label}a{activations.bits}"
         logger.info_once("fptquant: %s (%s) uses kernel %s: %s", kind, bits, self.kernel_class.name, reason)
@@ -199,6 +210,7 @@ class FPTQuantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Builds the kernel; where there is one already, graphs go on with the new weights."""
         if issubclass(self.kernel_class, GpuKernel):
             kernel = self.kernel_class(weights, layer.params_dtype)
+            kernel.widen_from = self.spec.widen_from
             prepared_on_gpu = GpuLinear(kernel, weights, self.arrangement, fast_hadamard=self.fast_hadamard)
             buffers = dict(prepared_on_gpu.named_buffers())
             if self.place is not None:

@@ -5,9 +5,9 @@ vLLM makes `additional_config` part of its compile cache key, which an environme
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fptquant.errors import FPTQuantError
 from fptquant.format.schema import one_line
@@ -21,6 +21,8 @@ class ServingOptions(BaseModel):
     kernel: str | None = None  # or several with commas between, in order of preference
     exact: bool = False  # see `vllm_fptquant.exact`
     fast_hadamard: bool = False  # T_d in 16 bits, on GPUs: not what the checkpoint was made for, but close
+    # Tokens of a step; None for the shipped table (`vllm_fptquant.kernels.marlin_cutlass`)
+    widen_from: Annotated[int, Field(gt=0, strict=True)] | Literal["never"] | None = None
 
     @classmethod
     def of(cls, vllm_config: Any) -> ServingOptions:

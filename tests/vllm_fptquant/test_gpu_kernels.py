@@ -49,10 +49,11 @@ from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
 from vllm_fptquant.kernels.experts import MarlinExperts, MarlinInt8Experts
 from vllm_fptquant.kernels.gpu import BlockHadamard, GpuLinear, ScaledInput
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
+from vllm_fptquant.kernels.marlin_cutlass import MarlinCutlassKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 from vllm_fptquant.models.projections import project, scaled_projection
 
-KERNELS = [MarlinInt8Kernel, MarlinInt8Experts, CutlassInt8Kernel, TritonInt8Kernel]
+KERNELS = [MarlinInt8Kernel, MarlinCutlassKernel, MarlinInt8Experts, CutlassInt8Kernel, TritonInt8Kernel]
 DTYPES = [torch.float16, torch.bfloat16]
 FOUR, EIGHT, GROUPS = WeightScheme(), WeightScheme(bits=8), WeightScheme(strategy="group", group_size=64)
 
@@ -84,7 +85,7 @@ def layers(draw: st.DrawFn, kernel: type[GpuKernel]) -> tuple[LinearWeights, Ten
     symmetric = draw(st.booleans()) if bits == 4 or kernel in zero_points else True
     zero_point = None if symmetric else draw(st.integers(-limit, limit - 1))
     scheme = FOUR if issubclass(kernel, MarlinInt8Kernel) else draw(st.sampled_from([FOUR, GROUPS, EIGHT]))
-    step = 16 if kernel is CutlassInt8Kernel else 1
+    step = 16 if kernel in (CutlassInt8Kernel, MarlinCutlassKernel) else 1
     m, k, n = draw(st.integers(1, 20)), step * draw(st.integers(1, 30)), step * draw(st.integers(1, 20))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     top = 2 ** (scheme.code_bits - 1)
@@ -107,7 +108,9 @@ def test_arithmetic(kernel: type[GpuKernel], dtype: torch.dtype, data: st.DataOb
     gpu_emulation.accumulators.clear()
     undo = data.draw(st.booleans())
     S = torch.rand(len(x), 1) + 0.5
-    layer = GpuLinear(kernel(weights, dtype), weights, steps_of(weights, RowScale(), Undo()))
+    built = kernel(weights, dtype)
+    built.widen_from = data.draw(st.integers(1, 20))  # for the kernel that has two ways
+    layer = GpuLinear(built, weights, steps_of(weights, RowScale(), Undo()))
     y = layer(ScaledInput(x, S) if undo else x, None)
 
     codes = quantize(

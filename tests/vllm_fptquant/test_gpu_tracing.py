@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -51,6 +52,8 @@ CASES = [
     ("marlin-int8", 4, 8, True),
     ("marlin-int8", 4, 4, True),
     ("marlin-int8", 4, 4, False),
+    ("marlin-cutlass-int8", 4, 8, True),
+    ("marlin-cutlass-int8", 4, 4, False),
     ("cutlass-int8", 4, 8, True),
     ("cutlass-int8", 8, 8, False),
     ("cutlass-int8", 4, 4, False),
@@ -96,6 +99,7 @@ def build(kind: str, kernel: str, weights: int, activations: int, symmetric: boo
     )
     layer = build_linear(kind, config, **arguments)
     layer.quant_method.kernel_class = next(k for k in KERNELS if k.name == kernel)
+    layer.quant_method.spec = replace(layer.quant_method.spec, widen_from=5)
     return load_on(layer, kind, config)
 
 
@@ -189,7 +193,9 @@ def test_one_graph_without_breaks(case: tuple[str, int, int, bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["marlin-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"])
+@pytest.mark.parametrize(
+    "kernel", ["marlin-int8", "marlin-cutlass-int8", "cutlass-int8", "triton-int8", "humming-int8", "humming-int4"]
+)
 def test_inductor(kernel: str) -> None:
     """The compiler's code hands kernels what they need: contiguous codes and row scales."""
     torch._dynamo.reset()

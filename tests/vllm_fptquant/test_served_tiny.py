@@ -17,6 +17,7 @@ from tests.vllm_fptquant import gpu_emulation
 from tests.vllm_fptquant.serve_tokens import compiled, serve_tokens
 from tests.vllm_fptquant.serving import NEW_TOKENS, TOLERANCE, check_served, served_apart
 from tests.vllm_fptquant.tiny_llama import VOCAB, TinyLlama
+from vllm_fptquant.kernels import marlin_cutlass
 
 HADAMARDS = {"qkv": 64, "o": 32, "gate_up": 16}
 EVERYTHING: dict[str, Any] = {
@@ -77,6 +78,7 @@ def test_gpu_path(
 ) -> None:
     """The GPU's linear layers inside vLLM's engine, their kernels emulated on the CPU, in 16 bits.
 
+    The prompt's step widens weights for CUTLASS, those of single tokens leave them to Marlin.
     Compiled without Inductor's code, which would be a CPU's.
 
     A tiny random model turns 16-bit rounding into whole codes: 0.1 to 0.15 in a log-probability on average, on CPU
@@ -86,14 +88,16 @@ def test_gpu_path(
     model = TinyLlama.random(CheckpointConfig.model_validate(fields), bias=True)
     checkpoint = model.write(tmp_path / "checkpoint")
     prompt = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    options = {"dtype": "float16", "additional_config": {"fptquant": {"kernel": "marlin-int8"}}}
+    ours = {"kernel": "marlin-cutlass-int8", "widen_from": 8}
+    options = {"dtype": "float16", "additional_config": {"fptquant": ours}}
     if backend:
         (answer,) = served_apart(checkpoint, [prompt], gpu=80, **options, **compiled(backend))
     else:
         for target, platform in gpu_emulation.pretended_platform(80):
             monkeypatch.setattr(target, platform)
+        monkeypatch.setattr(marlin_cutlass, "_buffers", {})
         (answer,) = serve_tokens(checkpoint, [prompt], NEW_TOKENS, **options)
-        assert gpu_emulation.accumulators
+        assert gpu_emulation.accumulators and marlin_cutlass._buffers
     expected = model.logits(torch.tensor(prompt + answer["tokens"])).log_softmax(-1)[:-1]
     served = torch.tensor(answer["logprobs"], dtype=torch.float64)
     assert (served - expected).abs().mean() < 0.3

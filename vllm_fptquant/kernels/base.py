@@ -25,6 +25,7 @@ class LinearSpec:
         device: torch's device type.
         capability: of the GPU, major and minor version as one number (86), None on CPUs.
         experts: whether it is one of the experts of a mixture, which GPUs compute together.
+        widen_from: tokens of a step from which on 4-bit weights are widened to bytes; None where they never are.
     """
 
     scheme: LinearScheme
@@ -34,6 +35,7 @@ class LinearSpec:
     device: str
     capability: int | None = None
     experts: bool = False
+    widen_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,11 @@ class GpuKernel(torch.nn.Module, Kernel):
     Attributes:
         operators: of vLLM's compiled extensions, that it needs; of `_C` where nothing else is said.
         dtype: of the output, float16 or bfloat16.
+        widen_from: see `LinearSpec`, for kernels that have two ways; set by who builds the kernel.
     """
 
     device = "cuda"
+    widen_from: int | None = None
     operators: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:

@@ -47,22 +47,8 @@ class Marlin(GpuKernel):
 
     def forward(self, codes: Tensor, row_scale: Tensor | None) -> Tensor:
         """Multiplies codes or 16-bit inputs (M, K) by the packed weight in vLLM's Marlin operator; (M, N)."""
-        output: Tensor = torch.ops.vllm.marlin_gemm(
-            a=codes if self.padded_k == codes.shape[-1] else pad(codes, (0, self.padded_k - codes.shape[-1])),
-            b_q_weight=self.weight,
-            b_bias=None,
-            b_scales=self.weight_scale,
-            a_scales=row_scale,
-            global_scale=None,
-            b_zeros=None,
-            workspace=None,  # vLLM's own
-            b_q_type_id=self.weight_type.id,
-            size_m=codes.shape[0],
-            size_n=self.padded_n,
-            size_k=self.padded_k,
-            use_atomic_add=False,
-            use_fp32_reduce=True,
-            is_zp_float=False,
+        output = multiply(
+            pad_inputs(codes, self.padded_k), row_scale, self.weight, self.weight_scale, self.weight_type.id
         )
         return output if self.padded_n == self.out_features else output[:, : self.out_features].contiguous()
 
@@ -104,6 +90,44 @@ class MarlinKernel(Marlin):
         if spec.scheme.activations.bits != 16:
             return "computes in floating point: only for activations that are not quantized"
         return turing_refusal(spec, capability)
+
+
+def pad_inputs(codes: Tensor, padded_k: int) -> Tensor:
+    """Codes or 16-bit inputs (M, K), with zeros up to the K of the packed weight: (M, padded_k)."""
+    return codes if padded_k == codes.shape[-1] else pad(codes, (0, padded_k - codes.shape[-1]))
+
+
+def multiply(codes: Tensor, row_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, type_id: int) -> Tensor:
+    """Multiplies in vLLM's Marlin operator.
+
+    Args:
+        codes: int8 or 16-bit (M, padded_k).
+        row_scale: float32 (M,), None for 16-bit inputs.
+        weight: repacked, int32.
+        weight_scale: permuted, 16-bit (1, padded_n).
+        type_id: vLLM's number of the weights' type.
+
+    Returns:
+        (M, padded_n) of the type of `weight_scale`.
+    """
+    output: Tensor = torch.ops.vllm.marlin_gemm(
+        a=codes,
+        b_q_weight=weight,
+        b_bias=None,
+        b_scales=weight_scale,
+        a_scales=row_scale,
+        global_scale=None,
+        b_zeros=None,
+        workspace=None,  # vLLM's own
+        b_q_type_id=type_id,
+        size_m=codes.shape[0],
+        size_n=weight_scale.shape[1],
+        size_k=codes.shape[1],
+        use_atomic_add=False,
+        use_fp32_reduce=True,
+        is_zp_float=False,
+    )
+    return output
 
 
 def turing_refusal(spec: LinearSpec, capability: int) -> str | None:

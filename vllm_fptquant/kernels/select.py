@@ -9,6 +9,7 @@ from vllm_fptquant.kernels.experts import MarlinExperts, MarlinInt8Experts
 from vllm_fptquant.kernels.fbgemm import FbgemmKernel
 from vllm_fptquant.kernels.humming import HummingInt4Kernel, HummingInt8Kernel
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, MarlinKernel
+from vllm_fptquant.kernels.marlin_cutlass import MarlinCutlassKernel
 from vllm_fptquant.kernels.onednn import OnednnKernel
 from vllm_fptquant.kernels.reference import ReferenceKernel
 from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
@@ -16,6 +17,7 @@ from vllm_fptquant.kernels.triton_int8 import TritonInt8Kernel
 # Of each device, best first; the first that can compute a layer gets it. Humming is for those who ask for it: it rounds
 # once more than the others, compiles dozens of kernels at the first start, and its gain was never measured.
 KERNELS: tuple[type[Kernel], ...] = (
+    MarlinCutlassKernel,
     MarlinInt8Kernel,
     CutlassInt8Kernel,
     TritonInt8Kernel,
