@@ -16,7 +16,7 @@ YAML_FILES  := mkdocs.yml docker/compose.yaml benchmarks/quick.yaml $(wildcard o
 DOCKERFILES := docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test newest oldest image-check release-check bench results docs lint typecheck format clean
+.PHONY: help setup demo test newest oldest image-check release-check bench results beyond-perplexity docs lint typecheck format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,9 @@ bench: $(STAMP)  ## measure speed and memory against unquantized serving
 
 results: $(STAMP)  ## measure all methods and recipes against each other (hours, resumable)
 	$(BIN)/python benchmarks/results.py
+
+beyond-perplexity: $(STAMP)  ## measure tasks, KL, long texts and generated text: ORIGINAL=MODEL CHECKPOINTS="NAME=OUT ..." (an hour, resumable)
+	$(BIN)/python benchmarks/beyond_perplexity.py $(ORIGINAL) $(CHECKPOINTS)
 
 docs: $(STAMP)  ## build the pages of docs/ into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

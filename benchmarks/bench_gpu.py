@@ -44,7 +44,6 @@ ROWS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     BASELINE: ("plain", None, DUMMY),
     "fptquant w4a8kv8": ("w4a8kv8", W4A8, {}),
     "fptquant w4a4kv4": ("w4a4kv4", W4A4, {}),
-    "fptquant w4a8kv8, never widened": ("w4a8kv8", W4A8, option(widen_from="never")),
     "fptquant w4a8kv8, widened from 1024": ("w4a8kv8", W4A8, option(widen_from=1024)),
     "fptquant w4a8kv8, cutlass-int8": ("w4a8kv8", W4A8, kernel("cutlass-int8")),
     "compressed-tensors W4A16": ("ct-w4a16", synthetic.W4A16, {}),

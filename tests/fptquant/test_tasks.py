@@ -1,6 +1,7 @@
 """`fptquant evaluate --tasks`: a task file of our own through lm-eval, against what the model itself computes."""
 
 import json
+import math
 from pathlib import Path
 
 import endings
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fptquant import pipeline
+from fptquant.evaluation.tasks import Tasks
+from fptquant.loading import open_source
 from fptquant.recipe import Recipe
 from fptquant.run.job import open_job
 from tests.conftest import EXCERPT
@@ -28,20 +31,23 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path
     return out
 
 
-def best(model: Path) -> list[int]:
-    """The most likely ending of each sentence, without lm-eval."""
+def likelihoods(model: Path, endings: list[str]) -> list[list[float]]:
+    """Log likelihood of each ending behind each sentence, without lm-eval."""
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    found = []
-    for sentence in SENTENCES:
-        totals = []
-        for choice in CHOICES:
-            tokens = tokenizer(sentence + choice, return_tensors="pt")["input_ids"]
-            count = tokens.shape[1] - len(tokenizer(sentence)["input_ids"])
-            with torch.no_grad():
-                scores = network(tokens).logits[0, :-1].log_softmax(-1)
-            totals.append(float(scores.gather(-1, tokens[0, 1:, None])[-count:].sum()))
-        found.append(max(range(len(CHOICES)), key=totals.__getitem__))
-    return found
+
+    def of(sentence: str, ending: str) -> float:
+        tokens = tokenizer(sentence + ending, return_tensors="pt")["input_ids"]
+        count = tokens.shape[1] - len(tokenizer(sentence)["input_ids"])
+        with torch.no_grad():
+            scores = network(tokens).logits[0, :-1].log_softmax(-1)
+        return float(scores.gather(-1, tokens[0, 1:, None])[-count:].sum())
+
+    return [[of(sentence, ending) for ending in endings] for sentence in SENTENCES]
+
+
+def best(model: Path) -> list[int]:
+    """The most likely ending of each sentence."""
+    return [found.index(max(found)) for found in likelihoods(model, CHOICES)]
 
 
 @pytest.fixture
@@ -71,11 +77,27 @@ def test_tasks(
     content = json.loads((tmp_path / "found.json").read_text())
     [score], [other] = content["scores"], content["against"]["scores"]
     assert (score["task"], score["metric"], score["value"], score["samples"]) == ("endings", "acc", 0.75, 4)
-    answers = [json.loads(line)["answer"] for line in (tasks / "rows.jsonl").read_text().splitlines()]
+    answers = [json.loads(line)["answer"] for line in (tasks / "endings.jsonl").read_text().splitlines()]
     assert other["value"] == sum(a == b for a, b in zip(answers, best(model_dir), strict=True)) / 4
     assert "0.7500 ±" in result.out and f"{other['value']:.4f}" in result.out
     result = run("evaluate", quantized, *options, "--limit", 3)
     assert "1.0000" in result.out and "first 3 samples" in result.out, result.err
+
+
+def test_a_last_word_is_scored_with_the_space_in_front(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity and accuracy are those of " word" behind the sentence, as the model has them; without it others."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"sentence": sentence, "word": "the"} for sentence in SENTENCES]
+    endings.write(tmp_path / "tasks", rows, "last_word")
+    found = Tasks(["last_word"], tmp_path / "tasks").run(open_source(model_dir))
+    scores = {score.metric: score.value for score in found}
+    right, other = zip(*likelihoods(model_dir, [" the", "the"]), strict=True)
+    assert scores["perplexity"] == pytest.approx(math.exp(-sum(right) / len(right)), rel=1e-4)
+    assert scores["perplexity"] != pytest.approx(math.exp(-sum(other) / len(other)), rel=1e-2)
+    assert scores["acc"] == 0  # a random model has no word for it
 
 
 def test_bad_tasks(tasks: Path, model_dir: Path, run: Run) -> None:
@@ -84,7 +106,7 @@ def test_bad_tasks(tasks: Path, model_dir: Path, run: Run) -> None:
     line = one_error(run("evaluate", model_dir, "--tasks", "arc_easie,arc_challenge"))
     assert "lm-eval knows no 'arc_easie': did you mean 'arc_easy'?" in line
     assert "give either --text" in one_error(run(*options))
-    (tasks / "rows.jsonl").unlink()
+    (tasks / "endings.jsonl").unlink()
     assert "endings can't be run: " in run(*options, "--tasks", "endings").err.splitlines()[-1]
 
 

@@ -23,7 +23,7 @@ from vllm_fptquant.doctor import steps_apart
 from vllm_fptquant.kernels import marlin_cutlass
 from vllm_fptquant.kernels.base import LinearSpec
 from vllm_fptquant.kernels.marlin import MarlinKernel
-from vllm_fptquant.kernels.marlin_cutlass import MarlinCutlassKernel, widen, widening_threshold
+from vllm_fptquant.kernels.marlin_cutlass import WIDEN_FROM, MarlinCutlassKernel, widen, widening_threshold
 from vllm_fptquant.kernels.select import select_kernel
 from vllm_fptquant.models.projections import project
 from vllm_fptquant.options import ServingOptions
@@ -255,13 +255,12 @@ def test_where_it_serves() -> None:
     assert select_kernel(spec(90, 1), "marlin-int8", "x")[0].name == "marlin-int8"
 
 
-def test_thresholds() -> None:
-    """Only what was measured, and what the user asks for."""
-    assert widening_threshold(None, 90) == 4096
-    assert {capability: widening_threshold(None, capability) for capability in (None, 75, 80, 86, 89, 100, 120)} == (
-        dict.fromkeys((None, 75, 80, 86, 89, 100, 120))
-    )
+def test_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user asks for, else what was measured; nothing was yet."""
+    assert not any(widening_threshold(None, capability) for capability in (None, 75, 80, 86, 89, 90, 100, 120))
     assert widening_threshold(512, 90) == widening_threshold(512, 80) == 512
+    monkeypatch.setitem(WIDEN_FROM, 90, 4096)
+    assert widening_threshold(None, 90) == 4096 and widening_threshold(None, 80) is None
     assert widening_threshold("never", 90) is None and widening_threshold(512, None) is None
 
 
@@ -301,9 +300,9 @@ def test_layer(
     layer = build_linear("down", config, params_dtype=torch.bfloat16, bias=True)
     layer.bias.data.copy_(torch.randn(HIDDEN))
     load(layer, exact_tensors("down", config))
-    name = "marlin-int8" if asked == "never" else "marlin-cutlass-int8"
+    name = "marlin-cutlass-int8" if asked == 4 else "marlin-int8"
     assert layer.quant_method.kernel_class.name == name and layer.fptquant_gpu.kernel.name == name
-    assert layer.fptquant_gpu.kernel.widen_from == {None: 4096, "never": None}.get(asked, asked)
+    assert layer.fptquant_gpu.kernel.widen_from == (4 if asked == 4 else None)
     x, S = torch.randn(6, COLUMNS["down"]).bfloat16(), torch.rand(6, 1) + 0.5
     together = project(layer, x, S)[0]
     assert len(widened) == (asked == 4)

@@ -18,13 +18,9 @@ from vllm_fptquant.kernels.cutlass_int8 import CutlassInt8Kernel
 from vllm_fptquant.kernels.library import register
 from vllm_fptquant.kernels.marlin import MarlinInt8Kernel, multiply, pad_inputs
 
-# Compute capability to tokens of a step. A GPU that isn't here never widens.
-# 90: docs/performance.md, one H100, Llama-3-8B: Marlin's products take 384 ms for 16384 tokens, CUTLASS's 174 ms. That
-#     is 0.4 us more for each token and layer. Widening a layer (218 M weights) moves 1.2 GB, which takes 0.36 ms at the
-#     card's 3.35 TB/s and 0.72 ms at half of that: calculated, not measured. So it pays from 900 or 1800 tokens on, and
-#     twice that is on the safe side.
-# `python benchmarks/bench_gpu.py --widening` measures both ways.
-WIDEN_FROM: dict[int, int] = {90: 4096}
+# Compute capability to tokens of a step, as measured by `python benchmarks/bench_gpu.py --widening`. A GPU that isn't
+# here widens only where it is asked to. None was measured; docs/gpu.md has what may be expected of Hopper.
+WIDEN_FROM: dict[int, int] = {}
 
 # Axes of Marlin's words (see `widen`) in the order of rows and columns of the weight.
 ROWS_FIRST = (1, 4, 2, 0, 3)
