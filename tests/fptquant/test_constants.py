@@ -42,3 +42,23 @@ def test_constants_near_zero_are_steady_where_first_tokens_are_alike(
     attentions = [layer.self_attn for layer in model.model.layers]
     assert float(attentions[0].v_sink.norm()) < 1e-5
     assert [int(attention.sink_steady) for attention in attentions] == [int(apart < 1)] * 2
+
+
+def test_a_layer_that_is_not_steady_leaves_others_as_they_are() -> None:
+    """The last layer's values are of one channel, in which only tokens differ that texts start with."""
+    model, family = build("llama"), family_of("llama")
+    embedding = model.get_input_embeddings().weight
+    embedding[1:_FIRST] = embedding[0] + 0.02 * embedding[1:_FIRST]
+    embedding[_FIRST:, 0] = 0.0
+    for writing in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+        writing.weight[0] = 0.0
+        if writing.bias is not None:
+            writing.bias[0] = 0.0
+    model.model.layers[-1].self_attn.v_proj.weight[:, 1:] = 0.0
+    generator = torch.Generator().manual_seed(1)
+    firsts = torch.randint(1, _FIRST, (16, 1), generator=generator)
+    text = torch.randint(_FIRST, VOCABULARY, (16, LENGTH), generator=generator)
+    kv = {"bits": 4, "strategy": "tensor", "symmetric": False}
+    install_simulation(model, family, CheckpointConfig(kv_cache=kv, sink=Sink(token=0)))
+    record_sink(model, family, torch.cat((torch.zeros_like(firsts), firsts, text), 1))
+    assert [int(layer.self_attn.sink_steady) for layer in model.model.layers] == [1, 0]

@@ -16,7 +16,8 @@ from fptquant.wiring import Architecture, Role
 
 # How far the keys and values of other first tokens may be from the constants, in distances of ordinary tokens from
 # their mean. Of SmolLM2-135M 1.1 in layer 10, 0.01 in layer 12, 0.06 in the last; of Qwen2.5-Coder-0.5B 0.9 in layer 2,
-# 0.02 to 0.08 from layer 3 on, 0.26 in the last.
+# 0.02 to 0.08 from layer 3 on, 0.26 in the last, and beyond the limit with other transforms: so each layer is judged by
+# itself.
 _STEADY_DEVIATION = 0.3
 _ORDINARY_TOKENS = 128
 
@@ -38,8 +39,7 @@ class SinkRecorder:
         """
         self._model, self._architecture = model, architecture
         self._token = sink_token(model)
-        self._attentions: list[nn.Module] = []
-        self._moving: list[bool] = []  # of each layer, whether its keys or values depend on the first token
+        self._steady: list[tuple[nn.Module, bool]] = []  # of each layer, whether keys and values are those of any first
         if self.records:
             firsts = torch.cat((torch.tensor([self._token], device=windows.device), windows[:, 1:2].flatten()))[:, None]
             self._firsts = first_inputs(model, architecture, firsts, batch=len(firsts))
@@ -74,9 +74,8 @@ class SinkRecorder:
         for name, (firsts, _) in seen.items():
             buffer = attention.get_buffer(name)
             buffer.copy_(firsts[0, 0].view(buffer.shape))
-        self._attentions.append(attention)
         deviations = (_deviation(firsts[:, 0], ordinary[0, 1:]) for firsts, ordinary in seen.values())
-        self._moving.append(not all(deviation <= _STEADY_DEVIATION for deviation in deviations))
+        self._steady.append((attention, all(deviation <= _STEADY_DEVIATION for deviation in deviations)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -85,10 +84,8 @@ class SinkRecorder:
             return
         norm = self._model.get_submodule(self._architecture.final_norm)
         norm.get_buffer(OUTPUT).copy_(next(last_states(self._model, self._architecture, self._firsts))[0, 0])
-        for attention, moving in zip(reversed(self._attentions), reversed(self._moving), strict=True):
-            if moving:  # steady from some layer on
-                break
-            attention.get_buffer(STEADY).fill_(1)
+        for attention, steady in self._steady:
+            attention.get_buffer(STEADY).fill_(int(steady))
 
 
 def record_sink(model: PreTrainedModel, architecture: Architecture, windows: Tensor) -> None:

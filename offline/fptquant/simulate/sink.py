@@ -6,7 +6,7 @@ depends on the prompt: its keys and values in every layer, and the hidden state 
 computed once, in floating point, and static ranges need not hold its activations.
 
 Behind the layer that makes those massive activations, keys and values of the first position hardly depend on the
-token either: the layers are *steady*. There the constants stand for whatever token comes first, so that a prompt
+token either: most layers are *steady*. There the constants stand for whatever token comes first, so that a prompt
 that starts otherwise needs no wide ranges and keeps the position that its tokens attend to.
 """
 
