@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fptquant.format import CheckpointConfig, Sink
+from fptquant.layers import constants
 from fptquant.layers.constants import record_sink
 from fptquant.simulate import install_simulation
 from tests.conftest import VOCABULARY
@@ -44,21 +45,21 @@ def test_constants_near_zero_are_steady_where_first_tokens_are_alike(
     assert [int(attention.sink_steady) for attention in attentions] == [int(apart < 1)] * 2
 
 
-def test_a_layer_that_is_not_steady_leaves_others_as_they_are() -> None:
-    """The last layer's values are of one channel, in which only tokens differ that texts start with."""
-    model, family = build("llama"), family_of("llama")
-    embedding = model.get_input_embeddings().weight
-    embedding[1:_FIRST] = embedding[0] + 0.02 * embedding[1:_FIRST]
-    embedding[_FIRST:, 0] = 0.0
-    for writing in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
-        writing.weight[0] = 0.0
-        if writing.bias is not None:
-            writing.bias[0] = 0.0
-    model.model.layers[-1].self_attn.v_proj.weight[:, 1:] = 0.0
-    generator = torch.Generator().manual_seed(1)
-    firsts = torch.randint(1, _FIRST, (16, 1), generator=generator)
-    text = torch.randint(_FIRST, VOCABULARY, (16, LENGTH), generator=generator)
+@pytest.mark.parametrize(
+    ("alike", "steady"),
+    [
+        ([0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]),  # the last layer takes them back (Qwen2.5)
+        ([0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 1, 1]),  # as early ones are before there are any (SmolLM2)
+        ([0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]),
+        ([1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]),
+        ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_the_longest_run_is_steady(alike: list[int], steady: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, family = build("llama", num_hidden_layers=len(alike)), family_of("llama")
+    found = iter(value for flag in alike for value in ([0.1, 0.2] if flag else [0.1, 0.4]))
+    monkeypatch.setattr(constants, "_deviation", lambda firsts, ordinary: next(found))
     kv = {"bits": 4, "strategy": "tensor", "symmetric": False}
     install_simulation(model, family, CheckpointConfig(kv_cache=kv, sink=Sink(token=0)))
-    record_sink(model, family, torch.cat((torch.zeros_like(firsts), firsts, text), 1))
-    assert [int(layer.self_attn.sink_steady) for layer in model.model.layers] == [1, 0]
+    record_sink(model, family, torch.randint(VOCABULARY, (16, LENGTH)).index_fill(1, torch.tensor([0]), 0))
+    assert [int(layer.self_attn.sink_steady) for layer in model.model.layers] == steady

@@ -6,8 +6,8 @@ depends on the prompt: its keys and values in every layer, and the hidden state 
 computed once, in floating point, and static ranges need not hold its activations.
 
 Behind the layer that makes those massive activations, keys and values of the first position hardly depend on the
-token either: most layers are *steady*. There the constants stand for whatever token comes first, so that a prompt
-that starts otherwise needs no wide ranges and keeps the position that its tokens attend to.
+token either: layers are *steady*, up to one of the last. There the constants stand for whatever token comes first, so
+that a prompt that starts otherwise needs no wide ranges and keeps the position that its tokens attend to.
 """
 
 from __future__ import annotations
