@@ -19,8 +19,8 @@ from fptquant.wiring import Architecture, Role
 # How far the keys and values of other first tokens may be from the constants, in distances of ordinary tokens from
 # their mean. Of SmolLM2-135M 1.1 in layer 10, 0.01 in layer 12, 0.06 in the last; of Qwen2.5-Coder-0.5B 0.9 in layer 2,
 # 0.02 to 0.08 from layer 3 on, 0.26 in the last, with other transforms 0.38. Massive activations are made in one layer
-# and taken back in one of the last, so the longest run of layers within the limit is taken: SmolLM2's layers 3 to 9 are,
-# too, at 0.2, but before there are any.
+# and taken back in one of the last, so the longest run of layers within the limit is taken: SmolLM2's layers 3 to 9 are
+# within it, too, at 0.2, but before there are any.
 _STEADY_DEVIATION = 0.3
 _ORDINARY_TOKENS = 128
 
