@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -84,6 +85,8 @@ class Tasks:
         """
         from lm_eval import simple_evaluate
 
+        # Standard errors by resampling: forks of a process that has computed with several threads may wait for ever.
+        os.environ["DISABLE_MULTIPROC"] = "1"
         model = _served(source) if vllm else _simulated(source)
         try:
             found = simple_evaluate(
