@@ -134,7 +134,8 @@ def test_wrong_widening_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_finds_wrong_widening(pretend_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which serves on Hopper, and is found there."""
+    """Where it serves, as on a Hopper that was measured, and is found there."""
+    monkeypatch.setitem(WIDEN_FROM, 90, 4096)
     ((_, platform), *_) = gpu_emulation.pretended_platform(90)
     pretend_gpu(90)
     monkeypatch.setattr(doctor, "current_platform", platform)
