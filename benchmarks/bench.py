@@ -39,6 +39,8 @@ BASELINE = "float32"
 NATIVE = "compressed-tensors W8A8 static"
 LLAMA_CPP = ROOT / ".venv-llama-cpp"
 LLAMA_CPP_SOURCE = "llama-cpp-python==0.3.36"
+# Its AMX product ended with a segmentation fault on a virtual machine (docs/log.md, 2026-11-28).
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 LLAMA_CPP_SPEED = ROOT / "benchmarks" / "llama_cpp_speed.py"
 LLAMA_CPP_MODELS = {f"llama.cpp {kind}": kind for kind in ("ALL_F32", "MOSTLY_Q8_0", "MOSTLY_Q4_0")}
 BUSY = 0.1  # cores that other processes use, from which on the table says so
@@ -105,7 +107,9 @@ def prepare_llama_cpp(work: Path) -> dict[str, Path]:
             "llama-cpp-python",
             LLAMA_CPP_SOURCE,
         ]
-        subprocess.run(build, env={**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}, check=True)
+        flags = WITHOUT_AMX if "amx_tile" in Path("/proc/cpuinfo").read_text() else ""
+        options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CFLAGS": flags, "CXXFLAGS": flags}
+        subprocess.run(build, env={**os.environ, **options}, check=True)
         stamp.write_text(LLAMA_CPP_SOURCE)
     models = {name: work / f"{kind}.gguf" for name, kind in LLAMA_CPP_MODELS.items()}
     missing = [name for name, file in models.items() if not file.is_file()]

@@ -42,9 +42,10 @@ and continued from its continuation on; they tell minutes from hours, and method
 `fptquant-light` as shipped at w4a4kv4 ran alone. A row that is missing was not measured yet. The
 rows of `fptquant` recipes are from before T_k started from keys (`T_k: {start: keys}`), before stage 1 saw layers in
 turns, before weights made up for earlier layers and before 4-bit inputs and keys were shifted, and were not measured
-again: on the windows of [accuracy](accuracy.md), `fptquant` at w4a4kv4 went from 33.60 to 31.73 by all of it. Those of
-"families" are from behind the first two. Rows that are named after papers are our
-implementations of what those papers describe ([recipes](recipes.md)), not their authors' programs.
+again: on the windows of [accuracy](accuracy.md), `fptquant` at w4a4kv4 went from 33.60 to 31.73 by all of it. Of
+"families", "scales trained" is from behind the first two, `fptquant-light` is as shipped, on 64 sequences. Rows that
+are named after papers are our implementations of what those papers describe ([methods](methods.md)), not their
+authors' programs.
 """
 
 
