@@ -97,35 +97,20 @@ def prepare_llama_cpp(work: Path) -> dict[str, Path]:
     if not stamp.is_file() or stamp.read_text() != LLAMA_CPP_SOURCE:
         print(f"building {LLAMA_CPP_SOURCE} (minutes)", file=sys.stderr, flush=True)
         venv.create(LLAMA_CPP, with_pip=True, clear=True)
-        build: list[str | Path] = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-binary",
-            "llama-cpp-python",
-            LLAMA_CPP_SOURCE,
-        ]
+        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
         flags = WITHOUT_AMX if "amx_tile" in Path("/proc/cpuinfo").read_text() else ""
         options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CFLAGS": flags, "CXXFLAGS": flags}
+        build = [*pip, "--no-binary", "llama-cpp-python", LLAMA_CPP_SOURCE]
         subprocess.run(build, env={**os.environ, **options}, check=True)
         stamp.write_text(LLAMA_CPP_SOURCE)
     models = {name: work / f"{kind}.gguf" for name, kind in LLAMA_CPP_MODELS.items()}
     missing = [name for name, file in models.items() if not file.is_file()]
     if missing:
+        quantize: list[str | Path] = [python, LLAMA_CPP_SPEED, "quantize"]
         with tempfile.TemporaryDirectory(dir=work) as folder:
             source = join(SMOLLM2, Path(folder))
             for name in missing:
-                command: list[str | Path] = [
-                    python,
-                    LLAMA_CPP_SPEED,
-                    "quantize",
-                    source,
-                    models[name],
-                    LLAMA_CPP_MODELS[name],
-                ]
-                subprocess.run(command, check=True)
+                subprocess.run([*quantize, source, models[name], LLAMA_CPP_MODELS[name]], check=True)
     return models
 
 
