@@ -9,6 +9,7 @@ TEST_JOBS   ?= 2
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+DEMO  := $(VENV)/.demo-done
 
 CODE        := offline vllm_fptquant scripts benchmarks tests
 SHELL_FILES := scripts/install.sh .ci/run
@@ -27,7 +28,12 @@ $(STAMP): pyproject.toml scripts/install.sh
 	scripts/install.sh --venv $(VENV) --python $(PYTHON) --backend $(BACKEND) --dev
 	@touch $@
 
-demo: $(STAMP)  ## quantize a real model, serve it, ask it a question
+$(DEMO): pyproject.toml scripts/install.sh
+	scripts/install.sh --venv $(VENV) --python $(PYTHON) --demo
+	@touch $@
+
+# The tools for tests aren't waited for where there are none yet.
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))  ## quantize a real model, serve it, ask it a question
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones, TEST_JOBS=1 one by one)

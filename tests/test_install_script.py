@@ -94,7 +94,8 @@ def test_none_keeps_what_is_there(install):
 
 def test_gpu_and_dev_choose_extras(install):
     assert install("--backend", "gpu")[1][-1].endswith(f" {ROOT}[vllm]")
-    assert install("--backend", "gpu", "--dev")[1][-1].endswith(f" --editable {ROOT}[vllm,dev]")
+    assert install("--backend", "gpu", "--dev")[1][-1].endswith(f" --editable {ROOT}[dev,vllm]")
+    assert install("--demo")[1][-1].endswith(f" --editable {ROOT}[gguf]")
 
 
 @pytest.mark.parametrize(

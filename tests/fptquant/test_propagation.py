@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from fptquant import parallel
 from fptquant.calibration import propagation
+from fptquant.calibration.halves import LayerParts
 from fptquant.calibration.layerwise import calibrate_and_round
+from fptquant.calibration.moments import observe_inputs, second_moment
 from fptquant.calibration.propagation import Deviation, compensated, halves
 from fptquant.layers.constants import record_sink
 from fptquant.layers.inputs import first_inputs, through_layers
 from fptquant.recipe import Recipe
 from fptquant.run.models import transformed
+from fptquant.simulate import SimulatedLinear
 from fptquant.transforms import FPTQUANT
 from tests.fptquant.test_families import make_job, possible
 
@@ -43,9 +46,9 @@ def test_a_linear_error_is_made_up_for() -> None:
     error = 0.1 * random(HIDDEN, HIDDEN + 1)[:, :HIDDEN]
     added = 0.1 * random(OUT, HIDDEN)
     deviation = Deviation(SEEN @ error.T, SEEN @ added.T)
-    found = compensated(WEIGHT, SEEN, deviation, 1e-6, PARTS)
+    found, _ = compensated(WEIGHT, SEEN, deviation, 1e-6, PARTS)
     torch.testing.assert_close(found, WEIGHT + WEIGHT @ error + added, atol=1e-4, rtol=0)
-    without = compensated(WEIGHT, SEEN, Deviation(deviation.read), 1e-6, PARTS)
+    without, _ = compensated(WEIGHT, SEEN, Deviation(deviation.read), 1e-6, PARTS)
     torch.testing.assert_close(without, WEIGHT + WEIGHT @ error, atol=1e-4, rtol=0)
 
 
@@ -54,7 +57,7 @@ def test_noise_is_left_alone() -> None:
     few = slice(0, 80)
     noise = 0.3 * random(TOKENS, HIDDEN + 7)[:, :HIDDEN]
     fitted, new = Deviation(noise[few]), Deviation(noise[80:])
-    found = compensated(WEIGHT, SEEN[few], fitted, 1e-6, halves(80, 8))
+    found, _ = compensated(WEIGHT, SEEN[few], fitted, 1e-6, halves(80, 8))
     hessian, cross = SEEN[few].T @ SEEN[few], (fitted.read @ WEIGHT.T).T @ SEEN[few]
     plain = WEIGHT + torch.linalg.solve(hessian, cross.T).T
     before = lost(WEIGHT, SEEN[80:], new)
@@ -68,10 +71,10 @@ def test_tokens_count_as_often_as_they_weigh() -> None:
     twice = torch.arange(TOKENS).repeat_interleave(weights.long())
     middle = int((twice < TOKENS // 2).sum())
     apart = ([slice(0, middle)], [slice(middle, len(twice))])
-    found = compensated(WEIGHT, SEEN, deviation, 0.01, PARTS, weights)
-    expected = compensated(WEIGHT, SEEN[twice], Deviation(deviation.read[twice]), 0.01, apart)
+    found, _ = compensated(WEIGHT, SEEN, deviation, 0.01, PARTS, weights)
+    expected, _ = compensated(WEIGHT, SEEN[twice], Deviation(deviation.read[twice]), 0.01, apart)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, PARTS), atol=1e-3)
+    assert not torch.allclose(found, compensated(WEIGHT, SEEN, deviation, 0.01, PARTS)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("importance", [None, random(TOKENS).abs()], ids=["alike", "weighed"])
@@ -87,8 +90,28 @@ def test_many_outputs_find_what_few_do(importance: Tensor | None) -> None:
 
 def test_one_sequence_is_nothing_to_try_it_on() -> None:
     deviation = Deviation(0.3 * SEEN)
-    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 1)) is WEIGHT
-    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 2)) is not WEIGHT
+    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 1))[0] is WEIGHT
+    assert compensated(WEIGHT, SEEN, deviation, 0.01, halves(TOKENS, 2))[0] is not WEIGHT
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2_moe"])
+def test_one_pass_reads_what_passes_of_their_own_do(variant: str, tmp_path: Path) -> None:
+    """Of a layer that doesn't change, bit for bit, and takes its inputs to the same place."""
+    transforms = possible(variant, FPTQUANT)
+    job = make_job(variant, tmp_path, transforms=transforms, calibration={"sequences": 5, "length": 32})
+    model, family = transformed(job), job.source.architecture
+    record_sink(model, family, job.windows)
+    layer = family.layer_modules(model)[0]
+    apart, together = (LayerParts(layer, family, first_inputs(model, family, job.windows)) for _ in range(2))
+    for group in family.groups_of(0):
+        linear = layer.get_submodule(group.first.path)
+        assert isinstance(linear, SimulatedLinear)
+        expected = observe_inputs(linear, *apart.on_the_way_to(group.first))
+        assert torch.equal(together.read_by(group.first), expected)
+    for parts in (apart, together):
+        parts.finish()
+    for one, other in zip(apart._inputs.hidden, together._inputs.hidden, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2_moe"])
@@ -97,10 +120,11 @@ def test_less_is_lost_behind_all_layers(variant: str, tmp_path: Path, monkeypatc
     changes: list[float] = []
     plain = propagation.compensated
 
-    def watched(weight: Tensor, *arguments: Any) -> Tensor:
-        found = plain(weight, *arguments)
+    def watched(weight: Tensor, seen: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        found, squares = plain(weight, seen, *arguments)
         changes.append(float((found - weight).norm() / weight.norm()))
-        return found
+        torch.testing.assert_close(squares / len(seen), second_moment(seen, arguments[-1]), atol=1e-5, rtol=1e-5)
+        return found, squares
 
     monkeypatch.setattr(propagation, "compensated", watched)
     errors = []

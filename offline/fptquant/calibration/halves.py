@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fptquant import parallel
+from fptquant.calibration.moments import observe_inputs, observed
 from fptquant.layers.inputs import LayerInputs
+from fptquant.simulate import SimulatedLinear
 from fptquant.simulate.mixture import SparseMLP
 from fptquant.simulate.modules import SimulatedDecoderLayer
-from fptquant.wiring import SHARED, Architecture, Projection
+from fptquant.wiring import SHARED, Architecture, Projection, Role
 
 FLOOR = 0.1  # what a token counts to an expert that it does not go through; a token on average counts one
 
@@ -50,6 +52,24 @@ class LayerParts:
         if self.half is None:
             self.half = SecondHalf(self.layer, self._architecture, self._inputs)
         return self.half.of(projection.expert)
+
+    def read_by(self, projection: Projection) -> Tensor:
+        """What a projection of a layer that doesn't change reads, (tokens that count, K).
+
+        The last of a half of the layer is read on the way through that half, and not on a way of its own.
+        """
+        linear = self.layer.get_submodule(projection.path)
+        assert isinstance(linear, SimulatedLinear)
+        if projection.role is Role.OUTPUT and self.half is None:
+            with observed(linear, self._inputs) as seen:
+                self.half = SecondHalf(self.layer, self._architecture, self._inputs)
+            return seen
+        inputs, part = self.on_the_way_to(projection)
+        if projection.role is Role.DOWN and projection.expert is None and not self._finished:
+            with observed(linear, inputs) as seen:
+                self.finish()
+            return seen
+        return observe_inputs(linear, inputs, part)
 
     def finish(self) -> None:
         """Takes the inputs to the end of the layer, once."""

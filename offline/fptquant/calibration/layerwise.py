@@ -295,12 +295,13 @@ def _quantize_group(
         for part in torch.split(seen, _TOKENS):
             part.copy_(linears[0].quantized_input(part))
     left = None if shift is None else mean(seen)
+    hessian: Tensor | None = None
     if compensation is not None:
-        goals = compensation.apply(parts, seen, recipe.rounding.damping, left)
+        goals, hessian = compensation.apply(parts, seen, recipe.rounding.damping, left)
     elif shift is not None:
         goals = {linear: linear.float_weight().double() @ shift for linear in linears}
-    hessians = hessians_of(parts, seen, recipe)
-    del seen  # as large as a Hessian
+    hessians = hessians_of(parts, seen, recipe) if hessian is None else iter([hessian])
+    del seen, hessian  # each as large as a Hessian
     for linear, codes, scale, multiplier in round_parts(parts, hessians, recipe, log_clip):
         if kept is not None:
             kept[linear] = linear.float_weight()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,36 @@ _COLUMNS = 512  # of a Hessian computed in one product
 
 
 def observe_inputs(linear: SimulatedLinear, inputs: LayerInputs, layer: nn.Module) -> Tensor:
-    """What reaches the quantizer of `linear` within `layer`, (tokens that count, K)."""
+    """What reaches the quantizer of `linear` within `layer`, (tokens that count, K); the pass ends there."""
+    with observed(linear, inputs, ends=True) as seen:
+        inputs.run_until_stopped(layer)
+    return seen
+
+
+@contextmanager
+def observed(linear: SimulatedLinear, inputs: LayerInputs, ends: bool = False) -> Iterator[Tensor]:
+    """Takes down what reaches the quantizer of `linear`, while all batches of `inputs` are taken through it.
+
+    Args:
+        linear: the layer.
+        inputs: of the layer that it is in.
+        ends: whether a pass ends with it, as `LayerInputs.run_until_stopped` expects.
+
+    Yields:
+        (tokens that count, K), filled by then.
+    """
     sizes = [len(hidden) * (hidden.shape[1] - inputs.first) for hidden in inputs.hidden]
-    shape = (sum(sizes), linear.in_features)
-    seen = empty(shape, inputs.device)
+    seen = empty((sum(sizes), linear.in_features), inputs.device)
     parts = iter(torch.split(seen, sizes))
 
     def observe(x: Tensor) -> None:
         next(parts).copy_(x[:, inputs.first :].flatten(0, -2))
-        raise Stop
+        if ends:
+            raise Stop
 
     linear.observer = observe
-    inputs.run_until_stopped(layer)
+    yield seen
     linear.observer = None
-    return seen
 
 
 def mean(values: Tensor) -> Tensor:

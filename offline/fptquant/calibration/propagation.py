@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fptquant import parallel
 from fptquant.calibration.halves import LayerParts
-from fptquant.calibration.moments import mean, observe_inputs, summed_squares, token_importance
+from fptquant.calibration.moments import mean, summed_squares, token_importance
 from fptquant.layers.inputs import LayerInputs, first_inputs
 from fptquant.layers.residency import entered
 from fptquant.layers.scratch import empty
@@ -80,7 +80,7 @@ class Compensation:
         seen: Tensor,
         damping: float,
         center: Tensor | None = None,
-    ) -> dict[SimulatedLinear, Tensor]:
+    ) -> tuple[dict[SimulatedLinear, Tensor], Tensor | None]:
         """Gives the layers of a group the weights W'.
 
         Args:
@@ -91,8 +91,10 @@ class Compensation:
                 its own mean.
 
         Returns:
-            Where there is a `center`, the mean of what each layer should put out, (N,) float64: E[W x + e].
+            Where there is a `center`, the mean of what each layer should put out, (N,) float64: E[W x + e]. And
+            E[x^ x^^T], (K, K), as `moments.second_moment` has it, where all layers share one.
         """
+        parts = list(parts)
         deviation = self._deviation(seen)
         goals = {}
         if center is not None:
@@ -103,19 +105,24 @@ class Compensation:
         for linears, importance in parts:
             weights = [linear.float_weight().float() for linear in linears]
             counts = token_importance(seen, importance)
-            changed = compensated(torch.cat(weights), seen, deviation, damping, halves(len(seen), sequences), counts)
+            changed, squares = compensated(
+                torch.cat(weights), seen, deviation, damping, halves(len(seen), sequences), counts
+            )
             for linear, weight in zip(linears, torch.split(changed, [len(weight) for weight in weights]), strict=True):
                 linear.weight = nn.Parameter(weight.to(linear.float_weight().dtype), requires_grad=False)
-        return goals
+            if len(parts) == 1:
+                return goals, squares.div_(sum(parallel.sizes(len(seen))))
+            del squares
+        return goals, None
 
     def _deviation(self, seen: Tensor) -> Deviation:
-        inputs, part = self.twin.on_the_way_to(self.projection)
+        inputs, _ = self.twin.on_the_way_to(self.projection)
         linear = self.twin.layer.get_submodule(self.projection.path)
         assert isinstance(linear, SimulatedLinear) and isinstance(self.layer, SimulatedDecoderLayer)
-        read, residual = observe_inputs(linear, inputs, part), None
         alone = self.projection.expert is None and self.architecture.post_norms is None
+        residual, ratios = None, []
         if alone and self.projection.role in (Role.OUTPUT, Role.DOWN):
-            residual = empty((len(read), linear.out_features), inputs.device)
+            residual = empty((len(seen), linear.out_features), inputs.device)
         if residual is not None or linear.arrangement.undone:
             start = 0
             for here, there in zip(_counted(self.inputs), _counted(inputs), strict=True):
@@ -126,9 +133,12 @@ class Compensation:
                 if linear.arrangement.undone:
                     scale, original = self.layer.scale_of(here), self.layer.scale_of(there)
                     assert scale is not None and original is not None
-                    read[rows] *= scale / original
+                    ratios.append(scale / original)
                     if residual is not None:
                         residual[rows] *= scale
+        read = self.twin.read_by(self.projection)
+        if ratios:
+            read *= torch.cat(ratios)
         read -= seen
         return Deviation(read, residual)
 
@@ -193,8 +203,8 @@ def compensated(
     damping: float,
     parts: tuple[list[slice], list[slice]],
     importance: Tensor | None = None,
-) -> Tensor:
-    """W' of the module's docstring, (N, K).
+) -> tuple[Tensor, Tensor]:
+    """W' of the module's docstring, (N, K), and the sum of x^ x^^T over all tokens, (K, K).
 
     Args:
         weight: (N, K) float32.
@@ -205,18 +215,16 @@ def compensated(
         importance: (tokens,) how much each token counts; None for all alike.
     """
     moments = [_moments(weight, seen, deviation, importance, part) for part in parts]
-    if not all(bool(hessian.diagonal().any()) for hessian, _ in moments):
-        return weight  # nothing to try it on
-    agreement, size = 0.0, 0.0
-    for fitted, (hessian, found) in zip(moments, reversed(moments), strict=True):
-        change = _solve(*fitted, damping)
-        agreement += float((change * found).sum())
-        size += float(((change @ hessian) * change).sum())
-    share = min(1.0, max(0.0, agreement / size)) if size > 0 else 0.0
-    if share == 0:
-        return weight
+    share = 0.0
+    if all(bool(hessian.diagonal().any()) for hessian, _ in moments):  # else there is nothing to try it on
+        agreement, size = 0.0, 0.0
+        for fitted, (hessian, found) in zip(moments, reversed(moments), strict=True):
+            change = _solve(*fitted, damping)
+            agreement += float((change * found).sum())
+            size += float(((change @ hessian) * change).sum())
+        share = min(1.0, max(0.0, agreement / size)) if size > 0 else 0.0
     hessian, found = (one.add_(other) for one, other in zip(*moments, strict=True))
-    return weight + share * _solve(hessian, found, damping)
+    return weight + share * _solve(hessian, found, damping) if share else weight, hessian
 
 
 def _moments(
