@@ -44,7 +44,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
         calibrate and round:             merging + 3 passes + Hessians 2 T K + factors K^2 for each input of K channels
         transforms on weights, a step:   merging and its gradient, 18 P H, of the layers that it sees
         the original model beside it:    merging and a pass
-        compensation:                    3 passes + Hessians again + three solutions of 2 K^2 N in float64
+        compensation:                    2.5 passes + three solutions of 2 K^2 N in float64
         codes:                           6 P t for a step of every layer
         a step of what else trains:      6 P t; the weights have no gradient, quantizers and transforms cost as much
 
@@ -66,7 +66,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
     half = 0.5 if recipe.training.compute_dtype == "bfloat16" else 1.0
     beside = merge + passes(1, tokens) if job.follows_original else 0.0
     if recipe.rounding.compensates:  # what is lost of each token, and the moments of that with the inputs
-        beside += passes(3, tokens) + hessian + 6 * _DOUBLE * active * inputs / rate
+        beside += passes(2.5, tokens) + 6 * _DOUBLE * active * inputs / rate
     codes = passes(3, recipe.codes.steps * recipe.codes.batch * recipe.calibration.length)
     disk = (job.source.weights.size + 3 * job.output_bytes) / _DISK
     sites = 2 * shape.layers * (4 if recipe.budget and recipe.budget.weights else 2)
