@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
 
 import psutil
@@ -37,7 +36,7 @@ CHECKPOINTS = {
 }
 BASELINE = "float32"
 NATIVE = "compressed-tensors W8A8 static"
-LLAMA_CPP = ROOT / ".venv-llama-cpp"
+LLAMA_CPP = ".venv-llama-cpp"
 LLAMA_CPP_SOURCE = "llama-cpp-python==0.3.36"
 # Its AMX product ended with a segmentation fault on a virtual machine (docs/log.md, 2026-11-28).
 WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
@@ -90,19 +89,20 @@ def prepare(work: Path) -> dict[str, Path]:
 
 def prepare_llama_cpp(work: Path) -> dict[str, Path]:
     """GGUF files of each row, made from the one that SmolLM2 came in, by llama.cpp itself."""
+    from environments import Environment
     from fetch_smollm2 import SMOLLM2, join
 
-    python = LLAMA_CPP / "bin" / "python"
-    stamp = LLAMA_CPP / "made"
-    if not stamp.is_file() or stamp.read_text() != LLAMA_CPP_SOURCE:
+    environment = Environment(LLAMA_CPP)
+    python = environment.python
+    flags = WITHOUT_AMX if "amx_tile" in Path("/proc/cpuinfo").read_text() else ""
+    options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CFLAGS": flags, "CXXFLAGS": flags}
+
+    def build() -> None:
         print(f"building {LLAMA_CPP_SOURCE} (minutes)", file=sys.stderr, flush=True)
-        venv.create(LLAMA_CPP, with_pip=True, clear=True)
-        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
-        flags = WITHOUT_AMX if "amx_tile" in Path("/proc/cpuinfo").read_text() else ""
-        options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CFLAGS": flags, "CXXFLAGS": flags}
-        build = [*pip, "--no-binary", "llama-cpp-python", LLAMA_CPP_SOURCE]
-        subprocess.run(build, env={**os.environ, **options}, check=True)
-        stamp.write_text(LLAMA_CPP_SOURCE)
+        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
+        subprocess.run([*pip, LLAMA_CPP_SOURCE], env={**os.environ, **options}, check=True)
+
+    environment.filled_once(LLAMA_CPP_SOURCE, build)
     models = {name: work / f"{kind}.gguf" for name, kind in LLAMA_CPP_MODELS.items()}
     missing = [name for name, file in models.items() if not file.is_file()]
     if missing:
@@ -126,7 +126,7 @@ def measure(model: Path, threads: int, compiled: bool) -> dict[str, float]:
         "OMP_NUM_THREADS": str(threads),
     }
     if model.suffix == ".gguf":
-        command = [str(LLAMA_CPP / "bin" / "python"), str(LLAMA_CPP_SPEED), "measure", str(model)]
+        command = [str(ROOT / LLAMA_CPP / "bin" / "python"), str(LLAMA_CPP_SPEED), "measure", str(model)]
         command += ["--threads", str(threads)]
     else:
         command = [sys.executable, str(ROOT / "benchmarks" / "measure_speed.py"), str(model)]

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +28,8 @@ from watch import Usage, watch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 PEER = "llmcompressor==0.14.0.1"
-VENV = ROOT / ".venv-peers"
-PYTHON = VENV / "bin" / "python"
-STAMP = VENV / "made"
+VENV = ".venv-peers"
+PYTHON = ROOT / VENV / "bin" / "python"
 PRECISION = "w4a16"
 # Arguments of `fptquant quantize`, and of peers_llmcompressor.py.
 OURS = {
@@ -113,21 +111,18 @@ def finished(usage: Usage, log: Path) -> Usage:
 
 def make_environment() -> None:
     """Installs llm-compressor and the torch that we run; kept until either changes."""
-    from environments import TORCH_INDEX_URL, WITHOUT_WAITING
+    from environments import TORCH_INDEX_URL, WITHOUT_WAITING, Environment
 
-    wanted = f"{PEER} torch=={version('torch')}"
-    if STAMP.is_file() and STAMP.read_text() == wanted:
-        return
-    shutil.rmtree(VENV, ignore_errors=True)
-    venv.create(VENV, with_pip=True)
-    pip: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    peer, torch_build = wanted.split()
-    options = ["--extra-index-url", TORCH_INDEX_URL, *WITHOUT_WAITING]
-    subprocess.run([*pip, "--no-deps", torch_build, *options], check=True, env=environment)
-    # torch is named once more, or a CUDA build of several GB would replace it
-    subprocess.run([*pip, peer, torch_build], check=True, env=environment)
-    STAMP.write_text(wanted)
+    torch_build = f"torch=={version('torch')}"
+    environment = Environment(VENV)
+
+    def fill() -> None:
+        options = ["--extra-index-url", TORCH_INDEX_URL, *WITHOUT_WAITING]
+        environment.pip("install", "--quiet", "--no-deps", torch_build, *options)
+        # torch is named once more, or a CUDA build of several GB would replace it
+        environment.pip("install", "--quiet", PEER, torch_build)
+
+    environment.filled_once(f"{PEER} {torch_build}", fill)
 
 
 def require_4_bits(source: Path, exported: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,17 @@ class Environment:
     @property
     def is_todays(self) -> bool:
         """Whether `make_newest` made it today, by this Python and from this pyproject.toml."""
-        return self._stamp.is_file() and self._stamp.read_text() == _made_from()
+        return self._holds(_made_from())
+
+    def filled_once(self, what: str, fill: Callable[[], object]) -> None:
+        """Makes it and fills it, unless that was done to the end with the same `what`."""
+        if not self._holds(what):
+            self._make()
+            fill()
+            self._stamp.write_text(what)
+
+    def _holds(self, what: str) -> bool:
+        return self._stamp.is_file() and self._stamp.read_text() == what
 
     def pip(self, *args: str | Path) -> str:
         """Runs the environment's pip, and returns what it printed."""

@@ -75,3 +75,20 @@ def test_versions_of_this_environment() -> None:
     versions = compatibility.installed()
     assert versions.keys() == compatibility.allowed().keys()
     assert versions["typer"] and Version(versions["torch"]) in Requirement("torch>=2").specifier
+
+
+def test_an_environment_is_filled_once_and_again_where_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    environment, filled = environments.Environment("own"), []
+
+    def fill():
+        filled.append(environment.python.is_file())
+        (environment.folder / "left").touch(exist_ok=False)  # nothing is there from before
+        if len(filled) == 1:
+            raise SystemExit("no network")
+
+    with pytest.raises(SystemExit, match="no network"):
+        environment.filled_once("package==1", fill)
+    environment.filled_once("package==1", fill)
+    environment.filled_once("package==1", fill)
+    assert filled == [True, True]
