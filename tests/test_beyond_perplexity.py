@@ -1,5 +1,6 @@
 """benchmarks/beyond_perplexity.py: its items, how it measures repetition, its page."""
 
+import contextlib
 import json
 import math
 import sys
@@ -7,12 +8,19 @@ from pathlib import Path
 
 import beyond_page
 import beyond_perplexity
+import chat_positions
 import endings
 import pytest
 import torch
 from generation import Continuation, ends_in_loop, seq_rep, summary
 
+from fptquant import pipeline
+from fptquant.loading import load_model, open_source
+from fptquant.run.job import job_of
+from fptquant.run.models import transformed
+from fptquant.simulate import simulated_linears
 from tests.conftest import EXCERPT
+from tests.fptquant.train.test_training import make_job
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXTS = ("wiki", "moby")
@@ -133,3 +141,33 @@ def test_kl_is_measured_once(tmp_path: Path, model_dir: Path, monkeypatch: pytes
 def test_the_published_page_says_what_was_measured(tmp_path: Path) -> None:
     rows = json.loads((DOCS / "beyond-perplexity.json").read_text())
     assert beyond_page.write_page(rows, tmp_path) == (DOCS / "beyond-perplexity.md").read_text()
+
+
+def test_positions_of_a_chat() -> None:
+    """The mark at the very start is the constant token; the last token of the prompt predicts the answer's first."""
+    assert chat_positions.kinds([1, 5, 2, 6, 1, 7], [8, 9, 2], first=1) == [
+        "first", "prompt", "end", "prompt", "begin", "answer", "answer", "stop",
+    ]  # fmt: skip
+
+
+def test_a_part_of_a_checkpoint_in_floating_point(tmp_path: Path) -> None:
+    """Each part makes a difference, all of them together leave none, and each is put back."""
+    job = make_job("gqa", tmp_path, sink="none", precision="w4a4kv4", transforms=["T_d"], local={"steps": 0})
+    pipeline.quantize(job, tmp_path / "out")
+    source, model = job.source, load_model(open_source(tmp_path / "out"))
+    original = transformed(job_of(tmp_path / "out", source.path))
+    unquantized, tokens = dict(simulated_linears(original)), job.windows[0].tolist()
+
+    def found() -> torch.Tensor:
+        return chat_positions.log_probabilities(model, tokens)
+
+    quantized = found()
+    with contextlib.ExitStack() as stack:
+        for part in chat_positions.PARTS:
+            with chat_positions.in_floating_point(model, part, unquantized, source):
+                assert not torch.equal(found(), quantized)
+            assert torch.equal(found(), quantized)
+        for part in chat_positions.PARTS:
+            stack.enter_context(chat_positions.in_floating_point(model, part, unquantized, source))
+        torch.testing.assert_close(found(), chat_positions.log_probabilities(original, tokens), atol=1e-4, rtol=1e-4)
+    assert torch.equal(found(), quantized)

@@ -188,6 +188,7 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     """What a run is about to do, and what it is expected to take (`fptquant.run.times`)."""
     from fptquant.devices import CPU, free_memory
     from fptquant.report.inspection import in_words
+    from fptquant.run.chats import chats_of
     from fptquant.run.needs import expected_disk, expected_host_memory, expected_memory
     from fptquant.run.sink import sink_obstacle
     from fptquant.run.sizes import bits_per_weight
@@ -224,6 +225,8 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
         table.add_row("T_h blocks", ", ".join(blocks))
     count, length = job.windows.shape
     calibration = f"{job.recipe.calibration.source}: {count} sequences of {length} tokens"
+    if chats := len(chats_of(job)):
+        calibration += f", {chats} of them chats that the model answers itself"
     table.add_row("calibration", escape(calibration))
     text = job.source.tokenizer.decode(job.windows[0].tolist(), clean_up_tokenization_spaces=False)
     table.add_row("first sequence", escape(visible(text[:80])))

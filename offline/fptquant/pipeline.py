@@ -26,6 +26,7 @@ from fptquant.report.compare import compare_with_original
 from fptquant.report.ranges import FloatPasses, write_ranges
 from fptquant.report.summary import Summary
 from fptquant.report.training import write_metrics
+from fptquant.run.chats import require_memory_for_chats, with_chats
 from fptquant.run.job import Job, with_recipe
 from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.needs import expected_disk, scratch_limit
@@ -89,6 +90,7 @@ def quantize(
         if parallel.is_main():
             with stages.stage("rehearse"):
                 rehearse(job, staging / "rehearsal")
+        job = with_chats(job, state, stages)
         if recipe.end_to_end.steps or recipe.scales.steps:
             with stages.stage("teacher", SHORTER):
                 teacher = make_teacher(job, state, stages)
@@ -171,6 +173,7 @@ def prepare(
     state = RunState(directory, {} if dry_run and not directory.exists() else job.signature(), fresh=fresh)
     parallel.require_same(state.signature)
     require_sequences(job)
+    require_memory_for_chats(job)
     require_space(job, publication, state)
     return publication, state
 

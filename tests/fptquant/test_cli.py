@@ -508,6 +508,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "seed": (["--seed", "-3"], "error: --seed: Input should be"),
     "sequences": (["--sequences", "0"], "error: --sequences: Input should be"),
     "length": (["--length", "2"], "error: --length: Input should be"),
+    "chats": (["--chats", "1"], "error: --chats: Input should be less than 1"),
     "memory": (["--max-memory", "much"], "error: --max-memory: 'much' is no size: give one like 8GB"),
     "two options": (["--seed", "-3", "--length", "2"], "; --seed: Input should be"),
     "short text": (["--sequences", "5000"], "tokens, but 5000 sequences of 32 need"),

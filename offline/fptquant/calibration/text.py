@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,7 @@ def _draw(
     at_most: bool,
 ) -> _Draw:
     """Reads a source up to what is needed and draws where its windows start; arguments as `calibration_windows`."""
-    prefix = leading_tokens(tokenizer) if options.special_tokens else []
-    if sink is not None and prefix[:1] != [sink]:
-        prefix = [sink]
+    prefix = sequence_prefix(tokenizer, options, sink)
     body = options.length - len(prefix)
     needed = options.sequences * body
     tokens: list[int] = []
@@ -149,9 +147,8 @@ def _row_tokens(
                 "to its directory, or choose a column of text"
             )
         remedy = "leave such chats out, or choose another column"
-        tokens = encode(tokenizer, _rendered(tokenizer, row.messages, where, "a chat of it", remedy))
-        first = leading_tokens(tokenizer)
-        return tokens[len(first) :] if tokens[: len(first)] == first else tokens
+        text = rendered(tokenizer, row.messages, where, "a chat of it", remedy)
+        return without_leading(tokenizer, encode(tokenizer, text))
     for token in (min(row), max(row)):
         if not 0 <= token < vocabulary:
             raise FPTQuantError(
@@ -203,6 +200,19 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[: full.index(plain[0])]
 
 
+def without_leading(tokenizer: PreTrainedTokenizerBase, tokens: list[int], prefix: Sequence[int] = ()) -> list[int]:
+    """A chat's tokens without those that the tokenizer puts first, and without a `prefix` that is there already."""
+    for first in (leading_tokens(tokenizer), list(prefix)):
+        tokens = tokens[len(first) :] if tokens[: len(first)] == first else tokens
+    return tokens
+
+
+def sequence_prefix(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions, sink: int | None) -> list[int]:
+    """What every calibration sequence starts with: what the tokenizer puts first, or the constant token `sink`."""
+    prefix = leading_tokens(tokenizer) if options.special_tokens else []
+    return [sink] if sink is not None and prefix[:1] != [sink] else prefix
+
+
 def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
     """The token that recipe field `sink` stands for.
 
@@ -227,17 +237,27 @@ def sink_token(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
     first = leading_tokens(tokenizer)
     if not first and tokenizer.chat_template is not None:
         remedy = "so that its first token isn't known: name the token, or 'none'"
-        text = _rendered(tokenizer, [{"role": "user", "content": "a"}], "sink", "a user's message", remedy)
+        text = rendered(tokenizer, [{"role": "user", "content": "a"}], "sink", "a user's message", remedy)
         first = encode(tokenizer, text)
     return first[0] if first else None
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, what: str, remedy: str
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str,
+    what: str,
+    remedy: str,
+    *,
+    answered: bool = False,
 ) -> str:
-    """What the chat template makes of messages; `where`, `what` and `remedy` are parts of the error."""
+    """What the chat template makes of messages; `answered` adds what opens the model's answer.
+
+    Raises:
+        FPTQuantError: the template fails; `where`, `what` and `remedy` are parts of the line.
+    """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answered))
     except Exception as error:  # a template is a program
         reason = " ".join(str(error).split())
         raise FPTQuantError(f"{where}: the chat template fails on {what} ({reason}), {remedy}") from None

@@ -51,6 +51,7 @@ OPTIONS = {
     "calibration.field": "--calibration-field",
     "calibration.sequences": "--sequences",
     "calibration.length": "--length",
+    "calibration.chats": "--chats",
     "rounding.method": "--rounding",
     "budget": "--budget",
     "training.compute_dtype": "--compute-dtype",

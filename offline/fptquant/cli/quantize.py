@@ -58,6 +58,13 @@ def quantize(
     length: Annotated[
         int | None, typer.Option(show_default=OF_RECIPE, help="tokens in each calibration sequence")
     ] = None,
+    chats: Annotated[
+        float | None,
+        typer.Option(
+            show_default=OF_RECIPE,
+            help="share of the calibration sequences that are chats, whose answers the model writes itself, e.g. 0.5",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(show_default=OF_RECIPE, help="draws the calibration windows and the signs of Hadamards"),
@@ -119,6 +126,7 @@ def quantize(
         field=calibration_field,
         sequences=sequences,
         length=length,
+        chats=chats,
     )
     if rounding is not None:
         fields["rounding"] = {"method": rounding}

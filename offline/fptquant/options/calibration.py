@@ -20,4 +20,10 @@ class CalibrationOptions(BaseModel):
     field: str = Field("text", description="column of a dataset: text, chats (through the chat template) or token ids")
     sequences: PositiveInt = 64
     length: int = Field(512, ge=8)
+    chats: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the sequences that are chats about the text, whose answers the model writes itself",
+    )
     special_tokens: bool = Field(True, description="start each sequence with the tokens the tokenizer puts first (BOS)")

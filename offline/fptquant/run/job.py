@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fptquant
+from fptquant.calibration.chats import require_chats
 from fptquant.calibration.text import calibration_windows, fingerprint
 from fptquant.devices import CPU
 from fptquant.errors import FPTQuantError
@@ -112,6 +113,13 @@ def open_job(model: str | Path, recipe: Recipe, *, leave_out: bool = False, devi
         notes = (f"{name} is left out: {obstacle}" for name, obstacle in left_out.items())
         source = replace(source, notes=(*source.notes, *notes))
     recipe = _without_what_is_for_others(recipe)
+    if recipe.calibration.chats:
+        if source.tokenizer.chat_template is None:
+            note = "calibration.chats: the tokenizer has no chat template, so all of the calibration is text"
+            source = replace(source, notes=(*source.notes, note))
+            recipe = recipe.changed("calibration", calibration={"chats": 0.0})
+        else:
+            require_chats(source.tokenizer)
     budget = recipe.budget
     if budget and budget.weights and source.architecture.mixtures and recipe.precision.activations.bits < 16:
         note = (
@@ -241,5 +249,14 @@ def job_of(checkpoint: Path, model: str | Path, *, device: torch.device = CPU) -
 
 def with_recipe(job: Job, recipe: Recipe) -> Job:
     """The same job with another recipe; calibration text and transforms stay as they are."""
-    changed = _job(job.source, recipe, job.windows, job.training_windows)
+    return _changed(job, recipe, job.windows)
+
+
+def with_windows(job: Job, windows: Tensor) -> Job:
+    """The same job with other calibration sequences (sequences, length)."""
+    return _changed(job, job.recipe, windows)
+
+
+def _changed(job: Job, recipe: Recipe, windows: Tensor) -> Job:
+    changed = _job(job.source, recipe, windows, job.training_windows)
     return replace(changed, transforms=job.transforms, residency=job.residency, room=job.room, left_out=job.left_out)

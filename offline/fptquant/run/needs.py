@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fptquant import parallel
+from fptquant.calibration.chats import BATCH
 from fptquant.calibration.layerwise import WEIGHTS
 from fptquant.calibration.starts import start_is_measured
 from fptquant.layers.residency import Residency
+from fptquant.run.chats import STAGE as WRITE_CHATS
+from fptquant.run.chats import chats_of
 from fptquant.run.job import Job
 from fptquant.run.shards import LARGEST
 from fptquant.run.sizes import linear_sizes
@@ -71,6 +74,7 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
         write, read back:        2 E + half a weight file
         teacher:                 hidden states + 2 P + 1.5 E
         measured starts:         hidden states + 2 P, and four matrices of the residual's size in float64 for T_r's
+        chats:                   all weights, and the KV cache of a batch of sequences
         transforms on weights:   the larger of 2 P + 6 M, and 1.5 E + 7 times the rows of E that a step sees
         what else trains:        activations (of a layer, or of all) + 2 P, and 2 E where the loss is the model's
 
@@ -109,6 +113,9 @@ def expected_needs(job: Job, residency: Residency, room: int) -> dict[str, Need]
     transforms = bool(list(job.transforms.parameters()))
     in_weights = any(transform.seen_in_weights() for transform in job.transforms)
     found: dict[str, Need] = {"rehearse": Need(base + _FLOAT32 * 3 * sizes.layer, 0)}
+    if (chats := min(len(chats_of(job)), BATCH)) and not streamed:
+        cached = _FLOAT32 * 2 * shape.layers * shape.kv_heads * shape.head_dim * recipe.calibration.length
+        found[WRITE_CHATS] = Need(base + _FLOAT32 * sizes.total + chats * cached + pair, source)
     if recipe.end_to_end.steps or recipe.scales.steps:
         seen = 2 * in_memory(_FLOAT32 * job.training_windows.numel() * shape.hidden)
         found["teacher"] = Need(model + seen + pair + int(_FLOAT32 * 1.5 * sizes.ends), source)

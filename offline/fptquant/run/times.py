@@ -9,6 +9,8 @@ import torch
 
 from fptquant import parallel
 from fptquant.calibration.starts import start_is_measured
+from fptquant.run.chats import STAGE as WRITE_CHATS
+from fptquant.run.chats import chats_of
 from fptquant.run.job import Job
 from fptquant.run.needs import Sizes, expected_needs
 from fptquant.run.sizes import linear_sizes
@@ -18,6 +20,7 @@ _SIZE = 512  # of the matrices that are multiplied to find the speed
 _OTHER = 1.5  # times as long as its products with weights takes a pass: attention, quantizers, norms
 _DOUBLE = 2  # times as long takes a product in float64
 _START = 1.0  # seconds that any stage takes
+_WRITING = 4.0  # times as long as reading a chat takes writing it
 _DISK = 500e6  # bytes a second that are hashed, written or read
 
 
@@ -45,6 +48,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
         transforms on weights, a step:   merging and its gradient, 18 P H, of the layers that it sees
         the original model beside it:    merging and a pass
         compensation:                    2.5 passes + three solutions of 2 K^2 N in float64
+        chats:                           4 passes over their tokens
         codes:                           6 P t for a step of every layer
         a step of what else trains:      6 P t; the weights have no gradient, quantizers and transforms cost as much
 
@@ -73,6 +77,7 @@ def expected_seconds(job: Job, quality: int = 0) -> dict[str, float]:
     budget = 0 if recipe.budget is None else recipe.budget.windows * recipe.budget.length
     found = {
         "rehearse": 2.0 + merge / shape.layers,
+        WRITE_CHATS: passes(_WRITING, len(chats_of(job)) * recipe.calibration.length, head=True),
         "teacher": passes(1, job.training_windows.numel()),
         "measure activations": merge + passes(1, tokens),
         "train transforms on weights": 3 * merge / _DOUBLE * recipe.local.steps / recipe.local.turns_of(shape.layers),
