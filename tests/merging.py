@@ -34,9 +34,13 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
         merge_layer(layer, index, architecture, transforms)
         yield index
     final_norm = model.get_submodule(architecture.final_norm)
-    merge_head(model.get_submodule(architecture.head), norm_gain(final_norm, architecture), transforms)
+    gain = norm_gain(final_norm, architecture)
+    if architecture.folds_gains:
+        set_norm_gain(final_norm, architecture, None)
+    else:
+        gain = torch.ones_like(gain)
+    merge_head(model.get_submodule(architecture.head), gain, transforms)
     merge_embedding(model.get_submodule(architecture.embedding), transforms)
-    set_norm_gain(final_norm, architecture, None)
 
 
 def _untie_head(model: PreTrainedModel, architecture: Architecture) -> None:

@@ -32,6 +32,7 @@ from fptquant.run.models import read_back, to_be_rounded, transformed
 from fptquant.run.needs import expected_disk, scratch_limit
 from fptquant.run.publication import Publication
 from fptquant.run.rehearsal import rehearse
+from fptquant.run.remedies import remedies
 from fptquant.run.sizes import bits_per_weight
 from fptquant.run.state import RunState
 from fptquant.run.training import (
@@ -132,10 +133,13 @@ def quantize(
         with stages.stage("read back"):
             require_read_back(job, staging)
         write_metrics(metrics.rows(), staging / EXTRAS)
-        measured = None
+        measured, warning = None, ""
         if quality:
             measured, odd = compare_with_original(job, staging, quality, stages)
             notes += odd
+            warning = measured.warning if measured else ""
+        if warning:
+            warning = "; ".join([warning, *remedies(job)])
         summary = Summary(
             output=publication.target.name,
             seconds=stages.seconds,
@@ -148,9 +152,10 @@ def quantize(
             budget="" if spending is None else _bought(spending),
             notes=notes,
             quality=measured,
+            warning=warning,
             provenance=provenance(job, command),
         )
-        write_card(job, staging, summary.output, measured, summary.provenance)
+        write_card(job, staging, summary.output, measured, summary.provenance, warning)
         _write_json(staging / EXTRAS / "summary.json", asdict(summary))
         if spending is not None:
             _write_json(staging / EXTRAS / "budget.json", spending)

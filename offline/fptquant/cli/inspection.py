@@ -42,3 +42,5 @@ def inspect_(
         from fptquant.report.quality import Quality
 
         out.print(Quality(**found["quality"]).line(), highlight=False, soft_wrap=True)
+    if found["warning"]:
+        out.print(f"warning: {found['warning']}", style="red", markup=False, highlight=False, soft_wrap=True)

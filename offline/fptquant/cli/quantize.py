@@ -200,6 +200,8 @@ def _show(summary: Summary, model: str, output: Path) -> None:
         info.print(f"note: {note}", soft_wrap=True)
     if summary.quality is not None:
         info.print(summary.quality.line(), highlight=False, soft_wrap=True)
+    if summary.warning:
+        err.print(f"warning: {summary.warning}", style="red", markup=False, highlight=False, soft_wrap=True)
     info.print("next:", highlight=False)
     for what, line in (
         ("verify", shlex.join(["fptquant", "verify", str(output), "--against", model])),

@@ -87,7 +87,9 @@ def provenance(job: Job, command: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def write_card(job: Job, directory: Path, name: str, quality: Quality | None, origin: dict[str, str]) -> None:
+def write_card(
+    job: Job, directory: Path, name: str, quality: Quality | None, origin: dict[str, str], warning: str = ""
+) -> None:
     """Writes README.md.
 
     Args:
@@ -96,6 +98,7 @@ def write_card(job: Job, directory: Path, name: str, quality: Quality | None, or
         name: that it will have.
         quality: if it was measured.
         origin: see `provenance`.
+        warning: what speaks against using it.
     """
     data = _card_data(job.source.path, directory, origin)
     precision = _precision(job)
@@ -126,7 +129,7 @@ def write_card(job: Job, directory: Path, name: str, quality: Quality | None, or
         version=fptquant.__version__,
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         here=name,
-        quality=_quality(quality),
+        quality=(f"**Warning: {warning}.**\n\n" if warning else "") + _quality(quality),
         command=origin.get("command", "fptquant quantize ..."),
         made="\n\n".join(made),
     )

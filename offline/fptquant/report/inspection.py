@@ -35,7 +35,8 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         `model` and `provenance` (facts by name), `parts` and `all` (`weights`, a number; `bytes`; `bits_per_weight`,
-        scales included), `quality` (empty where it wasn't measured).
+        scales included), `quality` (empty where it wasn't measured), `warning` (of what was measured, mostly
+        empty).
 
     Raises:
         FPTQuantError: damaged files.
@@ -77,6 +78,7 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
         "parts": {name: parts[name] for name in sorted(parts, key=order.index)},
         "all": whole,
         "quality": summary.get("quality") or {},
+        "warning": summary.get("warning") or "",
     }
 
 

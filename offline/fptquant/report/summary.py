@@ -24,4 +24,5 @@ class Summary:
     notes: tuple[str, ...] = ()  # what is odd and may be meant, for the user to read
     peak_bytes: dict[str, int] = field(default_factory=dict)  # of each stage
     quality: Quality | None = None
+    warning: str = ""  # that the checkpoint is not usable, and what may help
     provenance: dict[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer
 
 
 def folded(job: Job) -> PreTrainedModel:
-    """The source in transformers' classes, with the norms' gains in the weights behind them.
+    """The source in transformers' classes, with the norms' gains in the weights behind them, if the family's go there.
 
     A head that stays tied has none in front of it: the final norm keeps its gain.
     """
@@ -56,7 +56,9 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     set_tensors(model, job.source.read(outside(parts(model, architecture), job.source.names)))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
-    if not job.tied:
+    if not architecture.folds_gains:
+        gain = torch.ones_like(gain)
+    elif not job.tied:
         set_norm_gain(final_norm, architecture, None)
 
     read_layer = job.source.layer_reader()

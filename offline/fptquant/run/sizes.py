@@ -35,6 +35,12 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
+def group_sizes(source: Source) -> list[int]:
+    """Sizes of groups that divide the inputs of all projections, smallest first."""
+    inputs = {columns for _, columns in linear_sizes(source).values()}
+    return [size for size in (32, 64, 128) if all(columns % size == 0 for columns in inputs)]
+
+
 def bits_per_weight(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> float:
     """What a checkpoint has for each weight of the layers' projections, with scales and multipliers, on average."""
     bits = weights = 0

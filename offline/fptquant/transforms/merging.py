@@ -13,14 +13,18 @@ _VALUES = 1 << 23  # of an embedding or a head that are in float64 at a time
 
 @torch.no_grad()
 def merge_layer(layer: nn.Module, index: int, architecture: Architecture, transforms: TransformSet) -> None:
-    """Folds the norms of a decoder layer and merges `transforms` into its weights, in place."""
+    """Folds the norms of a decoder layer, if the family's are, and merges `transforms` into its weights, in place."""
+    folds = architecture.folds_gains
     for group in architecture.groups_of(index):
-        gain = None if group.norm is None else norm_gain(layer.get_submodule(group.norm), architecture)
+        gain = norm_gain(layer.get_submodule(group.norm), architecture) if group.norm is not None and folds else None
         for projection in (*group.members, *group.readers):
             _merge_weight(layer.get_submodule(projection.path), transforms, projection.at(index), gain)
     for group, norm in architecture.normed_groups(index):
-        gain = transforms.gain(group.first.at(index), torch.float64)
-        set_norm_gain(layer.get_submodule(norm), architecture, gain)
+        gain, module = transforms.gain(group.first.at(index), torch.float64), layer.get_submodule(norm)
+        if folds:
+            set_norm_gain(module, architecture, gain)
+        elif gain is not None:
+            set_norm_gain(module, architecture, norm_gain(module, architecture) * gain)
     for place, path in architecture.head_norm_places(index):
         gain = transforms.head_gain(place, torch.float64)
         if gain is not None:
