@@ -138,8 +138,8 @@ def quantize(
             measured, odd = compare_with_original(job, staging, quality, stages)
             notes += odd
             warning = measured.warning if measured else ""
-        if warning:
-            warning = "; ".join([warning, *remedies(job)])
+        if warning and (found := remedies(job)):
+            warning += f"; what may help: {', '.join(found)}"
         summary = Summary(
             output=publication.target.name,
             seconds=stages.seconds,

@@ -81,7 +81,7 @@ def test_quantize(run: Run, model: Path, calibration: Path, tmp_path: Path, draw
         2,
     )
     assert result.code == 0, result.err
-    assert re.search(r"quality: perplexity [\d.]+ -> [\d.]+, KL divergence [\d.]+ nats", result.out)
+    assert re.search(r"quality: perplexity [\d.]+ -> [\d.]+ \([\d.]+x\), KL divergence [\d.]+ nats", result.out)
     assert (tmp_path / "out" / "config.json").is_file() and sorted(os.listdir(tmp_path)) == ["model", "out"]
     for expected in ("static INT4, asymmetric, per tensor", "T_k, T_v, T_u, T_r, T_d, S_n", "T_d block", "peak memory",
                      "weights after", "calibrate and round", "vllm serve", "fptquant verify", "in all"):  # fmt: skip

@@ -1,9 +1,13 @@
 """What a checkpoint says of itself: its card, measured quality, `inspect`, `push`; and nothing of the machine."""
 
+import copy
+import html
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +24,9 @@ from fptquant.options.calibration import CalibrationOptions
 from fptquant.recipe import Recipe
 from fptquant.report.compare import held_back
 from fptquant.report.inspection import inspect
+from fptquant.report.quality import Quality
 from fptquant.run.job import Job, open_job
+from fptquant.run.remedies import remedies
 from tests.conftest import TEXT, VOCABULARY, build_tokenizer
 from tests.fptquant.conftest import Run, one_error
 
@@ -164,6 +170,66 @@ def test_quality_changes_nothing_else(
         for file in quantized.rglob("*"):
             if file.is_file() and file.name not in ("README.md", "summary.json", "metrics.jsonl"):  # times
                 assert file.read_bytes() == (other / file.relative_to(quantized)).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (15.0, ""),
+        (15.1, "perplexity is 1.51 times the original's, above 1.5: not usable as it is"),
+        (63.0, "perplexity is 6.30 times the original's, above 1.5: not usable as it is"),
+        (math.nan, "perplexity is nan times the original's, above 1.5: not usable as it is"),
+    ],
+)
+def test_when_quality_is_a_warning(after: float, expected: str) -> None:
+    quality = Quality(windows=4, length=512, original=10.0, quantized=after, kl=0.1, agreement=0.9)
+    assert quality.warning == expected and f"10.00 -> {after:.2f} ({after / 10:.2f}x)" in quality.line()
+
+
+def test_a_warning_is_everywhere(
+    source: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the screen behind the run, in card, records, `inspect` and the page; of good checkpoints nothing is said."""
+    monkeypatch.setattr("fptquant.report.quality.USABLE", 0.5)
+    small = ("--calibration", text, "--sequences", 4, "--length", 24, "--recipe", "rtn", "--quality", 2)
+    result = run("quantize", source, "-o", tmp_path / "out", *small)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "out" / "fptquant" / "summary.json").read_text())
+    warning = summary["warning"]
+    assert (
+        "times the original's, above 0.5: not usable as it is; what may help: --recipe fptquant (transforms), --"
+        in warning
+    )
+    assert f"warning: {warning}" in result.err
+    assert f"**Warning: {warning}.**" in (tmp_path / "out" / "README.md").read_text()
+    assert f"warning: {warning}" in run("inspect", tmp_path / "out").out
+    assert run("report", tmp_path / "out").code == 0
+    page = (tmp_path / "out" / "fptquant" / "report.html").read_text(encoding="utf-8")
+    assert html.escape(f"Warning: {warning}") in page
+
+
+def test_no_warning(quantized: Path, run: Run) -> None:
+    assert json.loads((quantized / "fptquant" / "summary.json").read_text())["warning"] == ""
+    assert "Warning" not in (quantized / "README.md").read_text() and "warning" not in run("inspect", quantized).out
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"precision": "w4a4kv4"}, ["--precision w4a8kv8 (more bits for inputs and cache)"]),
+        ({"precision": "w4a8kv8"}, ["--precision w4a8kv8-g32 (multipliers for groups of weights)"]),
+        ({"precision": "w4a8kv8-g64"}, ["--precision w4a16 (inputs and cache in floating point)"]),
+        ({"precision": "w4a16"}, []),
+        ({"precision": "w4a16", "name": "rtn"}, ["--recipe fptquant (transforms)"]),
+    ],
+)
+def test_what_may_help(fields: dict[str, Any], expected: list[str], job: Job) -> None:
+    source = replace(job.source, config=copy.deepcopy(job.source.config))
+    for name, size in (("hidden_size", 64), ("intermediate_size", 128), ("head_dim", 64)):
+        setattr(source.config, name, size)
+    recipe = job.recipe.changed(**fields)
+    assert remedies(replace(job, source=source, recipe=recipe)) == expected
+    assert all("-g" not in remedy for remedy in remedies(replace(job, recipe=recipe)))  # none divides hidden 42
 
 
 def test_a_card_without_a_source_card(model_dir: Path, text: Path, tmp_path: Path) -> None:

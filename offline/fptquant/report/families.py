@@ -36,9 +36,9 @@ than `model_type`, a multimodal model of another kind or with another text part,
 that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
 says why, and what takes its place.
 
-Where blocks end in norms (Gemma, GLM-4), the gains of all norms stay where they are, as neither T_r nor S_n needs them in
-the weights. In Gemma a channel holds nearly all of the residual, and gains make it as small as the others again: quantized
-without them, an input of Gemma-3-270M's layers has an error of 2 to 4 % in 8 bits, and with them of 0.01 to 0.02 %
+Where blocks end in norms (Gemma, GLM-4), the gains of all norms stay where they are, as neither T_r nor S_n needs
+them in the weights. In Gemma-3-270M one channel holds nearly all of the residual, and gains make it as small as the
+others again: 8 bits hold what a norm puts out with its gain, and little of what it would without
 ([accuracy](accuracy.md#gemma-3)).
 
 Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where

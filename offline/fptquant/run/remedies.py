@@ -1,4 +1,4 @@
-"""What to try where a checkpoint is too far from its original: what the run did without, and what usually helps."""
+"""What to try where a checkpoint is too far from its original."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from fptquant.recipe import Recipe
 from fptquant.run.job import Job
 from fptquant.run.sizes import group_sizes
 
-_DEFAULT = Recipe()
-
 
 def remedies(job: Job) -> list[str]:
-    """What may bring the model of a job closer to its original, as options of `fptquant quantize`; what helps most first.
+    """What a job did without and what brings most models closer to their originals, as options of `fptquant quantize`.
 
     Args:
         job: what was done.
     """
-    recipe, config, found = job.recipe, job.config, list[str]()
-    if 4 in (config.activations.bits, config.kv_cache.bits):
-        found.append("--precision w4a8kv8 has more bits for inputs and cache")
-    elif config.activations.bits == 8 and config.weights.group_size is None and (sizes := group_sizes(job.source)):
-        found.append(f"--precision w4a8kv8-g{min(sizes)} has multipliers for groups of weights")
-    elif config.activations.bits == 8:
-        found.append("--precision w4a16 leaves inputs in floating point")
-    if not recipe.name.startswith(_DEFAULT.name):
-        found.append(f"--recipe {_DEFAULT.name} has transforms")
+    precision, default, found = job.recipe.precision, Recipe().name, list[str]()
+    grouped = precision.weights.group_size is not None
+    if not job.recipe.name.startswith(default):
+        found.append(f"--recipe {default} (transforms)")
+    if 4 in (precision.activations.bits, precision.kv_cache.bits):
+        found.append("--precision w4a8kv8 (more bits for inputs and cache)")
+    elif precision.activations.bits == 8 and not grouped and (sizes := group_sizes(job.source)):
+        found.append(f"--precision w4a8kv8-g{min(sizes)} (multipliers for groups of weights)")
+    elif precision.activations.bits == 8:
+        found.append("--precision w4a16 (inputs and cache in floating point)")
     return found

@@ -23,7 +23,7 @@ _GROUPS = {
 
 
 class InputHadamard(Transform):
-    """x' = x B online with B = blockdiag(H_b / sqrt(b)), W' = W B, where x is a norm's output with its gain in W.
+    """x' = x B online with B = blockdiag(H_b / sqrt(b)), W' = W B, where x is what the layers read.
 
     It spreads outliers over a block as T_r does over all channels, and touches neither the residual nor what writes it:
     it is exact where blocks end in norms, and leaves a tied head what it was. Experts read B x, their router x.
