@@ -16,7 +16,7 @@ from fptquant.wiring import Architecture
 
 @torch.no_grad()
 def merge_transforms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> Iterator[int]:
-    """Folds norm gains, unties the head and merges `transforms`, in place; the model computes the same function.
+    """Folds norm gains where a transform needs it, unties the head and merges `transforms`; the function is the same.
 
     The online parts (T_d, S_n) are not installed here, see `fptquant.simulate`.
 
@@ -31,11 +31,11 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
     separate_projections(model, architecture)
     _untie_head(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        merge_layer(layer, index, architecture, transforms)
+        merge_layer(layer, index, architecture, transforms, folds=transforms.folds_gains)
         yield index
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
-    if architecture.folds_gains:
+    if transforms.folds_gains:
         set_norm_gain(final_norm, architecture, None)
     else:
         gain = torch.ones_like(gain)

@@ -213,8 +213,8 @@ def plan_table(job: Job, expected: Mapping[str, float]) -> Table:
     table.add_row("transforms", ", ".join(job.transforms.names) or "none")
     for name, why in job.left_out.items():
         table.add_row("left out", f"{name}: {why}")
-    if not job.source.architecture.folds_gains:
-        table.add_row("norms", "keep their gains, as blocks end in norms: neither T_r nor S_n needs them in weights")
+    if not job.transforms.folds_gains:
+        table.add_row("norms", "keep their gains, which only T_r and S_n need in the weights")
     if config.sink:
         first = job.source.tokenizer.convert_ids_to_tokens(config.sink.token)
         table.add_row("first token", escape(f"constant where it is {first}"))

@@ -168,19 +168,22 @@ def test_gains_that_are_not_what_is_stored(variant: str, float64: None, monkeypa
     assert error_of(variant, ["T_s"]) > 1e-3
 
 
+@pytest.mark.parametrize("names", [[], ["T_h"], ["T_r"], ["S_n"]], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gains_stay_where_blocks_end_in_norms(variant: str) -> None:
-    """There nothing needs them in the weights, and inputs without them have channels that 8 bits don't hold."""
+def test_gains_stay_where_nothing_needs_them_in_weights(variant: str, names: list[str]) -> None:
+    """Inputs without them have channels that 8 bits don't hold, as in Gemma."""
     original, family = read(variant), family_of(variant)
-    merged = merge(original, transform_set([], family.shape(original.config)), family)
+    on = [name for name in names if not TRANSFORMS[name].obstacle(family)]
+    folds = bool({"T_r", "S_n"} & set(on))
+    merged = merge(original, transform_set(on, family.shape(original.config)), family)
     gained = [family.final_norm]
     for index in range(original.config.num_hidden_layers):
         gained += [f"{family.layer_name(index)}.{norm}" for _, norm in family.normed_groups(index)]
-    for name in gained:
-        before, after = (model.get_submodule(name).get_parameter("weight") for model in (original, merged))
-        assert torch.equal(after, before if family.post_norms else torch.ones_like(before) - family.gain_offset), name
+    for norm in gained:
+        before, after = (model.get_submodule(norm).get_parameter("weight") for model in (original, merged))
+        assert torch.equal(after, torch.ones_like(before) - family.gain_offset if folds else before), norm
     head, weight = (model.get_submodule(family.head).get_parameter("weight") for model in (original, merged))
-    assert torch.equal(head, weight) == bool(family.post_norms)
+    assert torch.equal(head, weight) != folds
 
 
 @pytest.mark.parametrize("variant", [variant for variant in LAST if family_of(variant).post_norms])

@@ -36,10 +36,10 @@ than `model_type`, a multimodal model of another kind or with another text part,
 that a family can't have is an error where your own recipe names it; of a shipped recipe it is left out, and the plan
 says why, and what takes its place.
 
-Where blocks end in norms (Gemma, GLM-4), the gains of all norms stay where they are, as neither T_r nor S_n needs
-them in the weights. In Gemma-3-270M one channel holds nearly all of the residual, and gains make it as small as the
-others again: 8 bits hold what a norm puts out with its gain, and little of what it would without
-([accuracy](accuracy.md#gemma-3)).
+Where blocks end in norms (Gemma, GLM-4), the gains of all norms stay where they are, as in every model without T_r
+and S_n, which alone need them in the weights. In Gemma-3-270M one channel holds nearly all of the residual, and gains
+make it as small as the others again: 8 bits hold what a norm puts out with its gain, and little of what it would
+without ([accuracy](accuracy.md#gemma-3)).
 
 Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where
 scores are bounded (Gemma 2), transformers' `sdpa` leaves the bound out; here it is never left out.
@@ -102,7 +102,7 @@ def _transforms(family: Architecture) -> str:
             limits.append(f"no {name} ({obstacle})" + (f", {substitute} in its place" if substitute else ""))
         elif restriction:
             limits.append(f"{name}: {restriction}")
-    if not family.folds_gains:
+    if family.post_norms is not None:
         limits.append("gains stay in the norms")
     return "; ".join(limits) or "all"
 

@@ -19,7 +19,7 @@ from fptquant.transforms.merging import merge_embedding, merge_head, merge_layer
 
 
 def folded(job: Job) -> PreTrainedModel:
-    """The source in transformers' classes, with the norms' gains in the weights behind them, if the family's go there.
+    """The source in transformers' classes, with norms' gains in the weights behind them if a transform needs that.
 
     A head that stays tied has none in front of it: the final norm keeps its gain.
     """
@@ -42,7 +42,7 @@ def folded_and_transformed(job: Job) -> PreTrainedModel:
 
 
 def nothing(job: Job) -> TransformSet:
-    """Returns a set of no transforms, with which merging only folds the norms."""
+    """Returns a set of no transforms, with which merging folds the norms at most."""
     return TransformSet({}, job.source.architecture.shape(job.source.config), 0)
 
 
@@ -56,7 +56,8 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
     set_tensors(model, job.source.read(outside(parts(model, architecture), job.source.names)))
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
-    if not architecture.folds_gains:
+    folds = job.transforms.folds_gains
+    if not folds:
         gain = torch.ones_like(gain)
     elif not job.tied:
         set_norm_gain(final_norm, architecture, None)
@@ -67,7 +68,7 @@ def _merged(job: Job, residency: Residency, sets: list[TransformSet], *, simulat
         def fill(layer: nn.Module) -> None:
             set_tensors(layer, read_layer(index))
             for transforms in sets:
-                merge_layer(layer, index, architecture, transforms)
+                merge_layer(layer, index, architecture, transforms, folds=folds)
 
         return fill
 

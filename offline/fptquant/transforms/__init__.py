@@ -100,6 +100,15 @@ class TransformSet(nn.Module):
         return iter(self.transforms.values())
 
     @property
+    def folds_gains(self) -> bool:
+        """Whether the gains of norms go into the weights behind them, because one of the transforms needs that.
+
+        Elsewhere gains stay. They make channels small that are far larger than others in the residual (hundreds of
+        times in Gemma): 8 bits hold what a norm puts out, and less of what it would put out without.
+        """
+        return any(transform.folds_gains for transform in self)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the transforms that are on."""
         return tuple(self.transforms)

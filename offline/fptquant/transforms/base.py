@@ -27,6 +27,7 @@ class Transform(nn.Module):
     name: ClassVar[str]
     merged: ClassVar[bool] = True  # something of it goes into weights or norms
     in_gains: ClassVar[bool] = False  # of the layers' norms
+    folds_gains: ClassVar[bool] = False  # needs the gains of norms in the weights behind them
     restriction: ClassVar[str] = ""  # what another form of the transform is, for users to read
     substitute: ClassVar[str | None] = None  # what shipped recipes have where a family can't have this transform
     shared: ClassVar[bool] = False  # by all layers, embedding and head; it is trained at a rate of its own

@@ -12,9 +12,10 @@ _VALUES = 1 << 23  # of an embedding or a head that are in float64 at a time
 
 
 @torch.no_grad()
-def merge_layer(layer: nn.Module, index: int, architecture: Architecture, transforms: TransformSet) -> None:
-    """Folds the norms of a decoder layer, if the family's are, and merges `transforms` into its weights, in place."""
-    folds = architecture.folds_gains
+def merge_layer(
+    layer: nn.Module, index: int, architecture: Architecture, transforms: TransformSet, *, folds: bool
+) -> None:
+    """Merges `transforms` into the weights of a decoder layer, in place, and its norms' gains where it `folds`."""
     for group in architecture.groups_of(index):
         gain = norm_gain(layer.get_submodule(group.norm), architecture) if group.norm is not None and folds else None
         for projection in (*group.members, *group.readers):

@@ -25,6 +25,7 @@ class ResidualRotation(Transform):
     name = "T_r"
     substitute = "T_h"
     shared = True
+    folds_gains = True
 
     def __init__(self, shape: Shape, options: RotationOptions, generator: torch.Generator) -> None:
         """Starts at the identity or a Hadamard matrix with random signs; `align` is for those who saw activations."""

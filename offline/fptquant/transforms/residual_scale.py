@@ -15,6 +15,7 @@ class ResidualScale(Transform):
 
     name = "S_n"
     merged = False
+    folds_gains = True
 
     @classmethod
     def obstacle(cls, architecture: Architecture) -> str | None:

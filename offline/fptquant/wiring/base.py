@@ -179,15 +179,6 @@ class Architecture:
         """Whether queries and keys are normed before RoPE, head by head."""
         return self.query_norm is not None or self.key_norm is not None
 
-    @property
-    def folds_gains(self) -> bool:
-        """Whether the gains of norms go into the weights behind them, where T_r and S_n need them.
-
-        Neither goes with norms behind blocks. There gains stay, which make channels small that are hundreds of times
-        larger than others in the residual (Gemma): 8 bits hold what a norm puts out, and not what it would without.
-        """
-        return self.post_norms is None
-
     def window(self, config: PretrainedConfig, layer: int) -> int | None:
         """How many tokens a layer attends to, its own among them; None for all."""
         sliding = self.windows == "all" or (
