@@ -15,7 +15,9 @@ from fptquant.wiring import Architecture
 
 
 @torch.no_grad()
-def merge_transforms(model: PreTrainedModel, architecture: Architecture, transforms: TransformSet) -> Iterator[int]:
+def merge_transforms(
+    model: PreTrainedModel, architecture: Architecture, transforms: TransformSet, *, folds: bool | None = None
+) -> Iterator[int]:
     """Folds norm gains where a transform needs it, unties the head and merges `transforms`; the function is the same.
 
     The online parts (T_d, S_n) are not installed here, see `fptquant.simulate`.
@@ -24,18 +26,20 @@ def merge_transforms(model: PreTrainedModel, architecture: Architecture, transfo
         model: loaded in float32.
         architecture: family of the model.
         transforms: at any values.
+        folds: the gains; None where one of the transforms needs it.
 
     Yields:
         The index of each finished layer (for progress), so that the caller may stop in between.
     """
+    folds = transforms.folds_gains if folds is None else folds
     separate_projections(model, architecture)
     _untie_head(model, architecture)
     for index, layer in enumerate(architecture.layer_modules(model)):
-        merge_layer(layer, index, architecture, transforms, folds=transforms.folds_gains)
+        merge_layer(layer, index, architecture, transforms, folds=folds)
         yield index
     final_norm = model.get_submodule(architecture.final_norm)
     gain = norm_gain(final_norm, architecture)
-    if transforms.folds_gains:
+    if folds:
         set_norm_gain(final_norm, architecture, None)
     else:
         gain = torch.ones_like(gain)

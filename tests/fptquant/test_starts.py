@@ -44,7 +44,7 @@ def test_start_is_smoothquants_formula(alpha: float, rotated: bool, first: int, 
     merged = build_model("gqa")
     for _ in merge_transforms(merged, LLAMA, TransformSet(others.transforms, shape, 0)):
         pass
-    for _ in merge_transforms(model, LLAMA, TransformSet({}, shape, 0)):
+    for _ in merge_transforms(model, LLAMA, TransformSet({}, shape, 0), folds=rotated):
         pass
     start_from_activations(model, LLAMA, transforms, WINDOWS, first, centered=centered)
     for index, layer in enumerate(merged.model.layers):
@@ -76,7 +76,7 @@ def test_klt_makes_all_channels_equally_large(centered: bool, tokens: Tensor, fl
         transforms = TransformSet(Recipe.parse({"transforms": {"T_r": {"start": start}}}).transforms, SHAPE, 0)
         before = transforms.transforms["T_r"].rotation(torch.float64).clone()
         original = copy.deepcopy(model)
-        for _ in merge_transforms(model, LLAMA, TransformSet({}, SHAPE, 0)):
+        for _ in merge_transforms(model, LLAMA, TransformSet({}, SHAPE, 0), folds=True):
             pass
         start_from_activations(model.float(), LLAMA, transforms, WINDOWS, 0, centered=centered)
         assert torch.equal(before, transforms.transforms["T_r"].rotation(torch.float64)) == (start == "hadamard")
