@@ -37,8 +37,8 @@ that a family can't have is an error where your own recipe names it; of a shippe
 says why, and what takes its place.
 
 Where blocks end in norms (Gemma, GLM-4), the gains of all norms stay where they are, as in every model without T_r
-and S_n, which alone need them in the weights. In Gemma-3-270M one channel holds nearly all of the residual, and gains
-make it as small as the others again: 8 bits hold what a norm puts out with its gain, and little of what it would
+and S_n, which alone need them in the weights. In Gemma-3-270M one channel holds nearly all of the residual, and its
+gain makes it as small as the others again: 8 bits hold what a norm puts out with its gain, and little of what it would
 without ([accuracy](accuracy.md#gemma-3)).
 
 Activations of Gemma don't fit into float16, which is refused, offline and when serving: bfloat16 or float32. Where

@@ -64,15 +64,15 @@ def test_unquantized(probe: Probe) -> None:
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize(
-    "kind, modules, norm",
+    "kind, modules",
     [
-        ("qkv_input", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "input_layernorm"),
-        ("o_input", ["self_attn.o_proj"], None),
-        ("gate_up_input", ["mlp.gate_proj", "mlp.up_proj"], "post_attention_layernorm"),
-        ("down_input", ["mlp.down_proj"], None),
+        ("qkv_input", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("o_input", ["self_attn.o_proj"]),
+        ("gate_up_input", ["mlp.gate_proj", "mlp.up_proj"]),
+        ("down_input", ["mlp.down_proj"]),
     ],
 )
-def test_an_input(kind: str, modules: list[str], norm: str | None, wide: bool, make_probe: MakeProbe) -> None:
+def test_an_input(kind: str, modules: list[str], wide: bool, make_probe: MakeProbe) -> None:
     probe = make_probe((kind,), transforms=[], activation_range={"outlier_tokens": 0.1})
     for index in range(2):
         model = load_model(probe.job.source)
@@ -82,16 +82,14 @@ def test_an_input(kind: str, modules: list[str], norm: str | None, wide: bool, m
         handle = layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))  # noqa: B023
         model(probe.job.windows)
         handle.remove()
-        # the norm's gain is folded into the weights, so what is quantized is the input without it
-        gain = model.get_submodule(f"model.layers.{index}.{norm}").weight if norm else torch.ones(())
         bits, symmetric = (8, True) if wide else (4, False)
-        inputs = (seen[0] / gain).flatten(0, 1)
+        inputs = seen[0].flatten(0, 1)
         usual = inputs[inputs.abs().amax(1).argsort()[: len(inputs) - int(0.1 * len(inputs))]]
         scale, zero_point = search_range(usual, bits, symmetric, RangeOptions())
         bounds = code_bounds(zero_point, bits)
         for layer in layers:
             layer.register_forward_pre_hook(
-                lambda m, args: (quantize_codes(args[0] / gain, scale, *bounds) * scale * gain,)  # noqa: B023
+                lambda m, args: (quantize_codes(args[0], scale, *bounds) * scale,)  # noqa: B023
             )
         found = probe.measure({Site(kind, index): wide})
         assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
@@ -132,17 +130,15 @@ def test_weights(make_probe: MakeProbe) -> None:
     probe = make_probe(("gate_up_weights",), transforms=[])
     model = load_model(probe.job.source)
     expected = model(probe.tokens).logits
-    mlp, norm = model.model.layers[1].mlp, model.model.layers[1].post_attention_layernorm
+    mlp = model.model.layers[1].mlp
     seen: list[Tensor] = []
     mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
     model(probe.job.windows)
-    # the gain is folded into the weights before they are rounded
-    x = seen[0] / norm.weight
+    x = seen[0]
     hessian = x.T @ x / len(x)
     for layer in (mlp.gate_proj, mlp.up_proj):
-        weight = layer.weight * norm.weight
-        scale = weight_scales(weight, 4, WeightRangeOptions(), hessian.diagonal())
-        layer.weight.copy_(round_gptq(weight, scale, 4, hessian, RoundingOptions()) * scale / norm.weight)
+        scale = weight_scales(layer.weight, 4, WeightRangeOptions(), hessian.diagonal())
+        layer.weight.copy_(round_gptq(layer.weight, scale, 4, hessian, RoundingOptions()) * scale)
     found = probe.measure({Site("gate_up_weights", 1): False})
     assert close(found, reference_effect(expected, model(probe.tokens).logits, probe.tokens))
 
@@ -197,19 +193,18 @@ def test_with_a_sink_all_tokens_but_the_first_are_quantized(kind: str, make_prob
     model = load_model(probe.job.source)
     expected = model(probe.tokens).logits
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    gain = model.model.layers[0].input_layernorm.weight if kind == "qkv_input" else torch.ones(())
     watched = {"qkv_input": attention.q_proj, "down_input": mlp.down_proj, "values": attention.v_proj}
     layer = watched.get(kind, attention.o_proj)
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda m, args, y: seen.append(y if kind == "values" else args[0]))
     model(probe.job.windows)
     handle.remove()
-    counted = (seen[0] / gain)[:, 1:]
+    counted = seen[0][:, 1:]
     scale, zero_point = search_range(counted, 4, False, RangeOptions())
     bounds = code_bounds(zero_point, 4)
 
     def rounded(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :1], (quantize_codes(x / gain, scale, *bounds) * scale * gain)[:, 1:]), 1)
+        return torch.cat((x[:, :1], (quantize_codes(x, scale, *bounds) * scale)[:, 1:]), 1)
 
     if kind == "values":
         layer.register_forward_hook(lambda m, args, y: rounded(y))

@@ -47,9 +47,9 @@ def random_transforms(kind: str, names: list[str] = NAMES) -> TransformSet:
     return transforms
 
 
-def folded(kind: str) -> Any:
+def folded(kind: str, folds: bool = True) -> Any:
     model = build_model(kind)
-    for _ in merge_transforms(model, LLAMA, TransformSet({}, LLAMA.shape(model.config), 0)):
+    for _ in merge_transforms(model, LLAMA, TransformSet({}, LLAMA.shape(model.config), 0), folds=folds):
         pass
     return model
 
@@ -88,7 +88,14 @@ def test_transform_student_is_the_quantized_model(kind: str, names: list[str], t
     job = make_job(kind, tmp_path, precision="w4a8kv8", transforms=names, head_bits=16, rounding={"method": "nearest"})
     job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
     simulation = quantized(job)
-    student = transform_student(folded(kind), LLAMA, job.transforms, simulation, estimator="ste", float_weights=False)
+    student = transform_student(
+        folded(kind, job.transforms.folds_gains),
+        LLAMA,
+        job.transforms,
+        simulation,
+        estimator="ste",
+        float_weights=False,
+    )
     for first in (0, 7):  # the sink's token, and another
         tokens = torch.cat((torch.tensor([[first]]), TOKENS), 1)
         expected = simulation(tokens).logits
@@ -104,7 +111,9 @@ def test_float_student_computes_the_original(kind: str, names: list[str], tmp_pa
     job = make_job(kind, tmp_path, precision="w4a16", transforms=names, rounding={"method": "nearest"})
     job.transforms.randomize_(torch.Generator().manual_seed(4), 0.2)
     simulation = quantized(job)
-    student = transform_student(folded(kind), LLAMA, job.transforms, simulation, estimator="ste", float_weights=True)
+    student = transform_student(
+        folded(kind, job.transforms.folds_gains), LLAMA, job.transforms, simulation, estimator="ste", float_weights=True
+    )
     expected = build_model(kind)(TOKENS).logits
     assert (student.model(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
 
