@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml scripts/install.sh
 	@touch $@
 
 $(DEMO): pyproject.toml scripts/install.sh
-	scripts/install.sh --venv $(VENV) --python $(PYTHON) --demo
+	scripts/install.sh --venv $(VENV) --python $(PYTHON) --backend $(BACKEND) --demo
 	@touch $@
 
 # The tools for tests aren't waited for where there are none yet.

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.calibration.chats import ANSWER, BATCH, answers
-from fptquant.calibration.text import encode, rendered
+from fptquant.calibration.text import sink_token
 from fptquant.loading import Source, load_model, open_source
 from fptquant.run.chats import end_tokens
 from fptquant.run.job import job_of
@@ -51,7 +51,7 @@ def main() -> None:
         chats += [(prompt, answer) for prompt, answer in zip(some, written, strict=True) if answer[-1] in ends]
     expected = [log_probabilities(original, prompt + answer) for prompt, answer in chats]
     print(f"{len(chats)} of {len(asked)} answers of the original end by themselves")
-    first = encode(source.tokenizer, rendered(source.tokenizer, [{"role": "user", "content": "a"}], "", "", ""))[0]
+    first = sink_token(source.tokenizer, "auto")
     for path in arguments.checkpoints:
         model = load_model(open_source(path), recorded=False)
         print(f"{path.name}: " + by_position(model, chats, expected, first), flush=True)
@@ -71,7 +71,7 @@ def log_probabilities(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 
 def by_position(
-    model: PreTrainedModel, chats: Iterable[tuple[list[int], list[int]]], expected: Iterable[Tensor], first: int
+    model: PreTrainedModel, chats: Iterable[tuple[list[int], list[int]]], expected: Iterable[Tensor], first: int | None
 ) -> str:
     """Mean KL divergence at each kind of position, and what becomes of the token that ends an answer."""
     found: dict[str, list[float]] = {}
@@ -87,7 +87,7 @@ def by_position(
     return f"{means};  log p of the end {now:.2f} ({was:.2f}), most likely in {top:.0%}"
 
 
-def kinds(prompt: list[int], answer: list[int], first: int) -> list[str]:
+def kinds(prompt: list[int], answer: list[int], first: int | None) -> list[str]:
     """What each token but the last of a chat is; `first` is the template's first token, `answer` ends in its last."""
     marks = {first: "begin", answer[-1]: "end"}
     found = ["first", *(marks.get(token, "prompt") for token in prompt[1:-1])]

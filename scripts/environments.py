@@ -82,9 +82,12 @@ class Environment:
     def filled_once(self, what: str, fill: Callable[[], object]) -> None:
         """Makes it and fills it, unless that was done to the end with the same `what`."""
         if not self._holds(what):
-            self._make()
-            fill()
-            self._stamp.write_text(what)
+            self._fill(what, fill)
+
+    def _fill(self, what: str, fill: Callable[[], object]) -> None:
+        self._make()
+        fill()
+        self._stamp.write_text(what)
 
     def _holds(self, what: str) -> bool:
         return self._stamp.is_file() and self._stamp.read_text() == what
@@ -94,8 +97,10 @@ class Environment:
         return run(self.python, "-m", "pip", *args, cwd=ROOT, quiet=True)
 
     def make_newest(self) -> None:
-        """Installs the newest of everything, of torch the newest CPU build."""
-        self._make()
+        """Makes it anew, with the newest of everything, of torch the newest CPU build."""
+        self._fill(_made_from(), self._install_newest)
+
+    def _install_newest(self) -> None:
         wanted = requirements()
         torch = next(line for line in wanted if package(line) == "torch")
         build = self._cpu_build(torch)
@@ -105,7 +110,6 @@ class Environment:
                 "set TORCH_INDEX_URL to an index that has one"
             )
         self._install(build, [*wanted, "pytest", "build", "twine"])
-        self._stamp.write_text(_made_from())
 
     def make_oldest(self) -> None:
         """Installs the lower bounds, and the newest of what those need; torch's CUDA build where there is no other."""

@@ -46,8 +46,10 @@ def observed(linear: SimulatedLinear, inputs: LayerInputs, ends: bool = False) -
             raise Stop
 
     linear.observer = observe
-    yield seen
-    linear.observer = None
+    try:
+        yield seen
+    finally:
+        linear.observer = None
 
 
 def mean(values: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def _transforms(family: Architecture) -> str:
             limits.append(f"no {name} ({obstacle})" + (f", {substitute} in its place" if substitute else ""))
         elif restriction:
             limits.append(f"{name}: {restriction}")
-    if family.post_norms is not None:
+    if all(transform.obstacle(family) for transform in TRANSFORMS.values() if transform.folds_gains):
         limits.append("gains stay in the norms")
     return "; ".join(limits) or "all"
 

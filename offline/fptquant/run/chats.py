@@ -58,10 +58,9 @@ def with_chats(job: Job, state: RunState, stages: Stages) -> Job:
             token = None if job.config.sink is None else job.config.sink.token
             prefix = sequence_prefix(job.source.tokenizer, job.recipe.calibration, token)
             ends, model = end_tokens(job.source), load_model(job.source)
-            rank, processes = parallel.ranks()
             stages.resume(len(done), len(rows))
             while len(done) < len(rows):
-                first = len(done) + rank * BATCH
+                first = len(done) + parallel.ranks()[0] * BATCH
                 mine = texts[first : first + BATCH]
                 if len(mine):
                     mine = write_chats(model, job.source.tokenizer, mine, prefix, ends, first)

@@ -9,7 +9,7 @@ from fptquant.format import CheckpointConfig, TransformRecord, match_name
 from fptquant.format.steps import arrange, linear_steps, online_steps
 from fptquant.loading import Source
 from fptquant.recipe import Recipe
-from fptquant.run.sizes import linear_sizes
+from fptquant.run.sizes import fitting_groups, linear_sizes
 from fptquant.transforms import TRANSFORMS, TransformSet
 from fptquant.wiring import Architecture, Projection
 
@@ -79,7 +79,7 @@ def require_groups(source: Source, config: CheckpointConfig) -> None:
         scheme = config.scheme_for(name)
         size = scheme.weights.group_size if scheme else None
         if size is not None and columns % size:
-            fitting = " or ".join(str(size) for size in (128, 64, 32) if columns % size == 0)
+            fitting = " or ".join(map(str, fitting_groups([columns])))
             remedy = f"take groups of {fitting} there" if fitting else "name it in overrides, with strategy 'channel'"
             raise FPTQuantError(
                 f"precision.weights: groups of {size} don't divide the {columns} inputs of {name}; {remedy}"

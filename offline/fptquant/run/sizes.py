@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from fptquant.format import CheckpointConfig, row_bytes
@@ -35,10 +37,9 @@ def linear_sizes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def group_sizes(source: Source) -> list[int]:
-    """Sizes of groups that divide the inputs of all projections, smallest first."""
-    inputs = {columns for _, columns in linear_sizes(source).values()}
-    return [size for size in (32, 64, 128) if all(columns % size == 0 for columns in inputs)]
+def fitting_groups(inputs: Iterable[int]) -> list[int]:
+    """Sizes of groups, largest first, that divide each of these numbers of inputs."""
+    return [size for size in (128, 64, 32) if all(columns % size == 0 for columns in inputs)]
 
 
 def bits_per_weight(source: Source, config: CheckpointConfig, dtype: torch.dtype) -> float:
